@@ -1,0 +1,99 @@
+"""A control group of the unified hierarchy, as cgroupfs shows it; it does not know which unit it belongs to.
+
+Interface: Documentation/admin-guide/cgroup-v2.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """One control group; ``path`` is relative to the root of the hierarchy and begins with '/'."""
+
+    path: str
+
+    @classmethod
+    def of_process(cls, pid: int) -> Self | None:
+        """The group that ``pid`` is in; None if it is gone."""
+        try:
+            lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        except OSError:
+            return None
+        # The unified hierarchy is number 0 and names no controllers (cgroups(7)).
+        return next((cls(line.removeprefix("0::")) for line in lines if line.startswith("0::")), None)
+
+    @property
+    def directory(self) -> Path:
+        return ROOT / self.path.lstrip("/")
+
+    def populated(self) -> bool:
+        """Whether any live process is in it or below; a group that is gone is not populated."""
+        try:
+            return "populated 1" in (self.directory / "cgroup.events").read_text()
+        except OSError:
+            return False
+
+    def wait_empty(self, timeout_seconds: float) -> bool:
+        """Wait until no process is left; whether that came about in time."""
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            events = os.open(self.directory / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            poll = select.poll()
+            poll.register(events, select.POLLPRI)
+            # Reading is what arms the next notification; it fails once the group is removed.
+            while b"populated 1" in os.pread(events, 4096, 0):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False
+                poll.poll(remaining * 1000)
+            return True
+        except OSError:
+            return True
+        finally:
+            os.close(events)
+
+    def pids(self) -> tuple[int, ...]:
+        """The processes in it and below, zombies included."""
+        found: list[int] = []
+        for directory in (self.directory, *self._children()):
+            try:
+                found += map(int, (directory / "cgroup.procs").read_text().split())
+            except OSError:
+                continue
+        return tuple(found)
+
+    def cpu_seconds(self) -> float | None:
+        """CPU time used so far by all that ever ran in it; None if that is unknown."""
+        try:
+            for line in (self.directory / "cpu.stat").read_text().splitlines():
+                if line.startswith("usage_usec "):
+                    return int(line.split()[1]) / 1_000_000
+        except OSError:
+            pass
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL every process in it and below, in one step of the kernel's.
+
+        Raises:
+            OSError: it may not be written, or is gone.
+        """
+        (self.directory / "cgroup.kill").write_text("1")
+
+    def _children(self) -> list[Path]:
+        try:
+            return [entry for entry in self.directory.rglob("*") if entry.is_dir()]
+        except OSError:
+            return []

@@ -1,0 +1,253 @@
+"""The engine's process: forked at once, parked until its scope holds it, then made into the engine.
+
+It is forked before the launcher opens anything, so that it has nothing to inherit: no driver handle (an open file
+bypasses the device filter), no bus, no lock. It runs no code of the engine before it is in its scope, has seen with its
+own eyes that other GPUs are closed to it, and has given up every privilege.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import pwd
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn, Self
+
+from gpusvc.errors import ConfigError, EngineError, IsolationError
+
+# Of systemd's to the launcher, and none of the engine's business (systemd.exec(5)).
+_NOT_INHERITED = frozenset(
+    {
+        "NOTIFY_SOCKET",
+        "JOURNAL_STREAM",
+        "WATCHDOG_PID",
+        "WATCHDOG_USEC",
+        "SYSTEMD_EXEC_PID",
+        "MAINPID",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "LISTEN_FDNAMES",
+        "MEMORY_PRESSURE_WATCH",
+        "MEMORY_PRESSURE_WRITE",
+        "RUNTIME_DIRECTORY",
+        "STATE_DIRECTORY",
+        "HOME",
+        "LOGNAME",
+        "USER",
+        "SHELL",
+    }
+)
+
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAPBSET_DROP = 24
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who the engine runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+    shell: str
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Raises ConfigError if there is no such user."""
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            raise ConfigError(f"There is no user {name!r}.") from None
+        groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+        return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir, entry.pw_shell)
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """All that the parked process needs to become the engine."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    working_directory: str
+    user: User
+    closed_nodes: tuple[str, ...]
+    """Device nodes that it must not be able to open."""
+    require_isolation: bool
+
+
+def environment(
+    inherited: Mapping[str, str],
+    model: Mapping[str, str],
+    user: User,
+    *,
+    gpu_uuids: Sequence[str],
+    port: int,
+    name: str,
+) -> dict[str, str]:
+    """The engine's environment: the unit's, then the user's, then the model file's, then what gpusvc decides."""
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        **{key: value for key, value in inherited.items() if key not in _NOT_INHERITED},
+        "HOME": user.home,
+        "LOGNAME": user.name,
+        "USER": user.name,
+        "SHELL": user.shell,
+        **model,
+        # By UUID, in full: CUDA's own numbering may differ from NVML's. Set and empty means none; unset would mean all.
+        "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "PORT": str(port),
+        "GPUSVC_MODEL": name,
+    }
+
+
+class ParkedEngine:
+    """The forked process, from the parent's side."""
+
+    def __init__(self, pid: int, orders_fd: int, report_fd: int, output_fd: int) -> None:
+        self.pid = pid
+        self.output_fd = output_fd
+        """What the engine writes to its standard output and error can be read here."""
+        self._orders_fd = orders_fd
+        self._report_fd = report_fd
+
+    @classmethod
+    def fork(cls) -> Self:
+        """Fork it; it waits for release(), and ends by itself if this process does."""
+        orders_read, orders_write = os.pipe()
+        report_read, report_write = os.pipe()
+        output_read, output_write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _become_engine(orders_read, report_write, output_write)
+        for fd in (orders_read, report_write, output_write):
+            os.close(fd)
+        return cls(pid, orders_write, report_read, output_read)
+
+    def abandon(self) -> None:
+        """Let it end, unless it is the engine already."""
+        if self._orders_fd >= 0:
+            os.close(self._orders_fd)
+            os.waitpid(self.pid, 0)
+
+    def release(self, orders: Orders) -> list[str]:
+        """Make it the engine. Returns sentences about isolation that best effort did not reach.
+
+        Raises:
+            IsolationError: it could open a GPU that is not its own, and that is not to be tolerated.
+            EngineError: the command could not be executed.
+        """
+        orders_fd, self._orders_fd = self._orders_fd, -1
+        with os.fdopen(orders_fd, "w") as pipe:
+            json.dump(asdict(orders), pipe)
+        with os.fdopen(self._report_fd) as pipe:
+            # The end of the file is the exec itself: the child's end closes with it.
+            reports = [json.loads(line) for line in pipe]
+        warnings = []
+        for report in reports:
+            match report["kind"]:
+                case "open":
+                    warnings.append(report["message"])
+                case "isolation":
+                    raise IsolationError(
+                        report["message"],
+                        hint="The kernel has to attach a BPF device filter; "
+                        '`isolation = "best-effort"` in gpusvc.toml goes without.',
+                    )
+                case _:
+                    raise EngineError(report["message"])
+        return warnings
+
+
+def _become_engine(orders_fd: int, report_fd: int, output_fd: int) -> NoReturn:
+    """The child's side; nothing may escape from here, the launcher's code least of all."""
+    try:
+        os.dup2(output_fd, 1)
+        os.dup2(output_fd, 2)
+        _follow_orders(orders_fd, report_fd)
+    except BaseException as error:
+        _report(report_fd, "failed", f"The engine could not be prepared: {type(error).__name__}: {error}.")
+    finally:
+        os._exit(127)
+
+
+def _follow_orders(orders_fd: int, report_fd: int) -> None:
+    os.setsid()
+    for fd in (int(entry.name) for entry in Path("/proc/self/fd").iterdir()):
+        if fd > 2 and fd not in {orders_fd, report_fd}:
+            with contextlib.suppress(OSError):  # the one that listed the directory is closed already
+                os.close(fd)
+    with os.fdopen(orders_fd) as pipe:
+        text = pipe.read()
+    if not text:
+        os._exit(0)  # the launcher is gone, or found no place
+    given = json.loads(text)
+    user = User(**given.pop("user"))
+    orders = Orders(**given, user=user)
+
+    for node in orders.closed_nodes:
+        found = _try_open(node)
+        if found != errno.EPERM:
+            message = f"The engine could reach {node}, which is not its GPU (open: {_outcome(found)}, not EPERM)."
+            _report(report_fd, "isolation" if orders.require_isolation else "open", message)
+            if orders.require_isolation:
+                os._exit(127)
+
+    _drop_privileges(user)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; exec would hand that on
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    try:
+        os.chdir(orders.working_directory)
+    except OSError as error:
+        _report(report_fd, "failed", f"{user.name} cannot enter {orders.working_directory}: {_reason(error)}.")
+        return
+    try:
+        os.execvpe(orders.command[0], orders.command, orders.environment)  # noqa: S606
+    except OSError as error:
+        _report(report_fd, "failed", f"{user.name} cannot execute {orders.command[0]}: {_reason(error)}.")
+
+
+def _try_open(node: str) -> int:
+    """The errno of opening ``node``; 0 if that worked."""
+    try:
+        os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+def _outcome(number: int) -> str:
+    return errno.errorcode.get(number, str(number)) if number else "it opened"
+
+
+def _drop_privileges(user: User) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    os.setgroups(user.groups)
+    os.setresgid(user.gid, user.gid, user.gid)
+    # Also for an engine that runs as root: with an empty bounding set its exec gains nothing (capabilities(7)).
+    for capability in range(64):
+        if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+            if ctypes.get_errno() == errno.EINVAL:
+                break  # past the last one that this kernel knows
+            raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
+    os.setresuid(user.uid, user.uid, user.uid)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno or errno.EIO)
+
+
+def _report(fd: int, kind: str, message: str) -> None:
+    os.write(fd, json.dumps({"kind": kind, "message": message}).encode() + b"\n")

@@ -1,0 +1,167 @@
+"""What is known of the engines: how a preset turns a model into a command, and how a program is found.
+
+A preset binds the engine to the loopback address and to ``{port}``, tells it the names that clients may use, and splits
+the model over as many GPUs as it gets. The user's ``args`` come last, and so have the last word.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpusvc.quantity import shown
+
+PORT = "{port}"
+
+# Where an engine's program is searched, unless the model's env has a PATH.
+ENGINE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_LISTEN = ("--host", "127.0.0.1", "--port", PORT)
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
+_QUANTISED_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a preset is told: the model, the names that clients use, the first of them its own, and how many GPUs."""
+
+    model: str
+    names: tuple[str, ...]
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """An engine that gpusvc knows."""
+
+    name: str
+    health: str
+    command: Callable[[Served], tuple[str, ...]]
+    check: Callable[[str], None]  # raises ValueError, with one sentence, for a model that it cannot serve
+
+
+def _llama_server(served: Served) -> tuple[str, ...]:
+    source = ("-m", served.model) if _is_path(served.model) else ("-hf", served.model)
+    return ("llama-server", *source, "--alias", served.names[0], *_LISTEN)
+
+
+def _check_gguf(model: str) -> None:
+    """A GGUF file, by its absolute path, or a Hugging Face repository, with a quantisation if need be."""
+    if not _is_path(model):
+        if model.lower().endswith(".gguf") or not _QUANTISED_REPOSITORY.fullmatch(model):
+            raise ValueError(
+                f"{shown(model)} is neither an absolute path nor a repository such as 'owner/model:Q4_K_M'."
+            )
+        return
+    if not stat.S_ISREG(_mode(model)):
+        raise ValueError(f"{shown(model)} is not a file.")
+    try:
+        with Path(model).open("rb") as stream:
+            magic = stream.read(4)
+    except PermissionError:
+        return  # the engine's user may well read it
+    except OSError as error:
+        raise ValueError(f"{shown(model)} cannot be read: {error.strerror}.") from error
+    if magic != b"GGUF":
+        raise ValueError(f"{shown(model)} is not a GGUF file.")
+
+
+def _vllm(served: Served) -> tuple[str, ...]:
+    split = ("--tensor-parallel-size", str(served.gpus)) if served.gpus > 1 else ()
+    return ("vllm", "serve", served.model, "--served-model-name", *served.names, *_LISTEN, *split)
+
+
+def _sglang(served: Served) -> tuple[str, ...]:
+    split = ("--tp-size", str(served.gpus)) if served.gpus > 1 else ()
+    program = ("python3", "-m", "sglang.launch_server")
+    return (*program, "--model-path", served.model, "--served-model-name", served.names[0], *_LISTEN, *split)
+
+
+def _check_repository(model: str) -> None:
+    """A directory (or a file, such as a GGUF), by its absolute path, or a Hugging Face repository."""
+    if _is_path(model):
+        _mode(model)
+    elif not _REPOSITORY.fullmatch(model):
+        raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'Qwen/Qwen3-8B'.")
+
+
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("llama-server", "/health", _llama_server, _check_gguf),
+        Preset("vllm", "/health", _vllm, _check_repository),
+        Preset("sglang", "/health", _sglang, _check_repository),
+    )
+}
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith("/")
+
+
+def _mode(path: str) -> int:
+    """``st_mode``; that of a plain file where we may not look. Raises ValueError if there is nothing."""
+    try:
+        return Path(path).stat().st_mode
+    except PermissionError:
+        return stat.S_IFREG
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be used: {error.strerror}.") from error
+
+
+def find_program(program: str, env: Mapping[str, str]) -> str:
+    """The absolute path of an engine's program, as its first argument names it.
+
+    Where we may not look (the engine's user may), it is taken to be there: exec(2) will say.
+
+    Raises:
+        ValueError: one sentence on why there is none.
+    """
+    if "/" in program:
+        if not program.startswith("/"):
+            raise ValueError(
+                f"{shown(program)} is a relative path: write an absolute one, or a name to be found in PATH."
+            )
+        verdict = _verdict(program)
+        if verdict not in (_RUNS, _UNKNOWN):
+            raise ValueError(f"{shown(program)} cannot be run: {verdict}.")
+        return program
+    search = env.get("PATH", ENGINE_PATH)
+    # An empty or relative entry would mean the working directory, from which nothing is run by accident.
+    candidates = [f"{directory}/{program}" for directory in search.split(":") if directory.startswith("/")]
+    verdicts = [_verdict(path) for path in candidates]
+    for verdict in (_RUNS, _UNKNOWN):
+        if verdict in verdicts:
+            return candidates[verdicts.index(verdict)]
+    raise ValueError(f"There is no program {shown(program)} in {search}.")
+
+
+_RUNS = "runs"
+_UNKNOWN = "unknown"
+
+
+def _verdict(path: str) -> str:
+    """Whether somebody may run ``path``, or else why nobody can."""
+    try:
+        mode = Path(path).stat().st_mode
+    except PermissionError:
+        return _UNKNOWN
+    except OSError as error:
+        return error.strerror or str(error)
+    if not stat.S_ISREG(mode):
+        return "it is not a file"
+    return _RUNS if mode & 0o111 else "it is not executable"
+
+
+def misplaced_placeholder(arguments: Sequence[str]) -> str | None:
+    """The first argument that looks as if it should be replaced, but is not: only ``{port}`` is."""
+    for argument in arguments:
+        if argument in ("$PORT", "${PORT}", "{model}", "{name}"):
+            return argument
+        if PORT in argument.lower() and PORT not in argument:
+            return argument
+    return None

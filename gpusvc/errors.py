@@ -1,0 +1,88 @@
+"""Everything that can go wrong, as one small tree; it knows nothing of where an error is shown.
+
+Each error carries a sentence for a person, a hint on what to do about it, and how each boundary reports it:
+
+    GpusvcError                 exit 1, HTTP 500
+    ├── UsageError              exit 2, HTTP 400   the caller asked for something that makes no sense
+    ├── UnknownModelError       exit 3, HTTP 404   permanent
+    ├── PermissionDeniedError   exit 4, HTTP 403   permanent
+    ├── ConfigError             exit 1, HTTP 500   permanent; a file or key that cannot be right
+    ├── PlacementError          exit 1, HTTP 503   no GPU fits the model now
+    ├── IsolationError          exit 1, HTTP 500   permanent; the kernel does not keep the model off other GPUs
+    ├── EngineError             exit 1, HTTP 503   the engine could not be started, or ended
+    ├── NvmlError               exit 1, HTTP 503   NVML failed: what it would have said is unknown
+    │   └── NvmlUnavailableError                   there is no library or no driver
+    ├── SystemdError            exit 1, HTTP 502   the service manager refused, or could not be reached
+    └── UnreleasedError         exit 1, HTTP 503   a model's VRAM could not be proven free
+
+``permanent`` says that trying again cannot help until somebody changes something; systemd does not retry such a start.
+"""
+
+from __future__ import annotations
+
+
+class GpusvcError(Exception):
+    """One sentence for a person, and optionally a hint on what to do next."""
+
+    exit_code = 1
+    http_status = 500
+    permanent = False
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        if self.hint is None:
+            return self.message
+        return self.message + ("\n" if "\n" in self.message else " ") + self.hint
+
+
+class UsageError(GpusvcError):
+    exit_code = 2
+    http_status = 400
+
+
+class UnknownModelError(GpusvcError):
+    exit_code = 3
+    http_status = 404
+    permanent = True
+
+
+class PermissionDeniedError(GpusvcError):
+    exit_code = 4
+    http_status = 403
+    permanent = True
+
+
+class ConfigError(GpusvcError):
+    permanent = True
+
+
+class PlacementError(GpusvcError):
+    http_status = 503
+
+
+class IsolationError(GpusvcError):
+    permanent = True
+
+
+class EngineError(GpusvcError):
+    http_status = 503
+
+
+class NvmlError(GpusvcError):
+    http_status = 503
+
+
+class NvmlUnavailableError(NvmlError):
+    pass
+
+
+class SystemdError(GpusvcError):
+    http_status = 502
+
+
+class UnreleasedError(GpusvcError):
+    http_status = 503

@@ -1,0 +1,62 @@
+"""A GPU as one reading of NVML shows it: values only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One process that has a context on a GPU. ``used_bytes`` None: NVML does not say (MIG, some containers)."""
+
+    pid: int
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSample:
+    """The share of the GPU's time that one process had until ``timestamp_us`` (epoch)."""
+
+    pid: int
+    sm_percent: int
+    timestamp_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU at one moment. None is "NVML does not say", never "nothing".
+
+    ``index`` is NVML's (PCI order) and ``minor`` the N of ``/dev/nvidiaN``; they may differ. Where ``problem`` is set
+    the GPU could not be read: the readings are None then, and what names it is what was known before, ``""`` if nothing
+    was. Bytes are None where memory is unified with the CPU's.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    minor: int | None
+    pci_bus_id: str
+    total_bytes: int | None = None
+    used_bytes: int | None = None
+    free_bytes: int | None = None
+    processes: tuple[GpuProcess, ...] | None = None
+    utilisation_percent: int | None = None
+    mig: bool = False
+    problem: str | None = None
+
+    @property
+    def node(self) -> str | None:
+        return None if self.minor is None else f"/dev/nvidia{self.minor}"
+
+    def used_by(self, pids: Collection[int]) -> int | None:
+        """Bytes that these processes hold; a lower bound, as managed memory is under-counted. None: unknown."""
+        if self.processes is None:
+            return None
+        return total(process.used_bytes for process in self.processes if process.pid in pids)
+
+
+def total(values: Iterable[int | None]) -> int | None:
+    """The sum; None if one of them is unknown."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)

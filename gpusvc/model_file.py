@@ -1,0 +1,257 @@
+"""One model, ``models/NAME.toml``: its values, and how they are read; gpusvc-model(5) says what they mean."""
+
+from __future__ import annotations
+
+import pwd
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpusvc import engines, resource_control
+from gpusvc.devices import DeviceSelector
+from gpusvc.host_file import HostConfig
+from gpusvc.quantity import MIB, shown
+from gpusvc.reading import Table, did_you_mean
+
+# Variables of the engine's environment that the launcher sets, and why nobody else may.
+OWNED_VARIABLES = {
+    "CUDA_VISIBLE_DEVICES": "gpusvc sets it to the GPUs that the model gets; see devices in [gpu].",
+    "CUDA_DEVICE_ORDER": "gpusvc sets it, so that indices mean the same to all.",
+    "PORT": "gpusvc sets it to the port that the engine must listen on; see port.",
+    "NOTIFY_SOCKET": "gpusvc tells systemd itself when the engine is ready.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRequest:
+    """What a model asks of the GPUs."""
+
+    count: int  # 0: it needs none
+    devices: tuple[str, ...]  # each as DeviceSelector.parse() takes it; empty: any GPU
+    vram_bytes: int | None  # on each GPU; None: not declared
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model, ``models/NAME.toml``, with all defaults filled in."""
+
+    name: str
+    description: str
+    command: tuple[str, ...]  # a preset is expanded; "{port}" is still in its place
+    engine: str | None
+    model: str | None
+    aliases: tuple[str, ...]
+    user: str
+    env: Mapping[str, str]
+    working_directory: Path
+    port: int  # 0: any free one
+    health: str  # a path; "": the open port is enough
+    start_timeout_seconds: float  # without progress
+    stop_timeout_seconds: float
+    release_timeout_seconds: float
+    health_timeout_seconds: float  # 0: an engine that hangs is left alone
+    gpu: GpuRequest
+    scope: Mapping[str, str]  # systemd.resource-control(5) properties, verbatim
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that change with whatever decides how much VRAM the engine takes."""
+        import json  # noqa: PLC0415 - only footprints need it
+        import zlib  # noqa: PLC0415
+
+        # A checksum, as hashlib would load libcrypto into every launcher.
+        footprint = [self.command, sorted(self.env.items()), self.gpu.count]
+        return f"{zlib.crc32(json.dumps(footprint).encode()):08x}"
+
+
+def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
+    """Each key is one line. What is wrong is noted in ``table``, and a default stands in for it."""
+    gpu = _read_gpu(table.table("gpu"))
+    aliases = _read_aliases(table, name)
+    env = _read_env(table)
+    engine = table.text("engine", None)
+    model = table.text("model", None)
+    return ModelConfig(
+        name=name,
+        description=_read_description(table, name),
+        engine=engine,
+        model=model,
+        command=_read_command(table, engine, model, served_names=(name, *aliases), gpus=gpu.count, env=env),
+        aliases=aliases,
+        user=_read_user(table),
+        env=env,
+        working_directory=_read_working_directory(table),
+        port=table.integer("port", 0, minimum=0, maximum=65535),
+        health=_read_health(table, engine),
+        start_timeout_seconds=table.duration("start_timeout", 600.0),
+        stop_timeout_seconds=table.duration("stop_timeout", 10.0),
+        release_timeout_seconds=table.duration("release_timeout", host.release_timeout_seconds),
+        health_timeout_seconds=table.duration("health_timeout", 60.0, zero=True),
+        gpu=gpu,
+        scope=_read_scope(table),
+    )
+
+
+def _read_description(table: Table, name: str) -> str:
+    description = table.text("description", "") or name
+    if not description.isprintable():
+        table.problem("description", "It must be one line of printable characters.")
+    return description
+
+
+def _read_aliases(table: Table, name: str) -> tuple[str, ...]:
+    aliases = table.texts("aliases") or ()
+    for position, alias in enumerate(aliases):
+        key = f"aliases[{position}]"
+        if not alias or not alias.isprintable() or alias != alias.strip():
+            table.problem(
+                key, f"{shown(alias)} is empty, or has spaces around it or characters that cannot be printed."
+            )
+        elif alias == name:
+            table.problem(key, f"{shown(alias)} is the model's name already.")
+        elif alias in aliases[:position]:
+            table.problem(key, f"{shown(alias)} is listed twice.")
+    return aliases
+
+
+def _read_env(table: Table) -> dict[str, str]:
+    env = table.words("env", (str, int))
+    for variable in env:
+        if variable in OWNED_VARIABLES:
+            table.problem(f"env.{variable}", "It cannot be set.", OWNED_VARIABLES[variable])
+        elif not variable or "=" in variable or not variable.isprintable():
+            table.problem(f"env.{variable}", f"{shown(variable)} cannot name a variable.")
+    return env
+
+
+def _read_command(
+    table: Table,
+    engine: str | None,
+    model: str | None,
+    *,
+    served_names: tuple[str, ...],
+    gpus: int,
+    env: Mapping[str, str],
+) -> tuple[str, ...]:
+    """What to run, from ``command`` or from ``engine``, ``model`` and ``args``; empty if that went wrong."""
+    command = table.texts("command")
+    args = table.texts("args") or ()
+    if table.has("command"):
+        for key in ("engine", "model", "args"):
+            if table.has(key):
+                table.problem(key, "It cannot stand beside command.", "Give either command, or engine, model and args.")
+        if command is not None and not any(command[:1]):
+            table.problem("command", "It names no program.")
+    elif table.has("engine"):
+        command = _expand_preset(table, engine, model, served_names=served_names, gpus=gpus, args=args)
+    else:
+        table.problem("command", "It is missing.", "Say what to run, or give engine and model.")
+        for key in ("model", "args"):
+            if table.has(key):
+                table.problem(key, "It means nothing without engine.", f"Presets: {', '.join(engines.PRESETS)}.")
+
+    misplaced = engines.misplaced_placeholder((command or ()) + (args if command is None else ()))
+    if misplaced is not None:
+        key = "args" if misplaced in args else "command"
+        table.problem(key, f"{shown(misplaced)} is not replaced by anything.", "The one placeholder is {port}.")
+    if not command or not command[0]:
+        return ()
+    try:
+        engines.find_program(command[0], env)
+    except ValueError as error:
+        hint = None if "/" in command[0] else "Install it, give an absolute path, or set PATH in env."
+        table.problem("command" if table.has("command") else "engine", str(error), hint)
+    return command
+
+
+def _expand_preset(
+    table: Table,
+    engine: str | None,
+    model: str | None,
+    *,
+    served_names: tuple[str, ...],
+    gpus: int,
+    args: tuple[str, ...],
+) -> tuple[str, ...] | None:
+    if engine is not None and engine not in engines.PRESETS:
+        hint = did_you_mean(engine, engines.PRESETS) or "For any other engine write its command."
+        table.problem("engine", f"{shown(engine)} is no preset: there are {', '.join(engines.PRESETS)}.", hint)
+    if not table.has("model"):
+        table.problem("model", "It is missing.", "Say which model the engine serves: a path, or a repository's name.")
+    preset = engines.PRESETS.get(engine or "")
+    if preset is None or model is None:
+        return None
+    try:
+        preset.check(model)
+    except ValueError as error:
+        table.problem("model", str(error))
+    return preset.command(engines.Served(model, served_names, gpus)) + args
+
+
+def _read_user(table: Table) -> str:
+    user = table.text("user", "gpusvc")
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        hint = (
+            None if table.has("user") else "It is the default, which the package creates; create it, or name another."
+        )
+        table.problem("user", f"There is no user {shown(user)}.", hint)
+    return user
+
+
+def _read_working_directory(table: Table) -> Path:
+    directory = table.text("working_directory", "/")
+    if not directory.startswith("/"):
+        table.problem("working_directory", f"{shown(directory)} is not an absolute path.")
+        return Path("/")
+    try:
+        if not stat.S_ISDIR(Path(directory).stat().st_mode):
+            table.problem("working_directory", f"{shown(directory)} is not a directory.")
+    except PermissionError:
+        pass  # the engine's user may well enter it
+    except OSError as error:
+        table.problem("working_directory", f"{shown(directory)} cannot be used: {error.strerror}.")
+    return Path(directory)
+
+
+def _read_health(table: Table, engine: str | None) -> str:
+    preset = engines.PRESETS.get(engine or "")
+    health = table.text("health", preset.health if preset else "/health")
+    if health and not health.startswith("/"):
+        table.problem("health", f"{shown(health)} does not begin with '/'.", 'Write a path, or "" for none.')
+    elif not health.isascii() or not health.isprintable() or " " in health:
+        table.problem("health", f"{shown(health)} has characters that a URL cannot have.")
+    return health
+
+
+def _read_gpu(table: Table) -> GpuRequest:
+    request = GpuRequest(
+        count=table.integer("count", 1, minimum=0, maximum=1024),
+        devices=table.devices("devices"),
+        vram_bytes=table.size("vram", None, minimum=MIB),
+    )
+    if request.count == 0:
+        for key in ("devices", "vram"):
+            if table.has(key):
+                table.problem(key, "It means nothing where count is 0.")
+    selectors = [DeviceSelector.parse(device) for device in request.devices]
+    if selectors and len(selectors) < request.count and all(selector.is_single for selector in selectors):
+        table.problem("devices", f"It names fewer GPUs ({len(selectors)}) than count asks for ({request.count}).")
+    return request
+
+
+def _read_scope(table: Table) -> dict[str, str]:
+    scope = table.words("scope", (str, int, bool))
+    for name, value in scope.items():
+        key = f"scope.{name}"
+        if not value.isprintable():
+            table.problem(key, f"{shown(value)} has characters that cannot be printed.")
+        if name in resource_control.OWNED:
+            table.problem(key, "gpusvc decides this property itself.", resource_control.OWNED[name])
+        elif name in resource_control.LEGACY:
+            table.problem(key, "It belongs to cgroup v1.", f"Use {resource_control.LEGACY[name]}.")
+        elif name not in resource_control.PROPERTIES:
+            hint = did_you_mean(name, resource_control.PROPERTIES) or resource_control.ELSEWHERE
+            table.problem(key, "It is no property of systemd.resource-control(5).", hint)
+    return scope

@@ -1,0 +1,122 @@
+"""Processes, as /proc and psutil show them; the only importer of psutil."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Process(NamedTuple):
+    """A process that cannot be mistaken for a later one of the same PID.
+
+    ``start_ticks`` is field 22 of proc_pid_stat(5): clock ticks after boot. Unlike a wall-clock time it does not change
+    when the clock is set.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Why a process might still be there: its command, its state (proc_pid_stat(5)), and where in the kernel it is."""
+
+    pid: int
+    command: str
+    state: str | None
+    stack: str | None
+
+
+def identify(pid: int) -> Process | None:
+    """The process that has ``pid`` now; None if there is none."""
+    fields = _stat(pid)
+    return Process(pid, int(fields[19])) if fields else None
+
+
+def identify_all(pids: Iterable[int]) -> frozenset[Process]:
+    """Those of ``pids`` that exist."""
+    return frozenset(process for process in map(identify, pids) if process is not None)
+
+
+def is_alive(process: Process) -> bool:
+    """Whether it is the same process still, and not a zombie."""
+    fields = _stat(process.pid)
+    return bool(fields) and int(fields[19]) == process.start_ticks and fields[0] not in {"Z", "X"}
+
+
+def command(pid: int) -> str | None:
+    """Its command line, or its name in brackets where it has none; None if it is gone."""
+    psutil = _psutil()
+    try:
+        process = psutil.Process(pid)
+        return " ".join(process.cmdline()) or f"[{process.name()}]"
+    except psutil.AccessDenied:
+        return "[not readable]"
+    except psutil.Error:
+        return None
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """Look at processes with the eyes of their own user, who may see their files and I/O.
+
+    Root may too, but only with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, which open all processes and files there are.
+    The real user stays root, so that a process of that user may neither signal nor trace this one (credentials(7)).
+    Not for use with threads. Without the right to change, nothing changes.
+    """
+    before = os.geteuid(), os.getegid()
+    if before[0] != 0:
+        yield
+        return
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before[0])
+        os.setegid(before[1])
+
+
+def io_bytes(pids: Iterable[int]) -> int:
+    """Bytes that ``pids`` read and wrote so far, the page cache included; those that cannot be read count nothing."""
+    psutil = _psutil()
+    total = 0
+    for pid in pids:
+        try:
+            counters = psutil.Process(pid).io_counters()
+        except (psutil.Error, OSError):
+            continue
+        total += counters.read_chars + counters.write_chars
+    return total
+
+
+def trace(pid: int) -> Trace:
+    """What can be said of a process that will not go."""
+    fields = _stat(pid)
+    try:
+        stack: str | None = Path(f"/proc/{pid}/stack").read_text().strip()
+    except OSError:
+        stack = None
+    return Trace(pid=pid, command=command(pid) or "[gone]", state=fields[0] if fields else None, stack=stack or None)
+
+
+def _psutil() -> ModuleType:
+    # 20 ms to load, and most starts are over before anybody asks what only it knows.
+    import psutil  # noqa: PLC0415
+
+    return psutil
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third (the state) on; empty if the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return []
+    # The second field is the name in parentheses, and may hold anything, ") " included.
+    return text[text.rindex(")") + 2 :].split()

@@ -1,0 +1,35 @@
+"""Whether a loading engine gets anywhere; it compares readings and looks at no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpusvc.quantity import MIB
+
+# A tenth of one core. What waits for a lock or a network that never answers uses far less, what loads uses far more.
+_CPU_SHARE = 0.1
+_IO_BYTES = 1 * MIB
+_VRAM_BYTES = 1 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an engine had used up at one moment. None: unknown."""
+
+    at_seconds: float
+    cpu_seconds: float | None
+    io_bytes: int
+    vram_bytes: int | None
+
+
+def moved(before: Reading, after: Reading) -> bool:
+    """Whether CPU, I/O or VRAM moved between the two by more than an idle process moves them."""
+    elapsed = after.at_seconds - before.at_seconds
+    if after.io_bytes - before.io_bytes >= _IO_BYTES:
+        return True
+    known = before.vram_bytes is not None and after.vram_bytes is not None
+    if known and abs((after.vram_bytes or 0) - (before.vram_bytes or 0)) >= _VRAM_BYTES:
+        return True
+    if before.cpu_seconds is None or after.cpu_seconds is None:
+        return False
+    return after.cpu_seconds - before.cpu_seconds >= _CPU_SHARE * elapsed

@@ -1,0 +1,131 @@
+"""Durations and sizes as people write them; it knows nothing of what they are for.
+
+Durations follow systemd.time(7): ``10s``, ``15min``, ``2h30m``, ``1h 30min``, ``500ms``; a bare number is seconds.
+Sizes follow systemd and nvidia-smi: ``9GiB``, ``512M``, ``9.5G``; every unit is a power of 1024, also ``KB``, ``MB``
+and ``GB``, because that is what a "24 GB" card has; a bare number is bytes.
+"""
+
+from __future__ import annotations
+
+import re
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+MAX_SIZE_BYTES = 2**60
+MAX_DURATION_SECONDS = 100 * 365.25 * 86400
+
+_SECONDS = {
+    spelling: seconds
+    for seconds, spellings in (
+        (1e-6, "usec us µs μs"),  # both micro signs, U+00B5 and U+03BC, as systemd accepts them
+        (1e-3, "msec ms"),
+        (1.0, "seconds second sec s"),
+        (60.0, "minutes minute min m"),
+        (3600.0, "hours hour hr h"),
+        (86400.0, "days day d"),
+        (7 * 86400.0, "weeks week w"),
+        (30.44 * 86400, "months month M"),
+        (365.25 * 86400, "years year y"),
+    )
+    for spelling in spellings.split()
+}
+
+_PREFIXES = "KMGTP"
+_BYTES: dict[str, int] = {"": 1, "B": 1} | {
+    prefix + suffix: 1024**power for power, prefix in enumerate(_PREFIXES, start=1) for suffix in ("", "B", "IB")
+}
+
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)[ \t]*([A-Za-zµμ]*)[ \t]*")
+
+
+def parse_duration(value: str | float) -> float:
+    """Seconds, from a text such as ``2h30m``, or from a number of seconds.
+
+    Raises:
+        ValueError: one sentence on what is wrong.
+    """
+    seconds = _duration_of_text(value) if isinstance(value, str) else value
+    if not 0 <= seconds <= MAX_DURATION_SECONDS:  # also false for NaN
+        raise ValueError(f"{shown(value)} is out of range: a duration is between 0 and 100 years.")
+    return float(seconds)
+
+
+def _duration_of_text(text: str) -> float:
+    total = 0.0
+    rest = text.strip()
+    position = 0
+    while part := _PART.match(rest, position):
+        number, unit = part.groups()
+        if not unit and part.span() != (0, len(rest)):
+            raise ValueError(f"{shown(text)} is not a duration: {number} has no unit.")
+        if unit and unit not in _SECONDS:
+            raise ValueError(f"{shown(text)} is not a duration: {shown(unit)} is no unit of time.")
+        total += float(number) * _SECONDS.get(unit, 1.0)
+        position = part.end()
+    if position == 0 or position < len(rest):
+        raise ValueError(f"{shown(text)} is not a duration.")
+    return total
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes, from a text such as ``9.5G``, or from a number of bytes.
+
+    Raises:
+        ValueError: one sentence on what is wrong.
+    """
+    size = _size_of_text(value) if isinstance(value, str) else value
+    if not 0 <= size <= MAX_SIZE_BYTES:
+        raise ValueError(f"{shown(value)} is out of range: a size is between 0 and 1024 PiB.")
+    return round(size)
+
+
+def _size_of_text(text: str) -> int | float:
+    part = _PART.fullmatch(text.strip())
+    if part is None:
+        raise ValueError(f"{shown(text)} is not a size.")
+    number, unit = part.groups()
+    factor = _BYTES.get(unit.upper())
+    if factor is None:
+        raise ValueError(f"{shown(text)} is not a size: {shown(unit)} is no unit of bytes.")
+    approximate = float(number) * factor
+    # Whole numbers stay exact; an absurdly long one is refused by its magnitude, as int() would not take it.
+    return approximate if "." in number or approximate > MAX_SIZE_BYTES else int(number) * factor
+
+
+def format_duration(seconds: float) -> str:
+    """``250ms``, ``1.2s``, ``1h 30min``: to the millisecond below a minute, to the second above; never negative."""
+    milliseconds = max(0, round(seconds * 1000))
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    if milliseconds < 60_000:
+        return f"{milliseconds / 1000:g}s"
+    rest = round(milliseconds / 1000)
+    parts = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts)
+
+
+def format_size(size: int) -> str:
+    """``9.0 GiB``, ``512.0 MiB``, ``17 B``: one decimal, in the largest unit that leaves a number of 1 or more."""
+    if abs(size) < KIB:
+        return f"{size} B"
+    value = float(size)
+    for prefix in _PREFIXES:
+        value /= 1024
+        if abs(value) < 1023.95 or prefix == _PREFIXES[-1]:  # 1023.96 would print as 1024.0
+            break
+    return f"{value:.1f} {prefix}iB"
+
+
+def shown(value: object) -> str:
+    """``value`` as a message quotes it: its repr, cut where it gets long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer beyond Python's limit of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "…" + text[-1]

@@ -1,0 +1,213 @@
+"""The release of a model: its scope stopped, its control group empty, its VRAM proven free, its lease dropped.
+
+Runs as ExecStopPost= of model@.service after every end of it, at the beginning of the next start, and as
+`gpusvc release`. Only a proof removes a lease.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gpusvc import lease as leases
+from gpusvc import names, processes, proof
+from gpusvc.cgroup import Cgroup
+from gpusvc.errors import GpusvcError, NvmlError, UnreleasedError
+from gpusvc.gpu import total
+from gpusvc.lease import BrokenLeaseError, Lease
+from gpusvc.log import log
+from gpusvc.notify import Notifier
+from gpusvc.nvml import Nvml
+from gpusvc.paths import Paths
+from gpusvc.proof import Obstacle
+from gpusvc.quantity import format_size
+
+# NVML has nothing to wait on, and its process lists take the driver's lock: look often at first, then less so.
+_FIRST_PAUSE_SECONDS = 0.01
+_LONGEST_PAUSE_SECONDS = 0.5
+
+# How long systemd waits for the next word of ours before it gives up on us.
+_ROPE_SECONDS = 30.0
+
+# Beyond the model's own stop_timeout, for PID 1 to send SIGKILL to all and to see them go.
+_KILL_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A proven release: what came back (None: NVML could not tell), and how long that took."""
+
+    model: str
+    bytes: int | None
+    seconds: float
+    gpus: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if not self.gpus:
+            return f"{self.model} is released after {self.seconds:.2f} s: no process of it is left."
+        where = "GPU " + ", ".join(map(str, self.gpus))
+        held = "its VRAM" if self.bytes is None else f"{format_size(self.bytes)} of VRAM"
+        back = f"{held} on {where} came back"
+        return f"{self.model} is released after {self.seconds:.2f} s: no process of it is left, {back}."
+
+
+def release(
+    paths: Paths,
+    name: str,
+    *,
+    on_wait: Callable[[str], None] = lambda _: None,
+    patience_seconds: float | None = None,
+) -> Release | None:
+    """Prove the release of ``name`` and drop its lease; None if it held nothing. To be called within lease.hold().
+
+    Args:
+        paths: where the lease is.
+        name: the model.
+        on_wait: told in a sentence what is being waited for, at least twice a second.
+        patience_seconds: how long the driver may take; the model's own release_timeout if it is not given.
+
+    Raises:
+        UnreleasedError: it is not proven; the lease stays.
+    """
+    try:
+        lease = leases.read(paths, name)
+    except BrokenLeaseError:
+        # What it held is lost, but not where its processes would be.
+        lease = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=_scope_of(name))
+    if lease is None:
+        return None
+    if patience_seconds is not None:
+        lease = replace(lease, release_timeout_seconds=patience_seconds)
+    began = time.monotonic()
+    if lease.cgroup is not None:
+        lease = _empty(lease, Cgroup(lease.cgroup), on_wait)
+    if lease.gpus:
+        _wait_for_vram(lease, on_wait)
+    leases.remove(paths, name)
+    return Release(
+        model=name,
+        bytes=total(gpu.used_bytes for gpu in lease.gpus),
+        seconds=time.monotonic() - began,
+        gpus=tuple(gpu.index for gpu in lease.gpus),
+    )
+
+
+def _scope_of(name: str) -> str:
+    return f"/gpusvc.slice/{names.SLICE}/{names.scope(name)}"
+
+
+def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Lease:
+    """Have the scope stopped, and wait until no process is in it. Returns the lease with all whom it saw there."""
+    if not cgroup.populated():
+        return lease
+    lease = lease.seen(processes.identify_all(cgroup.pids()))
+    _stop_scope(lease.scope)
+    deadline = time.monotonic() + lease.stop_timeout_seconds + _KILL_GRACE_SECONDS
+    while not cgroup.wait_empty(0.5):
+        on_wait(f"Stopping: {_count(cgroup)} of {lease.model} still there.")
+        if time.monotonic() > deadline:
+            break
+    else:
+        return lease
+    # PID 1 should have done this long ago. Perhaps it cannot be reached; the kernel can.
+    try:
+        cgroup.kill()
+    except OSError as error:
+        log(4, f"cgroup.kill of {lease.scope}: {os.strerror(error.errno or 0)}.")
+    deadline = time.monotonic() + lease.release_timeout_seconds
+    while not cgroup.wait_empty(0.5):
+        on_wait(f"Stopping: {_count(cgroup)} of {lease.model} still there, after SIGKILL.")
+        if time.monotonic() > deadline:
+            left = [Obstacle(f"PID {pid} survives SIGKILL", pid) for pid in cgroup.pids()]
+            raise _unreleased(lease, left, lease.stop_timeout_seconds + lease.release_timeout_seconds)
+    return lease
+
+
+def _count(cgroup: Cgroup) -> str:
+    number = len(cgroup.pids())
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _stop_scope(scope: str) -> None:
+    from gpusvc.systemd import Manager  # noqa: PLC0415  most ends need no bus: PID 1 has emptied the scope already
+
+    try:
+        with Manager() as manager:
+            if manager.unit(scope) is not None:
+                manager.enqueue("Stop", scope)
+    except GpusvcError as error:
+        log(4, str(error))
+
+
+def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
+    began = time.monotonic()
+    pause = _FIRST_PAUSE_SECONDS
+    told = began
+    nvml: Nvml | None = None
+    try:
+        while True:
+            try:
+                nvml = nvml or Nvml()
+                left = proof.obstacles(lease, nvml.snapshot(), processes.identify)
+            except NvmlError as error:
+                # Unknown is not released. A fresh client may see more.
+                left = [Obstacle(str(error))]
+                if nvml is not None:
+                    nvml.close()
+                    nvml = None
+            if not left:
+                return
+            now = time.monotonic()
+            if now - began > lease.release_timeout_seconds:
+                raise _unreleased(lease, left, now - began)
+            if now - told > _LONGEST_PAUSE_SECONDS:
+                on_wait(f"Stopping: {left[0].sentence}.")
+                told = now
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+    finally:
+        if nvml is not None:
+            nvml.close()
+
+
+def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> UnreleasedError:
+    lines = [f"{lease.model} is stuck: its release is not proven after {seconds:.0f} s."]
+    lines += [f"{obstacle.sentence}." for obstacle in left]
+    for pid in sorted({obstacle.pid for obstacle in left if obstacle.pid is not None}):
+        trace = processes.trace(pid)
+        state = "no such process" if trace.state is None else f"state {trace.state}"
+        lines.append(f"PID {pid}: {trace.command}, {state}; kernel stack: {trace.stack or 'not readable'}")
+    return UnreleasedError(
+        "\n".join(lines),
+        hint=f"Its VRAM counts as taken. `gpusvc release {lease.model}` tries the proof again. A process in state D "
+        "that SIGKILL does not end hangs in the driver: dmesg may say why, and a GPU reset (nvidia-smi --gpu-reset) "
+        "or a reboot ends it.",
+    )
+
+
+def main() -> int:
+    """ExecStopPost= of model@NAME.service: the exit status is 0 only for a proven release."""
+    name, paths, notifier = names.parse_name(sys.argv[1]), Paths.system(), Notifier()
+
+    def on_wait(sentence: str) -> None:
+        notifier.status(sentence)
+        notifier.extend_timeout(_ROPE_SECONDS)
+
+    notifier.extend_timeout(_ROPE_SECONDS)
+    try:
+        with leases.hold(paths, name):
+            released = release(paths, name, on_wait=on_wait)
+    except GpusvcError as error:
+        notifier.status(error.message.replace("\n", " "))
+        log(3, str(error))
+        return error.exit_code
+    if released is not None:
+        log(6, str(released))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

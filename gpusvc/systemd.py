@@ -1,0 +1,294 @@
+"""The service manager, as it answers on D-Bus; the only importer of pystemd.
+
+Everything here is about units in general. What a model is, and which properties its scope needs, is for others to know.
+Interface: org.freedesktop.systemd1(5).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import select
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from gpusvc.errors import ConfigError, PermissionDeniedError, SystemdError
+
+
+def _import_pystemd() -> tuple[Any, Any, Any]:
+    # pystemd's own __init__ brings lxml and its unit proxies: 7 MB and half the start-up time of every launcher, for
+    # an introspection that is not used here. Its D-Bus part is whole without them, so the package is entered past it.
+    spec = importlib.util.find_spec("pystemd") if "pystemd" not in sys.modules else None
+    if spec is not None and spec.submodule_search_locations is not None:
+        package = types.ModuleType("pystemd")
+        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
+        sys.modules["pystemd"] = package
+    from pystemd.dbusexc import DBusBaseError  # noqa: PLC0415
+    from pystemd.dbuslib import DBus, apply_signature  # noqa: PLC0415
+
+    return DBus, apply_signature, DBusBaseError
+
+
+DBus, apply_signature, DBusBaseError = _import_pystemd()
+
+_NAME = b"org.freedesktop.systemd1"
+_PATH = b"/org/freedesktop/systemd1"
+_MANAGER = b"org.freedesktop.systemd1.Manager"
+
+
+class JobResult(StrEnum):
+    """How a job ended. A result that a newer systemd invents counts as OTHER."""
+
+    DONE = "done"
+    CANCELED = "canceled"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+    DEPENDENCY = "dependency"
+    SKIPPED = "skipped"
+    OTHER = "other"
+
+    @classmethod
+    def _missing_(cls, value: object) -> JobResult:  # noqa: ARG003
+        return cls.OTHER
+
+
+class ActiveState(StrEnum):
+    """The high-level state of a unit. One that a newer systemd invents counts as OTHER."""
+
+    ACTIVE = "active"
+    RELOADING = "reloading"
+    REFRESHING = "refreshing"
+    INACTIVE = "inactive"
+    FAILED = "failed"
+    ACTIVATING = "activating"
+    DEACTIVATING = "deactivating"
+    MAINTENANCE = "maintenance"
+    OTHER = "other"
+
+    @classmethod
+    def _missing_(cls, value: object) -> ActiveState:  # noqa: ARG003
+        return cls.OTHER
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A loaded unit, as one answer of the manager describes it."""
+
+    name: str
+    active: ActiveState
+    sub: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """What a service says of itself. ``since`` is when it entered its state, in seconds since the epoch; 0: never."""
+
+    text: str
+    main_pid: int
+    result: str
+    exit_status: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A transient scope to be made around processes that exist already."""
+
+    name: str
+    description: str
+    slice: str
+    pids: tuple[int, ...]
+    binds_to: str
+    devices: tuple[str, ...]
+    """Paths of the device nodes that its processes may open; everything but the pseudo devices is denied."""
+    stop_timeout_seconds: float
+
+    def properties(self) -> Iterator[tuple[str, str, Any]]:
+        """Name, D-Bus signature and value of each property, in the order in which systemd must see them."""
+        yield "Description", "s", self.description
+        yield "Slice", "s", self.slice
+        # No After=: the scope is made while the service's own start job runs, and would queue behind it for ever.
+        yield "BindsTo", "as", [self.binds_to]
+        yield "KillMode", "s", "control-group"
+        yield "SendSIGHUP", "b", False
+        yield "TimeoutStopUSec", "t", int(self.stop_timeout_seconds * 1_000_000)
+        # A scope that ended badly must not stay loaded: the next start makes one of the same name.
+        yield "CollectMode", "s", "inactive-or-failed"
+        # DeviceAllow before DevicePolicy: the other order leaves NeedDaemonReload=yes (systemd #35710).
+        yield "DeviceAllow", "a(ss)", [(path, "rw") for path in self.devices]
+        yield "DevicePolicy", "s", "closed"
+        yield "PIDs", "au", list(self.pids)
+
+
+class Manager:
+    """One connection to the service manager; a context manager. Not for several threads, nor across a fork.
+
+    Raises:
+        SystemdError: from every method, when the manager refuses or cannot be reached.
+        PermissionDeniedError: from every method that changes something, when the caller may not.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, JobResult] = {}
+        self._on_signal: Callable[..., None] | None = None
+        self._bus = DBus()
+        with _translated("reach the service manager"):
+            self._bus.open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bus.close()
+
+    def enqueue(self, verb: str, unit: str) -> str:
+        """Queue a job: ``verb`` is "Start", "Stop" or "Restart". Its path, for wait()."""
+        self._subscribe()
+        path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, "replace")
+        return path.decode()
+
+    def start_scope(self, scope: Scope) -> str:
+        """Queue the making of ``scope``. The job's path, for wait()."""
+        self._subscribe()
+        arguments = apply_signature(b"ss", [scope.name.encode(), b"fail"])
+        arguments.append((ord("a"), b"(sv)"))
+        for name, signature, value in scope.properties():
+            arguments += [(ord("r"), b"sv"), (ord("s"), name.encode()), (ord("v"), signature.encode())]
+            arguments += apply_signature(signature.encode(), [_encode(value)])
+            arguments += [(-1, None), (-1, None)]
+        arguments.append((-1, None))
+        arguments += [(ord("a"), b"(sa(sv))"), (-1, None)]
+        with _translated(f"make {scope.name}"):
+            path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
+        return path.decode()
+
+    def wait(self, job: str, timeout_seconds: float) -> JobResult | None:
+        """How ``job``, which this connection queued, ended; None if it has not within the time."""
+        deadline = time.monotonic() + timeout_seconds
+        poll = select.poll()
+        poll.register(self._bus.get_fd(), select.POLLIN)
+        while True:
+            with _translated("hear from the service manager"):
+                while not self._bus.process().is_empty():
+                    pass
+            if job in self._jobs:
+                return self._jobs.pop(job)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            poll.poll(remaining * 1000)
+
+    def units(self, *patterns: str) -> list[Unit]:
+        """The loaded units whose names match any of the shell ``patterns``."""
+        rows = self._call("list units", "ListUnitsByPatterns", "asas", [], list(patterns)) or []
+        # pystemd unwraps an answer of one element.
+        rows = [rows] if isinstance(rows, tuple) else rows
+        return [
+            Unit(name=row[0].decode(), active=ActiveState(row[3].decode()), sub=row[4].decode(), path=row[6].decode())
+            for row in rows
+        ]
+
+    def unit(self, name: str) -> Unit | None:
+        """The unit if it is loaded."""
+        return next(iter(self.units(name)), None)
+
+    def service_status(self, unit: Unit) -> ServiceStatus:
+        """What the service ``unit`` says of itself."""
+        service = b"org.freedesktop.systemd1.Service"
+        return ServiceStatus(
+            text=self._get(unit, service, "StatusText", "s").decode(errors="replace"),
+            main_pid=self._get(unit, service, "MainPID", "u"),
+            result=self._get(unit, service, "Result", "s").decode(),
+            exit_status=self._get(unit, service, "ExecMainStatus", "i"),
+            since=self._get(unit, b"org.freedesktop.systemd1.Unit", "StateChangeTimestamp", "t") / 1_000_000,
+        )
+
+    def _get(self, unit: Unit, interface: bytes, name: str, signature: str) -> Any:
+        with _translated(f"read {name} of {unit.name}"):
+            return self._bus.get_property(_NAME, unit.path.encode(), interface, name.encode(), signature.encode())
+
+    def _call(self, doing: str, method: str, signature: str, *arguments: object) -> Any:
+        encoded = apply_signature(signature.encode(), [_encode(argument) for argument in arguments])
+        with _translated(doing):
+            return self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body
+
+    def _subscribe(self) -> None:
+        """Hear of the end of jobs; before the first job is queued, so that none can end unheard."""
+        if self._on_signal is not None:
+            return
+
+        def job_removed(message: Any, error: object = None, userdata: object = None) -> None:  # noqa: ARG001
+            message.process_reply(False)
+            _id, path, _unit, result = message.body
+            self._jobs[path.decode()] = JobResult(result.decode())
+
+        # pystemd keeps a bare pointer to the callback: this attribute is what keeps it alive.
+        self._on_signal = job_removed
+        with _translated("listen to the service manager"):
+            self._bus.match_signal(_NAME, _PATH, _MANAGER, b"JobRemoved", job_removed)
+        self._call("subscribe to the service manager", "Subscribe", "")
+
+
+def set_properties(unit: str, properties: Mapping[str, str]) -> None:
+    """Give ``unit`` the ``properties``, spelt as in a unit file, for as long as it is loaded.
+
+    systemctl is the only thing that reads every property of the systemd release at hand in its own syntax.
+
+    Raises:
+        ConfigError: systemd does not take one of them.
+    """
+    import subprocess  # noqa: PLC0415  most models set none
+
+    done = subprocess.run(  # noqa: S603
+        ["systemctl", "set-property", "--runtime", unit, *(f"{name}={value}" for name, value in properties.items())],  # noqa: S607
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")
+
+
+def _encode(value: object) -> Any:
+    """``value`` with each string in it as the bytes that pystemd wants."""
+    match value:
+        case str():
+            return value.encode()
+        case tuple():
+            return tuple(_encode(item) for item in value)
+        case list():
+            return [_encode(item) for item in value]
+        case _:
+            return value
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except DBusBaseError as error:
+        code = abs(error.errno)
+        # sd-bus gives EACCES both for a flat refusal and for "would have to ask for a password" (sd-bus-errors(3)).
+        if code in {errno.EACCES, errno.EPERM}:
+            raise PermissionDeniedError(f"You may not {doing}.", hint="Try again as root, or with sudo.") from None
+        said = error.err_message
+        said = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+        hint = None
+        if code in {errno.ENOENT, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.ENOTCONN} and "reach" in doing:
+            hint = "gpusvc needs systemd as PID 1, and the D-Bus system bus."
+        raise SystemdError(
+            f"Could not {doing}: {(said or errno.errorcode.get(code, str(code))).rstrip('.')}.", hint=hint
+        ) from None

@@ -1,0 +1,5 @@
+# gpusvc itself answers, so that the names of models complete.
+set --local ask 'env _GPUSVC_COMPLETE=complete_fish _TYPER_COMPLETE_ARGS=(commandline -cp)'
+complete --command gpusvc --no-files \
+    --arguments "($ask _TYPER_COMPLETE_FISH_ACTION=get-args gpusvc)" \
+    --condition "$ask _TYPER_COMPLETE_FISH_ACTION=is-args gpusvc"

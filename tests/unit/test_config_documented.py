@@ -1,0 +1,115 @@
+"""The examples and the man pages of the configuration say what the code does."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gpusvc.engines import PRESETS
+from gpusvc.host_file import HostConfig, read_host
+from gpusvc.model_file import OWNED_VARIABLES, ModelConfig, read_model
+from gpusvc.reading import Table
+
+DOCS = Path(__file__).parents[2] / "docs"
+HOST_EXAMPLE = DOCS / "examples" / "gpusvc.toml"
+MODEL_EXAMPLE = DOCS / "examples" / "model.toml.example"
+HOST_MAN = DOCS / "man" / "gpusvc.toml.5"
+MODEL_MAN = DOCS / "man" / "gpusvc-model.5"
+
+
+def known_keys(file: Path) -> set[str]:
+    """What the code asks for."""
+    table = Table(file, {})
+    if file in (HOST_EXAMPLE, HOST_MAN):
+        read_host(table)
+    else:
+        read_model(table, "example", HostConfig())
+    return set(table.known_keys())
+
+
+def uncommented(file: Path) -> dict[str, object]:
+    """An example with its commented keys in force: prose has a space behind the #, keys have none."""
+    return tomllib.loads(re.sub(r"^#(?=[a-zA-Z])", "", file.read_text(), flags=re.MULTILINE))
+
+
+def read_as_model(values: dict[str, object]) -> ModelConfig:
+    return read_model(Table(MODEL_EXAMPLE, values), "example", HostConfig())
+
+
+def shown_keys(values: dict[str, object]) -> set[str]:
+    gpu = values.get("gpu")
+    assert isinstance(gpu, dict)
+    return {f"gpu.{key}" for key in gpu} | (values.keys() - {"gpu"})
+
+
+def explained_keys(page: Path) -> set[str]:
+    """The keys that a man page has an entry for."""
+    keys = set()
+    section = ""
+    for line in page.read_text().splitlines():
+        if line.startswith(".S"):
+            section = line.removeprefix(".SS [").removesuffix("]") + "." if line.startswith(".SS [gpu]") else ""
+        elif entry := re.match(r"\\fB([a-z_]+)\\fR = ", line):
+            keys.add(section + entry[1])
+    return keys
+
+
+@pytest.mark.parametrize("example", [HOST_EXAMPLE, MODEL_EXAMPLE], ids=lambda file: file.name)
+def test_the_example_shows_exactly_the_keys_that_there_are(example: Path) -> None:
+    assert shown_keys(uncommented(example)) == known_keys(example)
+
+
+@pytest.mark.parametrize("page", [HOST_MAN, MODEL_MAN], ids=lambda file: file.name)
+def test_the_man_page_explains_exactly_the_keys_that_there_are(page: Path) -> None:
+    assert explained_keys(page) == known_keys(page)
+
+
+@pytest.mark.parametrize("read", [tomllib.loads, lambda _: uncommented(HOST_EXAMPLE)])
+def test_the_host_example_is_the_defaults_as_it_is_and_uncommented(read: object) -> None:
+    assert callable(read)
+    table = Table(HOST_EXAMPLE, read(HOST_EXAMPLE.read_text()))
+    assert read_host(table) == HostConfig()
+    table.finish()
+
+
+def test_the_model_example_shows_the_defaults_where_it_does_not_say_example() -> None:
+    examples = set()
+    text = MODEL_EXAMPLE.read_text()
+    for paragraph in text.split("\n\n"):
+        if "An example:" in paragraph:
+            examples |= set(re.findall(r"^#([a-z_]+) =", paragraph, flags=re.MULTILINE))
+            examples |= set(re.findall(r"^\[(scope)\]", paragraph, flags=re.MULTILINE))
+    assert {"description", "engine", "model", "args", "aliases", "env", "vram", "scope"} == examples
+    values = uncommented(MODEL_EXAMPLE)
+    gpu = values["gpu"]
+    assert isinstance(gpu, dict)
+    defaults = {key: value for key, value in values.items() if key not in examples}
+    defaults["gpu"] = {key: value for key, value in gpu.items() if key not in examples}
+    assert read_as_model(defaults) == read_as_model({"command": values["command"]})
+
+
+def test_the_model_example_is_right_once_uncommented_but_for_what_the_machine_lacks() -> None:
+    values = uncommented(MODEL_EXAMPLE)
+    del values["engine"], values["model"], values["args"]
+    table = Table(MODEL_EXAMPLE, values)
+    read_model(table, "example", HostConfig())
+    assert {problem.key for problem in table.problems} <= {"command", "user"}
+
+
+def test_the_man_page_names_every_preset_and_every_variable_that_cannot_be_set() -> None:
+    text = MODEL_MAN.read_text().replace("\\-", "-")
+    assert [word for word in (*PRESETS, *OWNED_VARIABLES) if word not in text] == []
+
+
+def test_the_defaults_in_the_man_page_are_those_of_the_example() -> None:
+    for page, example in ((HOST_MAN, HOST_EXAMPLE), (MODEL_MAN, MODEL_EXAMPLE)):
+        stated = dict(re.findall(r"^\\fB([a-z_]+)\\fR = .*, by default \\fB(.+)\\fR$", page.read_text(), re.MULTILINE))
+        values = uncommented(example)
+        for key, default in stated.items():
+            if key not in ("args", "aliases", "env", "scope"):
+                gpu = values["gpu"]
+                assert isinstance(gpu, dict)
+                assert tomllib.loads(f"x = {default}")["x"] == (gpu | values)[key], key
