@@ -5,6 +5,7 @@ Interface: Documentation/admin-guide/cgroup-v2.rst of the kernel.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
@@ -39,16 +40,18 @@ class Cgroup:
         """Whether any live process is in it or below; a group that is gone is not populated."""
         try:
             return "populated 1" in (self.directory / "cgroup.events").read_text()
-        except OSError:
-            return False
+        except OSError as error:
+            return not _is_gone(error)  # too many open files, say: unknown is not empty
 
     def wait_empty(self, timeout_seconds: float) -> bool:
         """Wait until no process is left; whether that came about in time."""
         deadline = time.monotonic() + timeout_seconds
         try:
             events = os.open(self.directory / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return True
+        except OSError as error:
+            if not _is_gone(error):
+                select.poll().poll(timeout_seconds * 1000)
+            return not self.populated()
         try:
             poll = select.poll()
             poll.register(events, select.POLLPRI)
@@ -59,8 +62,8 @@ class Cgroup:
                     return False
                 poll.poll(remaining * 1000)
             return True
-        except OSError:
-            return True
+        except OSError as error:
+            return _is_gone(error)
         finally:
             os.close(events)
 
@@ -97,3 +100,8 @@ class Cgroup:
             return [entry for entry in self.directory.rglob("*") if entry.is_dir()]
         except OSError:
             return []
+
+
+def _is_gone(error: OSError) -> bool:
+    # A file that is open when its group is removed fails with ENODEV.
+    return error.errno in {errno.ENOENT, errno.ENODEV}

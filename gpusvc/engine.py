@@ -146,8 +146,11 @@ class ParkedEngine:
             EngineError: the command could not be executed.
         """
         orders_fd, self._orders_fd = self._orders_fd, -1
-        with os.fdopen(orders_fd, "w") as pipe:
-            json.dump(asdict(orders), pipe)
+        try:
+            with os.fdopen(orders_fd, "w") as pipe:
+                json.dump(asdict(orders), pipe)
+        except BrokenPipeError:
+            raise EngineError("The engine's process was killed before it became the engine.") from None
         with os.fdopen(self._report_fd) as pipe:
             # The end of the file is the exec itself: the child's end closes with it.
             reports = [json.loads(line) for line in pipe]

@@ -130,7 +130,7 @@ class Launch:
                     index=gpu.index,
                     uuid=gpu.uuid,
                     reserved_bytes=config.gpu.vram_bytes,
-                    baseline_bytes=proof.unattributed_bytes(gpu),
+                    baseline_bytes=proof.unattributed_bytes(gpu, processes.identify),
                 )
                 for gpu in chosen
             ),
@@ -336,7 +336,7 @@ class Launch:
 def _resampled(leased: LeasedGpu, gpu: Gpu | None, pids: set[int]) -> LeasedGpu:
     if gpu is None or gpu.problem is not None or gpu.processes is None:
         return leased
-    baseline = proof.unattributed_bytes(gpu)
+    baseline = proof.unattributed_bytes(gpu, processes.identify, pids)
     return replace(
         leased,
         baseline_bytes=leased.baseline_bytes if baseline is None else baseline,
@@ -423,6 +423,7 @@ def main() -> NoReturn:
             except _TerminatedError:
                 ended = 0
             finally:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
                 parked.abandon()
                 _release(name, paths, notifier)
     except GpusvcError as error:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self, TextIO
 
 from gpusvc import names
@@ -117,8 +118,9 @@ def write(paths: Paths, lease: Lease) -> None:
     target = paths.lease_file(lease.model)
     draft = target.with_suffix(".new")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(target.parent)
         draft.write_text(json.dumps(lease.to_json()) + "\n")
+        draft.chmod(0o644)
         draft.replace(target)
     except OSError as error:
         raise GpusvcError(f"The lease {target} cannot be written: {os.strerror(error.errno or 0)}.") from error
@@ -135,7 +137,7 @@ def read(paths: Paths, model: str) -> Lease | None:
         lease = Lease.from_json(json.loads(file.read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BrokenLeaseError(
             f"The lease {file} cannot be read ({type(error).__name__}: {error}).",
             hint=f"`gpusvc release {model}` sets it aside once nothing of the model is left.",
@@ -167,8 +169,9 @@ def hold(paths: Paths, name: str) -> Iterator[None]:
     """
     file = paths.lease_directory(name) / "lock"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(file.parent)
         handle = file.open("a")
+        file.chmod(0o600)  # whoever can open it can lock it
     except PermissionError:
         raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
     except OSError as error:
@@ -183,13 +186,19 @@ def hold(paths: Paths, name: str) -> Iterator[None]:
 
 
 def is_held(paths: Paths, name: str) -> bool:
-    """Whether somebody is within hold(): the model's launcher as long as it lives, or a release."""
+    """Whether somebody is within hold(): the model's launcher as long as it lives, or a release. For root to ask."""
     try:
         handle = (paths.lease_directory(name) / "lock").open()
     except OSError:
         return False
     with handle:
         return not _try_lock(handle, fcntl.LOCK_SH)
+
+
+def _make_directory(directory: Path) -> None:
+    """Everybody may look, whatever the umask of the unit says."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o755)
 
 
 def _try_lock(handle: TextIO, kind: int) -> bool:

@@ -53,9 +53,9 @@ def choose(offered: Sequence[Offer], request: GpuRequest) -> tuple[Gpu, ...] | N
         return None
     known = request.vram_bytes is not None
 
-    def rank(offer: Offer) -> tuple[int, int]:
+    def rank(offer: Offer) -> tuple[bool, int, int]:
         free = offer.free_bytes or 0
-        return (free if known else -free, offer.gpu.index)
+        return (offer.free_bytes is None, free if known else -free, offer.gpu.index)
 
     chosen = sorted(fitting, key=rank)[: request.count]
     return tuple(sorted((offer.gpu for offer in chosen), key=lambda gpu: gpu.index))
@@ -70,7 +70,7 @@ def waits_for(offered: Sequence[Offer], request: GpuRequest) -> tuple[str, ...]:
             free_bytes=None
             if offer.free_bytes is None
             else offer.free_bytes + sum(claim.bytes for claim in offer.claims if claim.loading),
-            claims=offer.claims,
+            claims=tuple(claim for claim in offer.claims if not claim.loading),
             obstacle=offer.obstacle,
         )
         for offer in offered
@@ -127,11 +127,14 @@ def _fits(offer: Offer, need: int | None) -> bool:
 
 def _describe(offer: Offer, holders: Sequence[str]) -> str:
     gpu = offer.gpu
+    if gpu.problem is not None:
+        return f"GPU {gpu.index}{f' ({gpu.name})' if gpu.name else ''} cannot be read: {gpu.problem.rstrip('.')}."
     free = "an unknown amount" if gpu.free_bytes is None else format_size(gpu.free_bytes)
     total = "an unknown total" if gpu.total_bytes is None else format_size(gpu.total_bytes)
     parts = [f"GPU {gpu.index} ({gpu.name}): {free} free of {total}"]
     if offer.obstacle is not None:
         parts.append(offer.obstacle)
     parts += [f"{format_size(claim.bytes)} promised to {claim.model}" for claim in offer.claims]
-    parts.append("held by " + ", ".join(holders) if holders else "held by nobody")
+    nobody = "held by nobody" if gpu.processes is not None else "by whom the rest is held is unknown"
+    parts.append("held by " + ", ".join(holders) if holders else nobody)
     return "; ".join(parts) + "."

@@ -73,9 +73,9 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
     if before[0] != 0:
         yield
         return
-    os.setegid(gid)
-    os.seteuid(uid)
     try:
+        os.setegid(gid)
+        os.seteuid(uid)
         yield
     finally:
         os.seteuid(before[0])
@@ -115,7 +115,8 @@ def _psutil() -> ModuleType:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third (the state) on; empty if the process is gone."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        # A name is bytes, and cut off after 15 of them.
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return []
     # The second field is the name in parentheses, and may hold anything, ") " included.

@@ -6,7 +6,7 @@ have to be seen: that NVML lists none of them any more, and that the bytes are b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,15 +29,23 @@ class Obstacle:
     pid: int | None = None
 
 
-def unattributed_bytes(gpu: Gpu) -> int | None:
-    """Bytes of ``gpu`` in use that NVML attributes to no process; None where that cannot be known.
+def unattributed_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own: Collection[int] = ()) -> int | None:
+    """Bytes of ``gpu`` in use that NVML attributes to no process that exists; None where that cannot be known.
 
     This, rather than the bytes in use, is what must come back to its old value: other programs may have come, grown or
-    gone meanwhile, but each of those is attributed.
+    gone meanwhile, but each of those is attributed. What NVML lists of the dead is not: a child that the model made
+    and lost before anybody saw it may be among them.
+
+    Args:
+        gpu: a reading with processes.
+        identify: who has a PID now.
+        own: PIDs of the model itself, which are looked at one by one and count as attributed, dead or alive.
     """
     if gpu.used_bytes is None or gpu.processes is None:
         return None
-    attributed = [process.used_bytes for process in gpu.processes]
+    attributed = [
+        process.used_bytes for process in gpu.processes if process.pid in own or identify(process.pid) is not None
+    ]
     if None in attributed:
         return None
     return gpu.used_bytes - sum(used for used in attributed if used is not None)
@@ -68,11 +76,15 @@ def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Proce
         elif own.problem is not None or own.processes is None:
             found.append(Obstacle(f"GPU {own.index} cannot be read: {own.problem or 'its processes are unknown'}"))
         else:
-            now = unattributed_bytes(own)
+            now = unattributed_bytes(own, identify, recorded)
             if now is not None and leased.baseline_bytes is not None:
                 excess = now - leased.baseline_bytes
                 if excess > TOLERANCE_BYTES:
+                    dead = (process.pid for process in own.processes if identify(process.pid) is None)
                     found.append(
-                        Obstacle(f"{format_size(excess)} of GPU {own.index} are in use and belong to no process")
+                        Obstacle(
+                            f"{format_size(excess)} of GPU {own.index} are in use and belong to no living process",
+                            next(dead, None),
+                        )
                     )
     return found

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import pwd
 import socket
+import time
 
 from gpusvc import processes, sockets
 from gpusvc.cgroup import Cgroup
 from gpusvc.engine import User
 from gpusvc.errors import EngineError
 from gpusvc.sockets import Listener
+
+# A socket may go from a process to its child between the list of processes and a look at each.
+_LOOKS = 3
 
 
 def listener(cgroup: Cgroup, port: int, user: User) -> Listener | None:
@@ -25,8 +29,12 @@ def listener(cgroup: Cgroup, port: int, user: User) -> Listener | None:
     listening = [found for found in sockets.listeners() if found.port == port]
     if not listening:
         return None
-    with processes.acting_as(user.uid, user.gid):
-        own_inodes = sockets.owned_by(cgroup.pids())
+    own_inodes: set[int] = set()
+    for _ in range(_LOOKS):
+        with processes.acting_as(user.uid, user.gid):
+            own_inodes |= sockets.owned_by(cgroup.pids())
+        if own_inodes.issuperset(found.inode for found in listening):
+            break
     own = [found for found in listening if found.inode in own_inodes]
     strangers = [found for found in listening if found.inode not in own_inodes]
     for stranger in strangers:
@@ -56,12 +64,15 @@ def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
     host = f"[{address}]" if ":" in address else address
     request = f"GET {path} HTTP/1.1\r\nHost: {host}:{where.port}\r\nUser-Agent: gpusvc\r\nConnection: close\r\n\r\n"
     try:
+        deadline = time.monotonic() + timeout_seconds
         with socket.create_connection((address, where.port), timeout=timeout_seconds) as connection:
             if not path:
                 return True
             connection.sendall(request.encode())
             head = b""
             while b"\r\n" not in head and len(head) < 1024:
+                # Of all that it sends, not of each byte.
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
                 received = connection.recv(1024)
                 if not received:
                     return False

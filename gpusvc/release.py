@@ -164,7 +164,7 @@ def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
             if now - began > lease.release_timeout_seconds:
                 raise _unreleased(lease, left, now - began)
             if now - told > _LONGEST_PAUSE_SECONDS:
-                on_wait(f"Stopping: {left[0].sentence}.")
+                on_wait(f"Stopping: {left[0].sentence.rstrip('.')}.")
                 told = now
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
@@ -175,7 +175,7 @@ def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
 
 def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> UnreleasedError:
     lines = [f"{lease.model} is stuck: its release is not proven after {seconds:.0f} s."]
-    lines += [f"{obstacle.sentence}." for obstacle in left]
+    lines += [f"{obstacle.sentence.rstrip('.')}." for obstacle in left]
     for pid in sorted({obstacle.pid for obstacle in left if obstacle.pid is not None}):
         trace = processes.trace(pid)
         state = "no such process" if trace.state is None else f"state {trace.state}"

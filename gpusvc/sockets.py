@@ -6,6 +6,7 @@ tells whose port it is.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import struct
 from collections.abc import Iterable
@@ -49,11 +50,12 @@ def owned_by(pids: Iterable[int]) -> set[int]:
     """Inodes of the sockets that ``pids`` hold open, as far as the caller may see that (processes.acting_as())."""
     inodes: set[int] = set()
     for pid in pids:
-        try:
-            links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:
-            continue  # gone meanwhile, or a file of it was closed: the next look sees the rest
-        inodes.update(int(link[len("socket:[") : -1]) for link in links if link.startswith("socket:["))
+        with contextlib.suppress(OSError):  # gone meanwhile
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):  # closed meanwhile, as busy programs do all the time
+                    link = str(entry.readlink())
+                    if link.startswith("socket:["):
+                        inodes.add(int(link[len("socket:[") : -1]))
     return inodes
 
 

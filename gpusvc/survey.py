@@ -17,6 +17,7 @@ from gpusvc.quantity import format_size
 if TYPE_CHECKING:
     from gpusvc.gpu import Gpu
     from gpusvc.paths import Paths
+    from gpusvc.processes import Process
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
         found.append(
             Holding(
                 lease=lease,
-                pids=frozenset(inside) | {process.pid for process in lease.processes if processes.is_alive(process)},
+                pids=frozenset(inside) | {process.pid for process in lease.processes if _is_its(process)},
                 populated=bool(inside),
                 attended=leases.is_held(paths, name),
             )
@@ -88,10 +89,16 @@ def in_words(gpus: Sequence[Gpu], held: Sequence[Holding]) -> dict[str, list[str
             if model is not None:
                 by_model.setdefault(model, []).append(process.used_bytes)
             else:
-                words.append(f"PID {process.pid} ({processes.command(process.pid)}) {_size(process.used_bytes)}")
+                command = processes.command(process.pid) or "gone"
+                words.append(f"PID {process.pid} ({command}) {_size(process.used_bytes)}")
         models = [f"{model} {_size(total(used))}" for model, used in sorted(by_model.items())]
         found[gpu.uuid] = models + words
     return found
+
+
+def _is_its(process: Process) -> bool:
+    # A PID that somebody else has by now is not the model's; one that nobody has may be a ghost in the driver, and is.
+    return processes.identify(process.pid) in {process, None}
 
 
 def _size(used: int | None) -> str:

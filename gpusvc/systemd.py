@@ -158,6 +158,10 @@ class Manager:
         path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, "replace")
         return path.decode()
 
+    def reset_failed(self, unit: str) -> None:
+        """Forget that ``unit`` failed."""
+        self._call(f"reset {unit}", "ResetFailedUnit", "s", unit)
+
     def start_scope(self, scope: Scope) -> str:
         """Queue the making of ``scope``. The job's path, for wait()."""
         self._subscribe()
@@ -247,17 +251,22 @@ def set_properties(unit: str, properties: Mapping[str, str]) -> None:
 
     Raises:
         ConfigError: systemd does not take one of them.
+        SystemdError: systemctl could not be run, or did not come back.
     """
     import subprocess  # noqa: PLC0415  most models set none
 
-    done = subprocess.run(  # noqa: S603
-        ["systemctl", "set-property", "--runtime", unit, *(f"{name}={value}" for name, value in properties.items())],  # noqa: S607
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        stdin=subprocess.DEVNULL,
-    )
+    settings = [f"{name}={value}" for name, value in properties.items()]
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["systemctl", "set-property", "--runtime", unit, *settings],  # noqa: S607
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SystemdError(f"Could not set the properties of {unit}: {error}.") from None
     if done.returncode != 0:
         raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")
 

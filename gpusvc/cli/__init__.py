@@ -1,0 +1,107 @@
+"""The command ``gpusvc``: each command is a function, and this is where all of them meet, print their errors and exit.
+
+Commands raise; only ``main()`` prints an error and exits. What only one command needs, that command imports.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+# Until 0.15 typer imports rich as soon as it is installed: 0.12 s for each command, for colours that are not used here.
+# A module that is None counts as not installed.
+sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+
+import typer  # noqa: E402
+
+from gpusvc import __version__  # noqa: E402
+from gpusvc.cli import check, lifecycle, logs, show  # noqa: E402
+from gpusvc.errors import GpusvcError  # noqa: E402
+from gpusvc.paths import Paths  # noqa: E402
+
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+# click's ClickException. Newer typers carry a copy of click under a private name, so that its heir is the way to it.
+_ParserError: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    help="Model servers on GPUs, as systemd units that are proven gone when they are stopped.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such model, 4 not permitted. See gpusvc(1).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gpusvc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    pass
+
+
+app.command("start")(lifecycle.start)
+app.command("stop")(lifecycle.stop)
+app.command("restart")(lifecycle.restart)
+app.command("ps")(show.ps)
+app.command("list")(show.list_)
+app.command("status")(show.status)
+app.command("logs")(logs.logs)
+app.command("gpus")(show.gpus)
+app.command("check")(check.check)
+app.command("release")(lifecycle.release)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run(Paths.system(), sys.argv[1:]))
+
+
+def run(paths: Paths, arguments: Sequence[str]) -> int:
+    """Run one command; its errors go to stderr. The exit status."""
+    try:
+        # Not standalone: typer's parser prints nothing and exits nowhere.
+        code = app(list(arguments), prog_name="gpusvc", obj=paths, standalone_mode=False)
+        sys.stdout.flush()
+    except _ParserError as error:
+        error.show()
+        return int(error.exit_code)
+    except BrokenPipeError:
+        # Whoever reads has seen enough. What Python flushes at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except Exception as error:
+        return _report(error)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: Exception) -> int:
+    """Print what went wrong, each of several errors by itself; the highest of their exit statuses."""
+    if isinstance(error, ExceptionGroup):
+        return max(_report(part) for part in error.exceptions)
+    if isinstance(error, GpusvcError):
+        text = error.message if error.hint is None else f"{error.message}\n{error.hint}"
+        typer.echo("gpusvc: " + text.replace("\n", "\n  "), err=True)
+        return error.exit_code
+    typer.echo(f"gpusvc: {type(error).__name__}: {error}", err=True)
+    if os.environ.get("GPUSVC_DEBUG"):
+        import traceback  # noqa: PLC0415
+
+        traceback.print_exception(error)
+    else:
+        typer.echo("  This is a bug of gpusvc. With GPUSVC_DEBUG=1 in the environment it shows where.", err=True)
+    return 1

@@ -1,0 +1,254 @@
+"""``start``, ``stop``, ``restart``, ``release``: systemd does the work, and goes on if this command is interrupted."""
+# ruff: noqa: PLC0415 - a command loads only what it needs
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gpusvc.cli import journal
+from gpusvc.cli.arguments import NAMES, SOME_NAMES, paths_of
+from gpusvc.cli.progress import Progress
+from gpusvc.errors import EngineError, GpusvcError, SystemdError, UnreleasedError, UsageError
+from gpusvc.names import service
+
+if TYPE_CHECKING:
+    from gpusvc.paths import Paths
+    from gpusvc.systemd import JobResult, Manager
+
+_TICK_SECONDS = 0.2
+_LOG_LINES = 15
+
+_ALL_CONFIGURED: Any = typer.Option(False, "--all", help="Every model that has a file.")
+_ALL_RUNNING: Any = typer.Option(False, "--all", help="Every model that runs.")
+
+
+class StillGoingError(GpusvcError):
+    """The user went away; systemd did not."""
+
+    exit_code = 130
+
+
+def start(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_CONFIGURED) -> None:
+    """Start models, and wait until they are ready."""
+    from gpusvc import config, inventory
+    from gpusvc.systemd import Manager
+
+    paths = paths_of(context)
+    chosen = _choose(
+        names, lambda text: inventory.resolve(paths, text), config.model_names(paths) if everything else None
+    )
+    with Manager() as manager:
+        _bring_up(manager, "Start", chosen, "starting")
+
+
+def restart(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
+    """Stop models, prove their VRAM free, start them again, and wait until they are ready."""
+    from gpusvc import inventory
+    from gpusvc.systemd import Manager
+
+    paths = paths_of(context)
+    with Manager() as manager:
+        # Without a file it would stop, and never start again.
+        chosen = _choose(names, lambda text: inventory.resolve(paths, text), _up(manager) if everything else None)
+        _bring_up(manager, "Restart", chosen, "restarting")
+
+
+def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
+    """Stop models, and wait until their VRAM is proven free."""
+    from gpusvc import inventory, lease
+    from gpusvc.inventory import ModelState
+    from gpusvc.systemd import Manager
+
+    paths = paths_of(context)
+    with Manager() as manager:
+        up = _up(manager)
+        known = {*inventory.units(manager), *lease.holders(paths)}
+        chosen = _choose(names, lambda text: inventory.resolve(paths, text, also=known), up if everything else None)
+        pending = {name: manager.enqueue("Stop", service(name)) for name in chosen if name in up}
+        enqueued = frozenset(pending)
+        with _going_on(pending, "stopping", "`gpusvc ps` shows how far it is."):
+            for _ in _follow(manager, pending):
+                pass
+        failures: list[GpusvcError] = []
+        statuses = {model.name: model for model in inventory.models(paths, manager, lambda: None, more=chosen)}
+        for name in chosen:
+            model = statuses[name]
+            match model.state:
+                case ModelState.FAILED if model.vram_bytes is None:
+                    text = f"{name} ended, and you may not see whether its VRAM is free. {model.text}"
+                    failures.append(UnreleasedError(text, hint=f"`gpusvc status {name}` shows it to root."))
+                case ModelState.STOPPED | ModelState.FAILED if name in enqueued:
+                    typer.echo(f"{name} is stopped, and nothing of it is left.")
+                case ModelState.STOPPED | ModelState.FAILED:
+                    typer.echo(f"{name} is not running.")
+                case ModelState.STUCK:
+                    text = model.text if model.text.startswith(name) else f"{name} is stuck. {model.text}"
+                    failures.append(UnreleasedError(text, hint=f"`gpusvc release {name}` tries the proof again."))
+                case _:
+                    failures.append(EngineError(f"{name} is {model.state}: somebody started it again meanwhile."))
+    _raise(failures)
+
+
+def release(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
+    """Prove that the VRAM of models that are stuck is free, and let others have it."""
+    from gpusvc import inventory, lease
+
+    paths = paths_of(context)
+    known = lease.holders(paths)
+    failures: list[GpusvcError] = []
+    with Progress(sys.stderr) as progress:
+        for name in _choose(names, lambda text: inventory.resolve(paths, text, also=known), None):
+            try:
+                sentence = _release(paths, name, progress)
+            except GpusvcError as error:
+                failures.append(error)
+            else:
+                progress.clear()
+                typer.echo(sentence)
+    _raise(failures)
+
+
+def _release(paths: Paths, name: str, progress: Progress) -> str:
+    from gpusvc import lease
+    from gpusvc.release import release
+
+    with lease.hold(paths, name):
+        released = release(paths, name, on_wait=lambda sentence: progress.show({name: sentence}))
+    if released is not None:
+        _forget_failure(name)
+    return f"{name} holds nothing." if released is None else str(released)
+
+
+def _forget_failure(name: str) -> None:
+    """A unit that failed only for want of this proof has no reason to be failed any more."""
+    from gpusvc.names import service
+    from gpusvc.systemd import ActiveState, Manager
+
+    with contextlib.suppress(SystemdError), Manager() as manager:  # the release is proven all the same
+        unit = manager.unit(service(name))
+        if unit is not None and unit.active is ActiveState.FAILED:
+            manager.reset_failed(unit.name)
+
+
+def _choose(names: Sequence[str] | None, resolve: Callable[[str], str], everything: Iterable[str] | None) -> list[str]:
+    """The models that are meant: each once, in the order given; ``everything`` None: --all was not said."""
+    if everything is not None:
+        if names:
+            raise UsageError("Name models or say --all, not both.")
+        return sorted(everything)
+    if not names:
+        raise UsageError("Name a model, or say --all.")
+    return list(dict.fromkeys(resolve(name) for name in names))
+
+
+def _up(manager: Manager) -> set[str]:
+    """The models that run, start or stop."""
+    from gpusvc import inventory
+
+    return {name for name, unit in inventory.units(manager).items() if unit.active != "failed"}
+
+
+def _bring_up(manager: Manager, verb: str, chosen: Sequence[str], doing: str) -> None:
+    """Start or restart models side by side; each is reported as soon as it is ready.
+
+    Raises:
+        EngineError: one could not be started; or an ExceptionGroup of several.
+    """
+    from gpusvc.systemd import JobResult
+
+    failures: list[GpusvcError] = []
+    pending: dict[str, str] = {}
+    began = time.time()
+    with _going_on(pending, doing, "`gpusvc stop {names}` ends it."):
+        for name in chosen:
+            pending[name] = manager.enqueue(verb, service(name))
+        for name, result in _follow(manager, pending):
+            if result is JobResult.DONE:
+                typer.echo(f"{name}: {_said(manager, name) or 'Ready.'}")
+            else:
+                failures.append(_why_not(manager, name, result, began))
+    _raise(failures)
+
+
+def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, JobResult]]:
+    """Wait for the jobs of the ``pending`` models, and show how they get on; each is taken out as it ends."""
+    with Progress(sys.stderr) as progress:
+        while pending:
+            timeout = _TICK_SECONDS
+            for name, job in list(pending.items()):
+                result = manager.wait(job, timeout)
+                timeout = 0
+                if result is not None:
+                    progress.clear()
+                    del pending[name]
+                    yield name, result
+            progress.show({name: _doing(manager, name) for name in pending})
+
+
+def _said(manager: Manager, name: str) -> str:
+    """What the model's service says of itself; empty if nothing."""
+    unit = manager.unit(service(name))
+    return "" if unit is None else manager.service_status(unit).text
+
+
+def _doing(manager: Manager, name: str) -> str:
+    """What goes on with a model whose job is not done."""
+    from gpusvc.inventory import ModelState, derive_state, describe
+
+    unit = manager.unit(service(name))
+    state = derive_state(unit, leased=False)
+    if unit is None or state in {ModelState.STOPPED, ModelState.FAILED}:
+        return "Waiting for systemd."
+    return describe(state, unit, manager.service_status(unit))
+
+
+def _why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
+    """What an operator needs to know of a start that failed: the reason, and the last lines of the log."""
+    from gpusvc.systemd import JobResult
+
+    if result is JobResult.CANCELED:
+        return EngineError(f"{name} was stopped before it was ready.")
+    if result is JobResult.DEPENDENCY:
+        return EngineError(
+            f"{name} was not started: a unit that it requires failed.", hint=f"See `systemctl status {service(name)}`."
+        )
+    unit = manager.unit(service(name))
+    said = None if unit is None else manager.service_status(unit)
+    reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
+    lines = journal.last_lines(name, _LOG_LINES, since=began)
+    # What the launcher told systemd in one line, it wrote to the log too: once is enough.
+    if reason in lines:
+        lines.remove(reason)
+    elif reason in " ".join(lines):
+        reason = ""
+    hint = f"`gpusvc logs {name}` shows all of its log."
+    if unit is not None and unit.sub.startswith("auto-restart"):
+        hint = f"systemd tries again; `gpusvc stop {name}` ends that. {hint}"
+    return EngineError("\n".join([f"{name} did not start. {reason}".rstrip(), *lines]), hint=hint)
+
+
+@contextlib.contextmanager
+def _going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]:
+    """Ctrl-C ends the command, not what systemd does for it: say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not pending:
+            raise
+        verb = "goes" if len(pending) == 1 else "go"
+        raise StillGoingError(
+            f"{', '.join(pending)} {verb} on {doing}.", hint=hint.format(names=" ".join(pending))
+        ) from None
+
+
+def _raise(failures: Sequence[GpusvcError]) -> None:
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ExceptionGroup("several models", failures)
