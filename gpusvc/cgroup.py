@@ -15,6 +15,9 @@ from typing import Self
 
 ROOT = Path("/sys/fs/cgroup")
 
+# More than what is read whole ever has: a path is 4 KiB at most, once for each hierarchy.
+_MOST_BYTES = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
@@ -26,7 +29,7 @@ class Cgroup:
     def of_process(cls, pid: int) -> Self | None:
         """The group that ``pid`` is in; None if it is gone."""
         try:
-            lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+            lines = _read(f"/proc/{pid}/cgroup").splitlines()
         except OSError:
             return None
         # The unified hierarchy is number 0 and names no controllers (cgroups(7)).
@@ -39,7 +42,7 @@ class Cgroup:
     def populated(self) -> bool:
         """Whether any live process is in it or below; a group that is gone is not populated."""
         try:
-            return "populated 1" in (self.directory / "cgroup.events").read_text()
+            return "populated 1" in _read(f"{ROOT}{self.path}/cgroup.events")
         except OSError as error:
             return not _is_gone(error)  # too many open files, say: unknown is not empty
 
@@ -68,7 +71,7 @@ class Cgroup:
             os.close(events)
 
     def pids(self) -> tuple[int, ...]:
-        """The processes in it and below, zombies included."""
+        """The processes in it and below; a zombie is in no group any more."""
         found: list[int] = []
         for directory in (self.directory, *self._children()):
             try:
@@ -77,10 +80,18 @@ class Cgroup:
                 continue
         return tuple(found)
 
+    def children(self) -> frozenset[str]:
+        """The names of the groups directly below; none if it is gone."""
+        try:
+            with os.scandir(self.directory) as entries:
+                return frozenset(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        except OSError:
+            return frozenset()
+
     def cpu_seconds(self) -> float | None:
         """CPU time used so far by all that ever ran in it; None if that is unknown."""
         try:
-            for line in (self.directory / "cpu.stat").read_text().splitlines():
+            for line in _read(f"{ROOT}{self.path}/cpu.stat").splitlines():
                 if line.startswith("usage_usec "):
                     return int(line.split()[1]) / 1_000_000
         except OSError:
@@ -100,6 +111,15 @@ class Cgroup:
             return [entry for entry in self.directory.rglob("*") if entry.is_dir()]
         except OSError:
             return []
+
+
+def _read(file: str) -> str:
+    """A file of the kernel's, whole. The watchdog reads hundreds in a second: pathlib would take most of its time."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _MOST_BYTES).decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 def _is_gone(error: OSError) -> bool:

@@ -12,19 +12,32 @@ from typing import TypeVar
 
 from gpusvc import names
 from gpusvc.errors import PermissionDeniedError, UnknownModelError
-from gpusvc.host_file import HostConfig, HostGpu, Isolation, read_host
+from gpusvc.host_file import (
+    BusyAction,
+    HostConfig,
+    HostEviction,
+    HostGpu,
+    HostWatchdog,
+    Isolation,
+    Placement,
+    read_host,
+)
 from gpusvc.model_file import GpuRequest, ModelConfig, read_model
 from gpusvc.paths import Paths
 from gpusvc.quantity import shown
 from gpusvc.reading import InvalidFileError, Problem, Table, did_you_mean, read_table
 
 __all__ = [
+    "BusyAction",
     "GpuRequest",
     "HostConfig",
+    "HostEviction",
     "HostGpu",
+    "HostWatchdog",
     "InvalidFileError",
     "Isolation",
     "ModelConfig",
+    "Placement",
     "Problem",
     "check",
     "load_host",

@@ -14,6 +14,7 @@ import json
 import os
 import pwd
 import signal
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ _NOT_INHERITED = frozenset(
 
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAPBSET_DROP = 24
+_CAPABILITY_VERSION_3 = 0x20080522
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +207,9 @@ def _follow_orders(orders_fd: int, report_fd: int) -> None:
                 os._exit(127)
 
     _drop_privileges(user)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; exec would hand that on
-        signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals():  # Python ignores two, and exec would hand that on
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     try:
@@ -237,13 +240,16 @@ def _drop_privileges(user: User) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
-    # Also for an engine that runs as root: with an empty bounding set its exec gains nothing (capabilities(7)).
+    # Also for an engine that runs as root: its exec would gain what is left in the bounding set, or is inheritable, as
+    # newer systemd makes the unit's capabilities (capabilities(7)).
     for capability in range(64):
         if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
             if ctypes.get_errno() == errno.EINVAL:
                 break  # past the last one that this kernel knows
             raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
     os.setresuid(user.uid, user.uid, user.uid)
+    if libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)) != 0:
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
 

@@ -21,8 +21,9 @@ ENGINE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _LISTEN = ("--host", "127.0.0.1", "--port", PORT)
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
-_QUANTISED_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?")
+# Compiled when they are asked for: most models have a command of their own.
+_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
+_QUANTISED_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def _llama_server(served: Served) -> tuple[str, ...]:
 def _check_gguf(model: str) -> None:
     """A GGUF file, by its absolute path, or a Hugging Face repository, with a quantisation if need be."""
     if not _is_path(model):
-        if model.lower().endswith(".gguf") or not _QUANTISED_REPOSITORY.fullmatch(model):
+        if model.lower().endswith(".gguf") or not re.fullmatch(_QUANTISED_REPOSITORY, model):
             raise ValueError(
                 f"{shown(model)} is neither an absolute path nor a repository such as 'owner/model:Q4_K_M'."
             )
@@ -85,7 +86,7 @@ def _check_repository(model: str) -> None:
     """A directory (or a file, such as a GGUF), by its absolute path, or a Hugging Face repository."""
     if _is_path(model):
         _mode(model)
-    elif not _REPOSITORY.fullmatch(model):
+    elif not re.fullmatch(_REPOSITORY, model):
         raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'Qwen/Qwen3-8B'.")
 
 

@@ -8,6 +8,7 @@ Each error carries a sentence for a person, a hint on what to do about it, and h
     ├── PermissionDeniedError   exit 4, HTTP 403   permanent
     ├── ConfigError             exit 1, HTTP 500   permanent; a file or key that cannot be right
     ├── PlacementError          exit 1, HTTP 503   no GPU fits the model now
+    │   └── BusyError                              one would, if others were not in use
     ├── IsolationError          exit 1, HTTP 500   permanent; the kernel does not keep the model off other GPUs
     ├── EngineError             exit 1, HTTP 503   the engine could not be started, or ended
     ├── NvmlError               exit 1, HTTP 503   NVML failed: what it would have said is unknown
@@ -62,6 +63,10 @@ class ConfigError(GpusvcError):
 
 class PlacementError(GpusvcError):
     http_status = 503
+
+
+class BusyError(PlacementError):
+    pass
 
 
 class IsolationError(GpusvcError):

@@ -7,7 +7,7 @@ tell is None here, never zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from gpusvc.paths import Paths
 
 if TYPE_CHECKING:
     from gpusvc.gpu import Gpu
+    from gpusvc.standing import Standing
     from gpusvc.systemd import Manager, ServiceStatus, Unit
 
 GpuReader = Callable[[], "Sequence[Gpu] | None"]
@@ -66,6 +67,8 @@ class ModelStatus:
     scope: str | None = None
     since: float | None = None
     """When the state was entered, in seconds since the epoch."""
+    standing: Standing | None = None
+    """Its use, pins and footprint; None: nobody asked."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -80,6 +83,7 @@ class ModelStatus:
             "pid": self.pid,
             "scope": self.scope,
             "since": None if self.since is None else _iso(self.since),
+            **({} if self.standing is None else _standing_to_json(self.standing)),
         }
 
 
@@ -237,6 +241,22 @@ def vram_of(lease: Lease, readings: Sequence[Gpu] | None, pids: Iterable[int]) -
     return total(None if gpu is None else gpu.used_by(own) for gpu in read)
 
 
+def _standing_to_json(standing: Standing) -> dict[str, Any]:
+    return {
+        "declared_bytes": standing.declared_bytes,
+        "learned_bytes": standing.learned_bytes,
+        "in_use": standing.in_use,
+        "last_use": None if standing.last_use is None else _iso(standing.last_use),
+        "pinned": standing.pinned,
+        "priority": standing.priority,
+    }
+
+
+def url(address: str, port: int) -> str:
+    """Where an engine that listens there answers."""
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
 def _iso(seconds: float) -> str:
     from datetime import UTC, datetime  # noqa: PLC0415  only JSON needs it
 
@@ -279,26 +299,39 @@ def units(manager: Manager) -> dict[str, Unit]:
     return {name: unit for name, unit in loaded.items() if name is not None and unit.active != "inactive"}
 
 
-def models(paths: Paths, manager: Manager, read_gpus: GpuReader, *, more: Iterable[str] = ()) -> list[ModelStatus]:
+def models(
+    paths: Paths, manager: Manager, read_gpus: GpuReader, *, more: Iterable[str] = (), standing: bool = False
+) -> list[ModelStatus]:
     """Every model that runs, failed or holds a lease, and those of ``more`` too, sorted by name.
 
     NVML is asked once, and only if one of them holds a GPU.
+
+    Args:
+        paths: where their files are.
+        manager: what systemd says of them.
+        read_gpus: what NVML says of them.
+        more: models that are not left out even if they are stopped.
+        standing: whether to look at their use, pins and footprints too.
     """
     loaded = units(manager)
     shown = {*loaded, *more, *filter(names.is_name, leases.holders(paths))}
     held = {name: _lease(paths, name) for name in shown}
     some_gpu = any(isinstance(lease, Lease) and lease.gpus for lease in held.values())
     readings = read_gpus() if some_gpu else None
-    return [_status(manager, name, loaded.get(name), held[name], readings) for name in sorted(shown)]
+    statuses = [_status(manager, name, loaded.get(name), held[name], readings) for name in sorted(shown)]
+    if not standing:
+        return statuses
+    return [_with_standing(paths, status, held[status.name], readings) for status in statuses]
 
 
 def model(
     paths: Paths, manager: Manager, name: str, read_gpus: GpuReader
 ) -> tuple[ModelStatus, tuple[ModelProcess, ...]]:
-    """One model, and the processes that are its."""
+    """One model with its standing, and the processes that are its."""
     lease = _lease(paths, name)
     readings = read_gpus() if isinstance(lease, Lease) and lease.gpus else None
     status = _status(manager, name, manager.unit(names.service(name)), lease, readings)
+    status = _with_standing(paths, status, lease, readings)
     if not isinstance(lease, Lease):
         return status, ()
     return status, tuple(
@@ -343,6 +376,15 @@ def _status(
     said = None if unit is None else manager.service_status(unit)
     vram = vram_of(lease, readings, _pids(lease, readings)) if isinstance(lease, Lease) else None
     return status_of(name, unit, said, lease, vram_bytes=vram)
+
+
+def _with_standing(
+    paths: Paths, status: ModelStatus, lease: Lease | BrokenLeaseError | None, readings: Sequence[Gpu] | None
+) -> ModelStatus:
+    from gpusvc import standing  # noqa: PLC0415  the plain `ps` does without, and without what it brings
+
+    held = lease if isinstance(lease, Lease) else None
+    return replace(status, standing=standing.of(paths, status.name, held, readings))
 
 
 def _lease(paths: Paths, name: str) -> Lease | BrokenLeaseError | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 # In the words of CUDA's and HIP's runtimes, PyTorch, llama.cpp and vLLM.
-_OUT_OF_MEMORY = re.compile(
+_OUT_OF_MEMORY = (
     r"out of memory|OutOfMemoryError|ErrorOutOfMemory|CUBLAS_STATUS_ALLOC_FAILED|unable to allocate CUDA"
-    r"|No available memory for the cache blocks|less than desired GPU memory utilization",
-    re.IGNORECASE,
+    r"|No available memory for the cache blocks|less than desired GPU memory utilization"
 )
 
 
@@ -33,4 +32,4 @@ def last_words(*matches: str, lines: int = 30) -> list[str]:
 
 def tells_of_memory(words: list[str]) -> bool:
     """Whether the GPU's memory ran out."""
-    return any(_OUT_OF_MEMORY.search(line) for line in words)
+    return any(re.search(_OUT_OF_MEMORY, line, re.IGNORECASE) for line in words)

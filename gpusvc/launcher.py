@@ -7,53 +7,64 @@ this process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import itertools
+import grp
 import os
 import resource
 import select
 import signal
 import sys
 import time
-import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gpusvc import lastwords, names, nodes, placement, processes, proof, readiness, relay, survey
+from gpusvc import events, footprint, lastwords, names, nodes, processes, proof, readiness, relay, use
 from gpusvc import lease as leases
+from gpusvc.admission import Admission
 from gpusvc.cgroup import Cgroup
 from gpusvc.config import Isolation, load_host, load_model
 from gpusvc.engine import Orders, ParkedEngine, User, environment
-from gpusvc.errors import EngineError, GpusvcError, IsolationError, NvmlError, SystemdError, UnknownModelError
+from gpusvc.errors import (
+    EngineError,
+    GpusvcError,
+    IsolationError,
+    NvmlError,
+    PlacementError,
+    SystemdError,
+    UnknownModelError,
+    UsageError,
+)
+from gpusvc.events import Kind
 from gpusvc.gpu import total
 from gpusvc.lease import Lease, LeasedGpu
 from gpusvc.log import log
 from gpusvc.notify import Notifier
 from gpusvc.paths import Paths
 from gpusvc.progress import Reading, moved
-from gpusvc.quantity import format_duration, format_size
+from gpusvc.quantity import MIB, format_duration, format_size
 from gpusvc.release import release
-from gpusvc.sockets import Listener, listeners
+from gpusvc.sockets import Listener
 
 if TYPE_CHECKING:
     from gpusvc.config import HostConfig, ModelConfig
     from gpusvc.gpu import Gpu
     from gpusvc.nvml import Nvml
 
-# Ports for models that name none: below those that the kernel hands out for outgoing connections (ip(7)).
-_PORTS = range(20000, 30000)
-
 # While anything happens, systemd is asked for this much more time; what is a failure is decided here, with a reason.
 _ROPE_SECONDS = 60.0
 
 _SCOPE_SECONDS = 30.0
-_FIRST_PAUSE_SECONDS = 0.005
+_SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.1
 _READING_SECONDS = 1.0
 _CHECK_SECONDS = 10.0
 _HEALTH_ANSWER_SECONDS = 5.0
+
+# A change of the peak that is worth a write.
+_LEARNED_BYTES = 16 * MIB
+
+_USER_GROUP = "gpusvc"
+_SECOND_TRY = "--second-try"
 
 # How long this process waits for the driver to let go before it leaves that to ExecStopPost=.
 _PATIENCE_SECONDS = 2.0
@@ -67,11 +78,17 @@ _EX_CONFIG = 78  # somebody has to change something first
 class Launch:
     """One run of a model, from its placement to its end."""
 
-    def __init__(self, name: str, paths: Paths, parked: ParkedEngine, notifier: Notifier) -> None:
+    def __init__(
+        self, name: str, paths: Paths, parked: ParkedEngine, notifier: Notifier, *, is_second_try: bool
+    ) -> None:
         self._name = name
         self._paths = paths
         self._parked = parked
         self._notifier = notifier
+        self._is_second_try = is_second_try
+        self._is_guess = False
+        self._ran_out = False
+        self._peaks: dict[str, int] = {}
         self._host: HostConfig = load_host(paths)
         self._config: ModelConfig = load_model(paths, name, self._host)
         self._user = User.named(self._config.user)
@@ -79,6 +96,11 @@ class Launch:
         self._lease = Lease(model=name, port=0, gpus=(), created=time.time())
         self._gpus: tuple[Gpu, ...] = ()
         self._began = time.monotonic()
+
+    @property
+    def deserves_another_try(self) -> bool:
+        """Whether it ran out of VRAM where nobody could know how much it takes, and others could still make room."""
+        return self._ran_out and self._is_guess and not self._is_second_try and not self._lease.ready
 
     def run(self) -> int:
         """The engine's wait status, in the form of os.waitstatus_to_exitcode()."""
@@ -98,54 +120,28 @@ class Launch:
         """Nothing starts over the remains of the last run; usually there are none."""
         released = release(self._paths, self._name, on_wait=self._wait_for)
         if released is not None:
-            log(6, f"From the last run: {released}")
+            released.tell()
 
     def _place(self) -> None:
-        config = self._config
-        deadline = time.monotonic() + config.start_timeout_seconds
-        while True:
-            with self._placement_lock():
-                gpus = self._nvml.snapshot() if self._nvml is not None else ()
-                held = survey.holdings(self._paths, but=self._name)
-                claims = [claim for holding in held for claim in holding.claims(gpus)]
-                offered = placement.offers(gpus, claims, config.gpu, self._host.gpu)
-                chosen = placement.choose(offered, config.gpu)
-                if chosen is not None:
-                    self._take(chosen, held)
-                    return
-                loading = placement.waits_for(offered, config.gpu)
-                if not loading or time.monotonic() > deadline:
-                    raise placement.refusal(self._name, offered, config.gpu, survey.in_words(gpus, held))
-            self._wait_for(f"Waiting for {', '.join(loading)} to finish loading: what it leaves free is not known yet.")
-            time.sleep(_LONGEST_PAUSE_SECONDS)
-
-    def _take(self, chosen: tuple[Gpu, ...], held: Sequence[survey.Holding]) -> None:
-        config = self._config
-        self._gpus = chosen
-        self._lease = replace(
-            self._lease,
-            port=_choose_port(self._name, config.port, {holding.lease.port for holding in held}),
-            gpus=tuple(
-                LeasedGpu(
-                    index=gpu.index,
-                    uuid=gpu.uuid,
-                    reserved_bytes=config.gpu.vram_bytes,
-                    baseline_bytes=proof.unattributed_bytes(gpu, processes.identify),
-                )
-                for gpu in chosen
-            ),
-            config_digest=config.digest(),
-            stop_timeout_seconds=config.stop_timeout_seconds,
-            release_timeout_seconds=config.release_timeout_seconds,
+        use.prepare(self._paths, self._name, _user_group())
+        admitted = Admission(
+            self._paths,
+            self._host,
+            self._config,
+            self._nvml,
+            user=self._user,
+            on_wait=self._wait_for,
+            clears=self._is_second_try,
+        ).run()
+        self._lease, self._gpus, self._is_guess = admitted.lease, admitted.gpus, admitted.is_guess
+        evicted = f", after {', '.join(self._lease.evicting)} made room" if self._lease.evicting else ""
+        events.emit(
+            Kind.START,
+            f"{self._name} starts on {self._where()}{evicted}.",
+            model=self._name,
+            gpu=[gpu.index for gpu in self._gpus],
+            bytes=total(gpu.reserved_bytes for gpu in self._lease.gpus),
         )
-        leases.write(self._paths, self._lease)
-
-    @contextlib.contextmanager
-    def _placement_lock(self) -> Iterator[None]:
-        """One placement at a time on this machine, so that no two count the same free bytes."""
-        with self._paths.placement_lock.open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
 
     def _enter_scope(self) -> Cgroup:
         from gpusvc import systemd  # noqa: PLC0415  a refused start needs no bus
@@ -173,6 +169,11 @@ class Launch:
         cgroup = Cgroup.of_process(self._parked.pid)
         if cgroup is None or not cgroup.path.endswith("/" + self._lease.scope):
             raise IsolationError(f"The engine is in {cgroup and cgroup.path}, not in {self._lease.scope}.")
+        if not cgroup.directory.is_dir():
+            raise IsolationError(
+                f"The control group {cgroup.path} is not to be seen in /sys/fs/cgroup.",
+                hint="gpusvc needs the unified cgroup hierarchy: boot without systemd.unified_cgroup_hierarchy=0.",
+            )
         self._lease = replace(
             self._lease,
             pid=self._parked.pid,
@@ -209,20 +210,17 @@ class Launch:
         """Wait until the engine serves; None if it ended before."""
         config = self._config
         began = last_moved = time.monotonic()
-        reading = self._read(cgroup)
-        pause = _FIRST_PAUSE_SECONDS
-        while not _ended(pidfd, pause):
-            where = readiness.listener(cgroup, self._lease.port, self._user)
+        reading: Reading | None = None
+        while not _ended(pidfd, _pause(time.monotonic() - began)):
+            where = self._listener(cgroup, pidfd)
             if where is not None and readiness.answers(where, config.health, _HEALTH_ANSWER_SECONDS):
                 return where
-            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
             now = time.monotonic()
-            if now - reading.at_seconds < _READING_SECONDS:
+            if now - (began if reading is None else reading.at_seconds) < _READING_SECONDS:
                 continue
-            latest = self._read(cgroup)
-            if moved(reading, latest):
+            before, reading = reading, self._read(cgroup)
+            if before is None or moved(before, reading):
                 last_moved = now
-            reading = latest
             if now - last_moved > config.start_timeout_seconds:
                 what = "nothing of it listens" if where is None else f"{config.health} does not answer"
                 raise EngineError(
@@ -233,14 +231,25 @@ class Launch:
             self._wait_for(f"Loading on {self._where()}{vram}, {now - began:.0f} s.")
         return None
 
+    def _listener(self, cgroup: Cgroup, pidfd: int) -> Listener | None:
+        try:
+            return readiness.listener(cgroup, self._lease.port, self._user)
+        except EngineError:
+            # The socket of a process that is just ending belongs to nobody for a moment.
+            if _ended(pidfd, _LONGEST_PAUSE_SECONDS):
+                return None
+        return readiness.listener(cgroup, self._lease.port, self._user)
+
     def _serve(self, cgroup: Cgroup, pidfd: int, where: Listener) -> int:
         config = self._config
         self._lease = replace(self._lease, ready=True, address=where.reachable_at)
         self._sample(cgroup)
         leases.write(self._paths, self._lease)
+        written = self._lease
+        use.touch(self._paths, self._name)
         self._notifier.set_watchdog(config.health_timeout_seconds)
         self._notifier.ready(self._ready_sentence())
-        log(6, f"Ready after {time.monotonic() - self._began:.2f} s. {self._ready_sentence()}")
+        self._tell(Kind.READY, f"Ready after {time.monotonic() - self._began:.2f} s. {self._ready_sentence()}")
         last_answer = time.monotonic()
         every = min(_CHECK_SECONDS, config.health_timeout_seconds / 4 or _CHECK_SECONDS)
         while not _ended(pidfd, every):
@@ -251,10 +260,13 @@ class Launch:
             else:
                 silent = format_duration(round(time.monotonic() - last_answer))
                 self._notifier.status(f"{config.health or 'The port'} has not answered for {silent}.")
-            before = self._lease
             self._sample(cgroup)
-            if self._lease != before:
-                leases.write(self._paths, self._lease)
+            if self._lease != written:
+                try:
+                    leases.write(self._paths, self._lease)
+                    written = self._lease
+                except GpusvcError as error:
+                    log(4, str(error))  # a full file system is no reason to end a model; the next time it may work
         self._notifier.stopping()  # what it leaves behind may take longer to go than the watchdog waits
         ended = _wait_status(self._parked.pid)
         self._report_end(f"The engine ended {_manner(ended)}")
@@ -269,11 +281,14 @@ class Launch:
         words = lastwords.last_words(
             f"_SYSTEMD_INVOCATION_ID={os.environ.get('INVOCATION_ID', '')}", f"SYSLOG_IDENTIFIER={self._identifier()}"
         )
-        if self._gpus and lastwords.tells_of_memory(words):
+        self._ran_out = bool(self._gpus) and lastwords.tells_of_memory(words)
+        if self._ran_out:
             sentence += ": it ran out of VRAM"
+            if self._is_second_try:
+                sentence += ", although all that was idle made room for it"
         line = f"{sentence}; its last words: {words[-1]}" if words else f"{sentence}; it left no word."
         self._notifier.status(line)
-        log(3, line)
+        self._tell(Kind.FAIL, line, level=3)
 
     def _read(self, cgroup: Cgroup) -> Reading:
         pids = cgroup.pids()
@@ -298,10 +313,33 @@ class Launch:
         inside = set(cgroup.pids())
         listed = {process.pid for gpu in gpus for process in gpu.processes or ()}
         self._lease = self._lease.seen(processes.identify_all(inside & listed))
-        mine = {process.pid for process in self._lease.processes}
+        # Of those who came and went, only they can be in the way of a proof whom the driver still lists.
+        remembered = frozenset(p for p in self._lease.processes if p.pid in inside or p.pid in listed)
+        self._lease = replace(self._lease, processes=remembered)
+        mine = {process.pid for process in remembered}
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         self._lease = replace(
             self._lease, gpus=tuple(_resampled(leased, by_uuid.get(leased.uuid), mine) for leased in self._lease.gpus)
+        )
+        self._learn()
+
+    def _learn(self) -> None:
+        """Keep the most that it ever took, for its next placement."""
+        names = {gpu.uuid: gpu.name for gpu in self._gpus}
+        for leased in self._lease.gpus:
+            if leased.used_bytes is not None and leased.used_bytes > self._peaks.get(leased.uuid, 0) + _LEARNED_BYTES:
+                self._peaks[leased.uuid] = leased.used_bytes
+                digest = self._lease.config_digest
+                footprint.learn(self._paths, self._name, digest, names[leased.uuid], leased.used_bytes)
+
+    def _tell(self, kind: Kind, sentence: str, *, level: int = 6) -> None:
+        events.emit(
+            kind,
+            sentence,
+            model=self._name,
+            gpu=[gpu.index for gpu in self._lease.gpus],
+            bytes=total(gpu.used_bytes for gpu in self._lease.gpus),
+            level=level,
         )
 
     def _identifier(self) -> str:
@@ -336,7 +374,7 @@ class Launch:
 def _resampled(leased: LeasedGpu, gpu: Gpu | None, pids: set[int]) -> LeasedGpu:
     if gpu is None or gpu.problem is not None or gpu.processes is None:
         return leased
-    baseline = proof.unattributed_bytes(gpu, processes.identify, pids)
+    baseline = proof.baseline_bytes(gpu, processes.identify, pids)
     return replace(
         leased,
         baseline_bytes=leased.baseline_bytes if baseline is None else baseline,
@@ -344,19 +382,9 @@ def _resampled(leased: LeasedGpu, gpu: Gpu | None, pids: set[int]) -> LeasedGpu:
     )
 
 
-def _choose_port(name: str, wanted: int, leased: set[int]) -> int:
-    taken = {found.port: found for found in listeners()}
-    if wanted:
-        stranger = taken.get(wanted)
-        if stranger is not None:
-            raise EngineError(f"Port {wanted} is taken by another program: {readiness.holder(stranger)}.")
-        return wanted
-    # The same one every time unless it is taken, so that what was written down yesterday is right today.
-    first = zlib.crc32(name.encode()) % len(_PORTS)
-    for port in itertools.chain(_PORTS[first:], _PORTS[:first]):
-        if port not in taken and port not in leased:
-            return port
-    raise EngineError(f"All ports from {_PORTS.start} to {_PORTS.stop - 1} are taken.")
+def _pause(elapsed_seconds: float) -> float:
+    """How long to look away from an engine that loads: a small part of the time it has taken so far."""
+    return min(max(elapsed_seconds / 20, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
 
 
 def _ended(pidfd: int, timeout_seconds: float) -> bool:
@@ -396,9 +424,20 @@ def _end_as(ended: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's own core tells more than this process's would
         with contextlib.suppress(OSError, ValueError):
             signal.signal(-ended, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-ended})
+        with contextlib.suppress(ValueError):  # one of those that the C library keeps for itself
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-ended})
         os.kill(os.getpid(), -ended)
         ended = 1
-    sys.exit(ended)
+    os._exit(ended)  # nothing is left to write, and the interpreter's own tidying up would take 10 ms of every stop
+
+
+def _user_group() -> int:
+    """The group whose members may use models; root's own where the package did not make it."""
+    try:
+        return grp.getgrnam(_USER_GROUP).gr_gid
+    except KeyError:
+        return 0
 
 
 class _TerminatedError(BaseException):
@@ -410,27 +449,66 @@ def _terminate(*_: object) -> NoReturn:
     raise _TerminatedError
 
 
+def _parse_name(text: str) -> str:
+    try:
+        return names.parse_name(text)
+    except UsageError as error:
+        raise UnknownModelError(error.message, hint=error.hint) from None  # and never will there be one
+
+
 def main() -> NoReturn:
     # Before anything is opened, so that the engine has nothing to inherit.
     parked = ParkedEngine.fork()
     notifier = Notifier()
+    launch: Launch | None = None
+    wanted = True
     try:
-        name, paths = names.parse_name(sys.argv[1]), Paths.system()
+        name, paths = _parse_name(sys.argv[1]), Paths.system()
         with leases.hold(paths, name):
             signal.signal(signal.SIGTERM, _terminate)
             try:
-                ended = Launch(name, paths, parked, notifier).run()
+                launch = Launch(name, paths, parked, notifier, is_second_try=_SECOND_TRY in sys.argv)
+                ended = launch.run()
             except _TerminatedError:
                 ended = 0
+                wanted = False
             finally:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is ending already
                 parked.abandon()
                 _release(name, paths, notifier)
+        if not wanted:
+            _forgive(name)
+    except OSError as error:
+        notifier.status(f"The launcher failed: {error}.")
+        events.emit(Kind.FAIL, f"The launcher failed: {error}.", model=sys.argv[1], reason="OSError", level=3)
+        sys.exit(1)
     except GpusvcError as error:
         notifier.status(error.message)
-        log(3, str(error))
-        sys.exit(_exit_status(error))
+        refused = isinstance(error, PlacementError)
+        kind = Kind.REFUSAL if refused else Kind.FAIL
+        events.emit(kind, str(error), model=sys.argv[1], reason=type(error).__name__, level=3)
+        status = _exit_status(error)
+        if status != 1:
+            _forgive(sys.argv[1])
+        sys.exit(status)
+    if launch is not None and launch.deserves_another_try:
+        notifier.status("Trying once more, with all that is idle making room.")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # who asked it to end meanwhile is heard here
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # of the driver's files none may reach the next engine
+        os.execv(sys.executable, [*sys.orig_argv, _SECOND_TRY])  # noqa: S606
     _end_as(ended)
+
+
+def _forgive(name: str) -> None:
+    """Take this start off the count of StartLimitBurst=, which is for what fails over and over by itself."""
+    from gpusvc.systemd import Manager  # noqa: PLC0415  a refused start has not needed it yet
+
+    with contextlib.suppress(GpusvcError), Manager() as manager:
+        unit = manager.unit(names.service(name))
+        # Not what the watchdog ends, by SIGTERM too: a failure that is forgotten is not restarted.
+        if unit is not None and manager.service_status(unit).result == "success":
+            manager.reset_failed(unit.name)
 
 
 def _release(name: str, paths: Paths, notifier: Notifier) -> None:
@@ -445,7 +523,7 @@ def _release(name: str, paths: Paths, notifier: Notifier) -> None:
     except GpusvcError:
         return  # it tries again, for as long as it takes, and says what is in the way
     if released is not None:
-        log(6, str(released))
+        released.tell()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ class Lease:
     config_digest: str = ""
     release_timeout_seconds: float = 30.0
     stop_timeout_seconds: float = 10.0
+    evicting: tuple[str, ...] = ()
+    """The models that leave for this one while it starts."""
     ready: bool = False
     pid: int | None = None
     """The engine's main process."""
@@ -101,6 +103,7 @@ class Lease:
             config_digest=str(value["config_digest"]),
             release_timeout_seconds=float(value["release_timeout_seconds"]),
             stop_timeout_seconds=float(value["stop_timeout_seconds"]),
+            evicting=tuple(map(str, value.get("evicting", ()))),
             ready=bool(value["ready"]),
             pid=_optional(value["pid"]),
             address=None if value["address"] is None else str(value["address"]),
@@ -146,6 +149,12 @@ def read(paths: Paths, model: str) -> Lease | None:
         raise BrokenLeaseError(
             f"The lease {file} is that of {lease.model!r}.", hint=f"`gpusvc release {model}` sets it aside."
         )
+    if lease.cgroup is not None and not _is_scope(lease.cgroup, lease.scope):
+        # All that is in it is going to be killed.
+        raise BrokenLeaseError(
+            f"The lease {file} names the control group {lease.cgroup}, which is none of a model's.",
+            hint=f"`gpusvc release {model}` sets it aside.",
+        )
     return lease
 
 
@@ -154,14 +163,25 @@ def remove(paths: Paths, model: str) -> None:
     paths.lease_file(model).unlink(missing_ok=True)
 
 
+def set_aside(paths: Paths, model: str) -> None:
+    """Keep a lease that cannot be read for whoever wants to know, where it counts for nothing any more."""
+    file = paths.lease_file(model)
+    file.replace(file.with_suffix(".broken"))
+
+
 def holders(paths: Paths) -> list[str]:
     """The models that have a lease, readable or not."""
     return sorted(file.parent.name for file in paths.leases_directory.glob("*/lease.json"))
 
 
 @contextmanager
-def hold(paths: Paths, name: str) -> Iterator[None]:
+def hold(paths: Paths, name: str, *, patience_seconds: float = _ONLOOKER_SECONDS) -> Iterator[None]:
     """Be the only one who makes or drops the lease of ``name``. The kernel lets go for whoever dies.
+
+    Args:
+        paths: where the lease is.
+        name: the model.
+        patience_seconds: how long to wait for whoever is at it.
 
     Raises:
         UsageError: somebody else is at it: the model runs, starts or is being stopped.
@@ -177,7 +197,7 @@ def hold(paths: Paths, name: str) -> Iterator[None]:
     except OSError as error:
         raise GpusvcError(f"{file} cannot be made: {os.strerror(error.errno or 0)}.") from None
     with handle:
-        deadline = time.monotonic() + _ONLOOKER_SECONDS
+        deadline = time.monotonic() + patience_seconds
         while not _try_lock(handle, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise UsageError(f"{name} is running, starting or stopping.", hint=f"`gpusvc stop {name}` stops it.")
@@ -207,6 +227,11 @@ def _try_lock(handle: TextIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_scope(cgroup: str, scope: str) -> bool:
+    *parents, name = cgroup.split("/")
+    return name == scope and parents[:1] == [""] and not {".", ".."}.intersection(parents)
 
 
 def _optional(value: Any) -> int | None:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpusvc import engines, resource_control
+from gpusvc import engines, names, resource_control
 from gpusvc.devices import DeviceSelector
-from gpusvc.host_file import HostConfig
+from gpusvc.host_file import BusyAction, HostConfig, read_busy_timeout, read_idle_timeout
 from gpusvc.quantity import MIB, shown
 from gpusvc.reading import Table, did_you_mean
 
@@ -21,6 +21,9 @@ OWNED_VARIABLES = {
     "PORT": "gpusvc sets it to the port that the engine must listen on; see port.",
     "NOTIFY_SOCKET": "gpusvc tells systemd itself when the engine is ready.",
 }
+
+# A model that must stay before or after all others needs no more than this.
+MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,12 @@ class ModelConfig:
     stop_timeout_seconds: float
     release_timeout_seconds: float
     health_timeout_seconds: float  # 0: an engine that hangs is left alone
+    idle_timeout_seconds: float  # without use; 0: never
+    busy_timeout_seconds: float  # in use without progress; 0: never
+    busy_action: BusyAction
+    priority: int  # the lowest is evicted first
+    pinned: bool  # never evicted
+    exclusive: tuple[str, ...]  # names of groups; of each, one model runs at a time
     gpu: GpuRequest
     scope: Mapping[str, str]  # systemd.resource-control(5) properties, verbatim
 
@@ -87,6 +96,12 @@ def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
         stop_timeout_seconds=table.duration("stop_timeout", 10.0),
         release_timeout_seconds=table.duration("release_timeout", host.release_timeout_seconds),
         health_timeout_seconds=table.duration("health_timeout", 60.0, zero=True),
+        idle_timeout_seconds=read_idle_timeout(table, host.watchdog.idle_timeout_seconds),
+        busy_timeout_seconds=read_busy_timeout(table, host.watchdog.busy_timeout_seconds),
+        busy_action=table.choice("busy_action", host.watchdog.busy_action),
+        priority=table.integer("priority", 0, minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY),
+        pinned=table.boolean("pinned", default=False),
+        exclusive=_read_exclusive(table),
         gpu=gpu,
         scope=_read_scope(table),
     )
@@ -223,6 +238,18 @@ def _read_health(table: Table, engine: str | None) -> str:
     elif not health.isascii() or not health.isprintable() or " " in health:
         table.problem("health", f"{shown(health)} has characters that a URL cannot have.")
     return health
+
+
+def _read_exclusive(table: Table) -> tuple[str, ...]:
+    groups = table.texts("exclusive") or ()
+    for position, group in enumerate(groups):
+        key = f"exclusive[{position}]"
+        if not names.is_name(group):
+            hint = "It is written as a model's name: letters, digits, ':', '_', '.' or '-'."
+            table.problem(key, f"{shown(group)} cannot name a group.", hint)
+        elif group in groups[:position]:
+            table.problem(key, f"{shown(group)} is listed twice.")
+    return groups
 
 
 def _read_gpu(table: Table) -> GpuRequest:

@@ -48,9 +48,23 @@ def scope(name: str) -> str:
     return f"model-{name}.scope"
 
 
+def proof(name: str) -> str:
+    """The unit that has the release of a model proven, when nobody else does."""
+    return f"gpusvc-release@{name}.service"
+
+
 def of_service(unit: str) -> str | None:
     """The model's name out of a service's name; None if ``unit`` is no model's."""
-    if not (unit.startswith("model@") and unit.endswith(".service")):
+    return _between("model@", unit, ".service")
+
+
+def of_scope(unit: str) -> str | None:
+    """The model's name out of a scope's name; None if ``unit`` is no model's."""
+    return _between("model-", unit, ".scope")
+
+
+def _between(prefix: str, unit: str, suffix: str) -> str | None:
+    if not (unit.startswith(prefix) and unit.endswith(suffix)):
         return None
-    name = unit[len("model@") : -len(".service")]
+    name = unit[len(prefix) : -len(suffix)]
     return name if is_name(name) else None

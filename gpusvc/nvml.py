@@ -41,6 +41,9 @@ _STALE = frozenset({_UNINITIALIZED, _GPU_IS_LOST, _RESET_REQUIRED})
 _ABSENT = frozenset({_NOT_SUPPORTED, _FUNCTION_NOT_FOUND})
 _NO_MEMORY_V2 = _ABSENT | {_INVALID_ARGUMENT, _ARGUMENT_VERSION_MISMATCH}
 
+# How often memory is read again while it moves between two looks.
+_TRIES_FOR_ONE_MOMENT = 5
+
 _MAX_TRIES = 5
 
 _T = TypeVar("_T")
@@ -116,8 +119,8 @@ class Nvml:
     def driver_version(self) -> str:
         return self._despite_reset(lambda _: _text(self._nv.nvmlSystemGetDriverVersion()))
 
-    def snapshot(self, *, processes: bool = True, utilisation: bool = False) -> tuple[Gpu, ...]:
-        """Every GPU, in NVML's order; a lost one is asked for again as a new client.
+    def snapshot(self, *, processes: bool = True, utilisation: bool = False, renew: bool = True) -> tuple[Gpu, ...]:
+        """Every GPU, in NVML's order; a lost one is asked for again as a new client, unless ``renew`` is False.
 
         ``processes`` costs milliseconds on a real driver and takes its lock; memory alone costs microseconds.
         A GPU that was there before and is not counted any more comes last, with its ``problem``.
@@ -126,7 +129,7 @@ class Nvml:
         def read(last: bool) -> tuple[Gpu, ...]:
             return self._read_all(processes=processes, utilisation=utilisation, last=last)
 
-        return self._despite_reset(read)
+        return self._despite_reset(read, renew=renew)
 
     def process_utilisation(self, gpu_uuid: str, since_us: int) -> tuple[tuple[ProcessSample, ...] | None, int]:
         """What each process made of the GPU's time since ``since_us``, and the timestamp to ask with next time.
@@ -151,13 +154,13 @@ class Nvml:
             raise _failed(error) from None
         self._initialised = True
 
-    def _despite_reset(self, read: Callable[[bool], _T]) -> _T:
+    def _despite_reset(self, read: Callable[[bool], _T], *, renew: bool = True) -> _T:
         """What ``read`` returns, asked a second and last time as a new client if what this one knows has gone stale."""
         self._open()
         try:
-            return read(False)
+            return read(not renew)
         except self._nv.NVMLError as error:
-            if error.value not in _STALE:
+            if error.value not in _STALE or not renew:
                 raise _failed(error) from None
         self.close()
         self._open()
@@ -211,7 +214,7 @@ class Nvml:
             pci_bus_id="" if pci is None else _text(pci.busId),
         )
         self._names[index] = self._all_names[named.uuid] = named
-        size, used, free = self._memory(handle)
+        (size, used, free), listed = self._memory_and_processes(handle, processes=processes)
         if _is_numa_node(named.pci_bus_id):
             used = None  # the kernel's page cache may be in there: nothing follows from it
         mode = self._optional(nv.nvmlDeviceGetMigMode, handle)
@@ -220,10 +223,27 @@ class Nvml:
             total_bytes=size,
             used_bytes=used,
             free_bytes=free,
-            processes=self._processes(handle) if processes else None,
+            processes=listed,
             utilisation_percent=self._utilisation(handle) if utilisation else None,
             mig=mode is not None and bool(mode[0]),
         )
+
+    def _memory_and_processes(
+        self, handle: object, *, processes: bool
+    ) -> tuple[tuple[int | None, int | None, int | None], tuple[GpuProcess, ...] | None]:
+        """Both of one moment, as far as that can be had: NVML has no call for the two of them.
+
+        A process that allocates in between would make it seem that others gave memory back, or took it.
+        """
+        memory = self._memory(handle)
+        if not processes:
+            return memory, None
+        for _ in range(_TRIES_FOR_ONE_MOMENT):
+            before, listed = memory, self._processes(handle)
+            memory = self._memory(handle)
+            if memory == before:
+                break
+        return memory, listed
 
     def _memory(self, handle: object) -> tuple[int | None, int | None, int | None]:
         """Total, used and free bytes.

@@ -39,6 +39,13 @@ class Paths:
     def lease_file(self, name: str) -> Path:
         return self.lease_directory(name) / "lease.json"
 
+    def pin_file(self, name: str) -> Path:
+        return self.lease_directory(name) / "pinned"
+
+    @property
+    def waitlist_directory(self) -> Path:
+        return self.runtime / "waiting"
+
     @property
     def placement_lock(self) -> Path:
         return self.runtime / "placement.lock"

@@ -43,21 +43,15 @@ def identify_all(pids: Iterable[int]) -> frozenset[Process]:
     return frozenset(process for process in map(identify, pids) if process is not None)
 
 
-def is_alive(process: Process) -> bool:
-    """Whether it is the same process still, and not a zombie."""
-    fields = _stat(process.pid)
-    return bool(fields) and int(fields[19]) == process.start_ticks and fields[0] not in {"Z", "X"}
-
-
 def command(pid: int) -> str | None:
     """Its command line, or its name in brackets where it has none; None if it is gone."""
     psutil = _psutil()
     try:
         process = psutil.Process(pid)
         return " ".join(process.cmdline()) or f"[{process.name()}]"
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, UnicodeDecodeError):
         return "[not readable]"
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None
 
 
@@ -87,11 +81,9 @@ def io_bytes(pids: Iterable[int]) -> int:
     psutil = _psutil()
     total = 0
     for pid in pids:
-        try:
+        with contextlib.suppress(psutil.Error, OSError):
             counters = psutil.Process(pid).io_counters()
-        except (psutil.Error, OSError):
-            continue
-        total += counters.read_chars + counters.write_chars
+            total += counters.read_chars + counters.write_chars
     return total
 
 

@@ -51,6 +51,17 @@ def unattributed_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own:
     return gpu.used_bytes - sum(used for used in attributed if used is not None)
 
 
+def baseline_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own: Collection[int] = ()) -> int | None:
+    """unattributed_bytes() for later comparison; None where the reading contradicts itself, too."""
+    rest = unattributed_bytes(gpu, identify, own)
+    return None if rest is None or _is_of_two_moments(rest) else rest
+
+
+def _is_of_two_moments(rest: int) -> bool:
+    # More than is used cannot be held: somebody allocated between NVML's two answers.
+    return rest < -TOLERANCE_BYTES
+
+
 def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Process | None]) -> list[Obstacle]:
     """All that speaks against the release of ``lease``; empty: it is proven.
 
@@ -72,14 +83,18 @@ def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Proce
     for leased in lease.gpus:
         own = by_uuid.get(leased.uuid)
         if own is None:
-            found.append(Obstacle(f"NVML does not show GPU {leased.index} ({leased.uuid}) any more"))
+            # One that is lost cannot tell its UUID, but its place is known.
+            why = next((f": {gpu.problem}" for gpu in gpus if gpu.index == leased.index and gpu.problem), "")
+            found.append(Obstacle(f"NVML does not show GPU {leased.index} ({leased.uuid}) any more{why}"))
         elif own.problem is not None or own.processes is None:
             found.append(Obstacle(f"GPU {own.index} cannot be read: {own.problem or 'its processes are unknown'}"))
         else:
             now = unattributed_bytes(own, identify, recorded)
             if now is not None and leased.baseline_bytes is not None:
                 excess = now - leased.baseline_bytes
-                if excess > TOLERANCE_BYTES:
+                if _is_of_two_moments(now):
+                    found.append(Obstacle(f"GPU {own.index} is changing too fast to be read"))
+                elif excess > TOLERANCE_BYTES:
                     dead = (process.pid for process in own.processes if identify(process.pid) is None)
                     found.append(
                         Obstacle(

@@ -131,6 +131,10 @@ class Table:
             return default
         return value
 
+    def boolean(self, key: str, *, default: bool) -> bool:
+        value: bool | None = self._take(key, bool, "a boolean", "Write true or false, without quotes.")
+        return default if value is None else value
+
     def choice(self, key: str, default: Choice) -> Choice:
         value: str | None = self._take(key, str, "a string")
         if value is None:
@@ -240,7 +244,7 @@ class Table:
         if key not in self._values:
             return None
         value = self._values[key]
-        if isinstance(value, kinds) and not isinstance(value, bool):  # to Python, a boolean is an integer
+        if isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool):  # to Python, it is an integer too
             return value
         self.problem(key, f"It must be {wanted}, not {_kind(value)}.", hint)
         return None

@@ -1,7 +1,7 @@
 """The release of a model: its scope stopped, its control group empty, its VRAM proven free, its lease dropped.
 
-Runs as ExecStopPost= of model@.service after every end of it, at the beginning of the next start, and as
-`gpusvc release`. Only a proof removes a lease.
+Runs as ExecStopPost= of model@.service after every end of it, at the beginning of the next start, as `gpusvc release`,
+and where the watchdog finds something left, as gpusvc-release@.service. Only a proof removes a lease.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from gpusvc import events, names, processes, proof
 from gpusvc import lease as leases
-from gpusvc import names, processes, proof
 from gpusvc.cgroup import Cgroup
-from gpusvc.errors import GpusvcError, NvmlError, UnreleasedError
+from gpusvc.errors import GpusvcError, NvmlError, UnreleasedError, UsageError
 from gpusvc.gpu import total
 from gpusvc.lease import BrokenLeaseError, Lease
 from gpusvc.log import log
@@ -26,7 +26,7 @@ from gpusvc.proof import Obstacle
 from gpusvc.quantity import format_size
 
 # NVML has nothing to wait on, and its process lists take the driver's lock: look often at first, then less so.
-_FIRST_PAUSE_SECONDS = 0.01
+_FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.5
 
 # How long systemd waits for the next word of ours before it gives up on us.
@@ -53,6 +53,10 @@ class Release:
         back = f"{held} on {where} came back"
         return f"{self.model} is released after {self.seconds:.2f} s: no process of it is left, {back}."
 
+    def tell(self) -> None:
+        """Let the journal know."""
+        events.emit(events.Kind.RELEASE, str(self), model=self.model, gpu=self.gpus, bytes=self.bytes)
+
 
 def release(
     paths: Paths,
@@ -67,20 +71,26 @@ def release(
         paths: where the lease is.
         name: the model.
         on_wait: told in a sentence what is being waited for, at least twice a second.
-        patience_seconds: how long the driver may take; the model's own release_timeout if it is not given.
+        patience_seconds: how long the driver may take at most, if that is less than the model's own release_timeout.
 
     Raises:
         UnreleasedError: it is not proven; the lease stays.
     """
+    # Where a lease is lost or cannot be read, it is still known where the processes would be.
+    unknown = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=_scope_of(name))
     try:
         lease = leases.read(paths, name)
-    except BrokenLeaseError:
-        # What it held is lost, but not where its processes would be.
-        lease = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=_scope_of(name))
+    except BrokenLeaseError as error:
+        log(4, str(error))
+        _empty(unknown, Cgroup(_scope_of(name)), on_wait)
+        leases.set_aside(paths, name)
+        return Release(model=name, bytes=None, seconds=0.0, gpus=())
     if lease is None:
-        return None
+        if not Cgroup(_scope_of(name)).populated():
+            return None
+        lease = unknown
     if patience_seconds is not None:
-        lease = replace(lease, release_timeout_seconds=patience_seconds)
+        lease = replace(lease, release_timeout_seconds=min(patience_seconds, lease.release_timeout_seconds))
     began = time.monotonic()
     if lease.cgroup is not None:
         lease = _empty(lease, Cgroup(lease.cgroup), on_wait)
@@ -104,7 +114,7 @@ def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Leas
     if not cgroup.populated():
         return lease
     lease = lease.seen(processes.identify_all(cgroup.pids()))
-    _stop_scope(lease.scope)
+    _stop_scope(lease.scope, cgroup)
     deadline = time.monotonic() + lease.stop_timeout_seconds + _KILL_GRACE_SECONDS
     while not cgroup.wait_empty(0.5):
         on_wait(f"Stopping: {_count(cgroup)} of {lease.model} still there.")
@@ -131,7 +141,7 @@ def _count(cgroup: Cgroup) -> str:
     return "1 process" if number == 1 else f"{number} processes"
 
 
-def _stop_scope(scope: str) -> None:
+def _stop_scope(scope: str, cgroup: Cgroup) -> None:
     from gpusvc.systemd import Manager  # noqa: PLC0415  most ends need no bus: PID 1 has emptied the scope already
 
     try:
@@ -139,7 +149,8 @@ def _stop_scope(scope: str) -> None:
             if manager.unit(scope) is not None:
                 manager.enqueue("Stop", scope)
     except GpusvcError as error:
-        log(4, str(error))
+        if cgroup.populated():  # it may have gone by itself between the two
+            log(4, str(error))
 
 
 def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
@@ -182,7 +193,8 @@ def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> Unrelease
         lines.append(f"PID {pid}: {trace.command}, {state}; kernel stack: {trace.stack or 'not readable'}")
     return UnreleasedError(
         "\n".join(lines),
-        hint=f"Its VRAM counts as taken. `gpusvc release {lease.model}` tries the proof again. A process in state D "
+        hint=f"Its VRAM counts as taken. `gpusvc release {lease.model}` tries the proof again, and with --forget takes "
+        "your word for it. A process in state D "
         "that SIGKILL does not end hangs in the driver: dmesg may say why, and a GPU reset (nvidia-smi --gpu-reset) "
         "or a reboot ends it.",
     )
@@ -198,14 +210,21 @@ def main() -> int:
 
     notifier.extend_timeout(_ROPE_SECONDS)
     try:
-        with leases.hold(paths, name):
+        # An operator's `gpusvc release` may be at it; it takes no longer than this one would.
+        with leases.hold(paths, name, patience_seconds=_ROPE_SECONDS):
             released = release(paths, name, on_wait=on_wait)
+    except UsageError as error:
+        log(4, str(error))  # somebody else is at it, so that there is nothing to be said of the release
+        return error.exit_code
     except GpusvcError as error:
         notifier.status(error.message.replace("\n", " "))
-        log(3, str(error))
+        events.emit(events.Kind.UNRELEASED, str(error), model=name, level=3)
         return error.exit_code
+    except OSError as error:
+        log(3, f"The release of {name} could not be looked at: {error}.")
+        return 1
     if released is not None:
-        log(6, str(released))
+        released.tell()
     return 0
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpusvc import lease as leases
-from gpusvc import processes
+from gpusvc import processes, use
 from gpusvc.cgroup import Cgroup
+from gpusvc.config import load_model
+from gpusvc.errors import GpusvcError
 from gpusvc.gpu import total
 from gpusvc.lease import BrokenLeaseError, Lease
-from gpusvc.placement import Claim
+from gpusvc.placement import Claim, Resident, standing
 from gpusvc.quantity import format_size
 
 if TYPE_CHECKING:
+    from gpusvc.config import HostConfig, ModelConfig
     from gpusvc.gpu import Gpu
     from gpusvc.paths import Paths
     from gpusvc.processes import Process
+    from gpusvc.waitlist import Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,112 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
     return found
 
 
-def in_words(gpus: Sequence[Gpu], held: Sequence[Holding]) -> dict[str, list[str]]:
-    """By the GPU's UUID: each model and each foreign process on it, with the bytes that NVML attributes to it."""
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All that a placement has to know of the others."""
+
+    held: tuple[Holding, ...]
+    claims: tuple[Claim, ...]
+    residents: tuple[Resident, ...]
+
+    def holders(self, gpus: Sequence[Gpu], now_seconds: float) -> dict[str, list[str]]:
+        """in_words(), with each model's standing at ``now_seconds`` since the epoch."""
+        return in_words(gpus, self.held, {r.model: standing(r, now_seconds) for r in self.residents})
+
+
+def scene(
+    paths: Paths,
+    host: HostConfig,
+    gpus: Sequence[Gpu],
+    ahead: Sequence[Wish],
+    *,
+    but: str | None = None,
+    drained: Collection[str] = (),
+) -> Scene:
+    """What there is besides the model ``but``, under the placement lock.
+
+    Args:
+        paths: where their files are.
+        host: the policy.
+        gpus: a reading of NVML.
+        ahead: what is promised to those who wait for longer.
+        but: the model that is not counted.
+        drained: those whose doors the caller holds closed, with nobody inside.
+    """
+    held = holdings(paths, but=but)
+    claims = [claim for holding in held for claim in holding.claims(gpus)]
+    claims += [Claim(wish.model, uuid, size, loading=True) for wish in ahead for uuid, size in wish.bytes.items()]
+    starting = (name for holding in held if holding.loading for name in holding.lease.evicting)
+    leaving = frozenset(starting) | {name for wish in ahead for name in wish.victims}
+    found = residents(paths, host, held, gpus, drained=drained, leaving=leaving)
+    return Scene(tuple(held), tuple(claims), tuple(found))
+
+
+def residents(
+    paths: Paths,
+    host: HostConfig,
+    held: Sequence[Holding],
+    gpus: Sequence[Gpu],
+    *,
+    drained: Collection[str],
+    leaving: Collection[str],
+) -> list[Resident]:
+    """The models that hold something, as a placement sees them.
+
+    Args:
+        paths: where their files are.
+        host: the policy.
+        held: what they hold.
+        gpus: a reading of NVML.
+        drained: those whose doors the caller holds closed, with nobody inside.
+        leaving: those that somebody evicts already.
+    """
+    by_uuid = {gpu.uuid: gpu for gpu in gpus}
+    found = []
+    for holding in held:
+        lease = holding.lease
+        config = _config(paths, host, lease.model)
+        given = {leased.uuid: by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid}
+        found.append(
+            Resident(
+                model=lease.model,
+                gives={uuid: gpu.used_by(holding.pids) or 0 for uuid, gpu in given.items()},
+                priority=config.priority if config is not None else 0,
+                last_use=use.last_use(paths, lease.model) or lease.created,
+                # What cannot be looked at counts as in use.
+                busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
+                pinned=is_pinned(paths, lease.model, config),
+                loading=holding.loading,
+                leaving=lease.model in leaving or not (holding.populated or holding.loading),
+                exclusive=frozenset(config.exclusive) if config is not None else frozenset(),
+            )
+        )
+    return found
+
+
+def is_pinned(paths: Paths, name: str, config: ModelConfig | None) -> bool:
+    """Whether it is never evicted: its file says so, or an operator did until the next boot."""
+    return (config is not None and config.pinned) or paths.pin_file(name).exists()
+
+
+def _config(paths: Paths, host: HostConfig, name: str) -> ModelConfig | None:
+    try:
+        return load_model(paths, name, host)
+    except GpusvcError:
+        return None  # its file went or broke after its start: it runs on with nothing special about it
+
+
+def in_words(
+    gpus: Sequence[Gpu], held: Sequence[Holding], standings: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """By the GPU's UUID: each model and each foreign process on it, with the bytes that NVML attributes to it.
+
+    Args:
+        gpus: a reading of NVML.
+        held: the leases.
+        standings: by model, whether it is in use, and since when it is not.
+    """
+    said = {model: f" ({standing})" for model, standing in (standings or {}).items()}
     owner = {pid: holding.lease.model for holding in held for pid in holding.pids}
     found: dict[str, list[str]] = {}
     for gpu in gpus:
@@ -91,7 +199,7 @@ def in_words(gpus: Sequence[Gpu], held: Sequence[Holding]) -> dict[str, list[str
             else:
                 command = processes.command(process.pid) or "gone"
                 words.append(f"PID {process.pid} ({command}) {_size(process.used_bytes)}")
-        models = [f"{model} {_size(total(used))}" for model, used in sorted(by_model.items())]
+        models = [f"{model} {_size(total(used))}{said.get(model, '')}" for model, used in sorted(by_model.items())]
         found[gpu.uuid] = models + words
     return found
 

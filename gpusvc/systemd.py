@@ -92,7 +92,6 @@ class ServiceStatus:
     """What a service says of itself. ``since`` is when it entered its state, in seconds since the epoch; 0: never."""
 
     text: str
-    main_pid: int
     result: str
     exit_status: int
     since: float
@@ -212,7 +211,6 @@ class Manager:
         service = b"org.freedesktop.systemd1.Service"
         return ServiceStatus(
             text=self._get(unit, service, "StatusText", "s").decode(errors="replace"),
-            main_pid=self._get(unit, service, "MainPID", "u"),
             result=self._get(unit, service, "Result", "s").decode(),
             exit_status=self._get(unit, service, "ExecMainStatus", "i"),
             since=self._get(unit, b"org.freedesktop.systemd1.Unit", "StateChangeTimestamp", "t") / 1_000_000,

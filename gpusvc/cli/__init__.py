@@ -17,7 +17,7 @@ sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 import typer  # noqa: E402
 
 from gpusvc import __version__  # noqa: E402
-from gpusvc.cli import check, lifecycle, logs, show  # noqa: E402
+from gpusvc.cli import check, events, evict, lifecycle, logs, pins, settings, show, use  # noqa: E402
 from gpusvc.errors import GpusvcError  # noqa: E402
 from gpusvc.paths import Paths  # noqa: E402
 
@@ -55,11 +55,17 @@ def _options(
 app.command("start")(lifecycle.start)
 app.command("stop")(lifecycle.stop)
 app.command("restart")(lifecycle.restart)
+app.command("evict")(evict.evict)
+app.command("pin")(pins.pin)
+app.command("unpin")(pins.unpin)
+app.command("use", context_settings=use.SETTINGS)(use.use)
 app.command("ps")(show.ps)
 app.command("list")(show.list_)
 app.command("status")(show.status)
 app.command("logs")(logs.logs)
+app.command("events")(events.events)
 app.command("gpus")(show.gpus)
+app.command("config")(settings.config)
 app.command("check")(check.check)
 app.command("release")(lifecycle.release)
 

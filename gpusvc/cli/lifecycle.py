@@ -25,6 +25,9 @@ _TICK_SECONDS = 0.2
 _LOG_LINES = 15
 
 _ALL_CONFIGURED: Any = typer.Option(False, "--all", help="Every model that has a file.")
+_FORGET: Any = typer.Option(
+    False, "--forget", help="If that cannot be proven: let others have it on your word, as long as no process is left."
+)
 _ALL_RUNNING: Any = typer.Option(False, "--all", help="Every model that runs.")
 
 
@@ -40,11 +43,11 @@ def start(context: typer.Context, names: list[str] = NAMES, *, everything: bool 
     from gpusvc.systemd import Manager
 
     paths = paths_of(context)
-    chosen = _choose(
+    chosen = choose(
         names, lambda text: inventory.resolve(paths, text), config.model_names(paths) if everything else None
     )
     with Manager() as manager:
-        _bring_up(manager, "Start", chosen, "starting")
+        bring_up(manager, "Start", chosen, "starting")
 
 
 def restart(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
@@ -55,8 +58,8 @@ def restart(context: typer.Context, names: list[str] = NAMES, *, everything: boo
     paths = paths_of(context)
     with Manager() as manager:
         # Without a file it would stop, and never start again.
-        chosen = _choose(names, lambda text: inventory.resolve(paths, text), _up(manager) if everything else None)
-        _bring_up(manager, "Restart", chosen, "restarting")
+        chosen = choose(names, lambda text: inventory.resolve(paths, text), _up(manager) if everything else None)
+        bring_up(manager, "Restart", chosen, "restarting")
 
 
 def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
@@ -69,10 +72,10 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
     with Manager() as manager:
         up = _up(manager)
         known = {*inventory.units(manager), *lease.holders(paths)}
-        chosen = _choose(names, lambda text: inventory.resolve(paths, text, also=known), up if everything else None)
+        chosen = choose(names, lambda text: inventory.resolve(paths, text, also=known), up if everything else None)
         pending = {name: manager.enqueue("Stop", service(name)) for name in chosen if name in up}
         enqueued = frozenset(pending)
-        with _going_on(pending, "stopping", "`gpusvc ps` shows how far it is."):
+        with going_on(pending, "stopping", "`gpusvc ps` shows how far it is."):
             for _ in _follow(manager, pending):
                 pass
         failures: list[GpusvcError] = []
@@ -92,10 +95,10 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
                     failures.append(UnreleasedError(text, hint=f"`gpusvc release {name}` tries the proof again."))
                 case _:
                     failures.append(EngineError(f"{name} is {model.state}: somebody started it again meanwhile."))
-    _raise(failures)
+    raise_all(failures)
 
 
-def release(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
+def release(context: typer.Context, names: list[str] = SOME_NAMES, forget: bool = _FORGET) -> None:
     """Prove that the VRAM of models that are stuck is free, and let others have it."""
     from gpusvc import inventory, lease
 
@@ -103,15 +106,39 @@ def release(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
     known = lease.holders(paths)
     failures: list[GpusvcError] = []
     with Progress(sys.stderr) as progress:
-        for name in _choose(names, lambda text: inventory.resolve(paths, text, also=known), None):
+        for name in choose(names, lambda text: inventory.resolve(paths, text, also=known), None):
             try:
                 sentence = _release(paths, name, progress)
+            except UnreleasedError as error:
+                if forget and _forget(paths, name):
+                    typer.echo(f"Warning: {error.message}", err=True)
+                    typer.echo(f"{name} is forgotten. Nothing says that its VRAM is free.", err=True)
+                else:
+                    failures.append(error)
             except GpusvcError as error:
                 failures.append(error)
             else:
                 progress.clear()
                 typer.echo(sentence)
-    _raise(failures)
+    raise_all(failures)
+
+
+def _forget(paths: Paths, name: str) -> bool:
+    """Take an operator's word for the release of ``name``; not while a process of it lives."""
+    from gpusvc import events, lease
+    from gpusvc.cgroup import Cgroup
+
+    with lease.hold(paths, name):
+        held = lease.read(paths, name)
+        if held is None or (held.cgroup is not None and Cgroup(held.cgroup).populated()):
+            return False
+        lease.set_aside(paths, name)
+    gpus = [gpu.index for gpu in held.gpus]
+    events.emit(
+        events.Kind.LEAK, f"{name} is forgotten without proof.", model=name, gpu=gpus, reason="told to", level=4
+    )
+    _forget_failure(name)
+    return True
 
 
 def _release(paths: Paths, name: str, progress: Progress) -> str:
@@ -136,7 +163,7 @@ def _forget_failure(name: str) -> None:
             manager.reset_failed(unit.name)
 
 
-def _choose(names: Sequence[str] | None, resolve: Callable[[str], str], everything: Iterable[str] | None) -> list[str]:
+def choose(names: Sequence[str] | None, resolve: Callable[[str], str], everything: Iterable[str] | None) -> list[str]:
     """The models that are meant: each once, in the order given; ``everything`` None: --all was not said."""
     if everything is not None:
         if names:
@@ -154,8 +181,10 @@ def _up(manager: Manager) -> set[str]:
     return {name for name, unit in inventory.units(manager).items() if unit.active != "failed"}
 
 
-def _bring_up(manager: Manager, verb: str, chosen: Sequence[str], doing: str) -> None:
-    """Start or restart models side by side; each is reported as soon as it is ready.
+def bring_up(
+    manager: Manager, verb: str, chosen: Sequence[str], doing: str, *, announce: Callable[[str], object] = typer.echo
+) -> None:
+    """Start or restart models side by side; each is announced as soon as it is ready.
 
     Raises:
         EngineError: one could not be started; or an ExceptionGroup of several.
@@ -165,15 +194,15 @@ def _bring_up(manager: Manager, verb: str, chosen: Sequence[str], doing: str) ->
     failures: list[GpusvcError] = []
     pending: dict[str, str] = {}
     began = time.time()
-    with _going_on(pending, doing, "`gpusvc stop {names}` ends it."):
+    with going_on(pending, doing, "`gpusvc stop {names}` ends it."):
         for name in chosen:
             pending[name] = manager.enqueue(verb, service(name))
         for name, result in _follow(manager, pending):
             if result is JobResult.DONE:
-                typer.echo(f"{name}: {_said(manager, name) or 'Ready.'}")
+                announce(f"{name}: {_said(manager, name) or 'Ready.'}")
             else:
                 failures.append(_why_not(manager, name, result, began))
-    _raise(failures)
+    raise_all(failures)
 
 
 def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, JobResult]]:
@@ -234,7 +263,7 @@ def _why_not(manager: Manager, name: str, result: JobResult, began: float) -> Gp
 
 
 @contextlib.contextmanager
-def _going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]:
+def going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]:
     """Ctrl-C ends the command, not what systemd does for it: say so."""
     try:
         yield
@@ -247,7 +276,8 @@ def _going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]
         ) from None
 
 
-def _raise(failures: Sequence[GpusvcError]) -> None:
+def raise_all(failures: Sequence[GpusvcError]) -> None:
+    """What failed, if anything did."""
     if len(failures) == 1:
         raise failures[0]
     if failures:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,29 +15,37 @@ from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
 
 if TYPE_CHECKING:
     from gpusvc.gpu import Gpu
-    from gpusvc.inventory import GpuStatus, Holder, ModelProcess, ModelStatus
+    from gpusvc.inventory import GpuStatus, Holder, ModelProcess, ModelState, ModelStatus
     from gpusvc.paths import Paths
+    from gpusvc.standing import Standing
+    from gpusvc.verdicts import LastVerdict
 
 _LOG_LINES = 10
 _COMMAND_WIDTH = 50
 
+# By the values of judge.Source.
+_EVIDENCE = {"NVML": "use of the GPU", "CPU time": "CPU time"}
 
-def ps(context: typer.Context, *, as_json: bool = JSON) -> None:
+
+_WIDE: Any = typer.Option(False, "--wide", "-w", help="Show also what models take, their use and their priority.")
+
+
+def ps(context: typer.Context, *, wide: bool = _WIDE, as_json: bool = JSON) -> None:
     """Show the models that run, failed or are stuck."""
-    _show_models(paths_of(context), (), as_json=as_json)
+    _show_models(paths_of(context), (), wide=wide, as_json=as_json)
 
 
-def list_(context: typer.Context, *, as_json: bool = JSON) -> None:
+def list_(context: typer.Context, *, wide: bool = _WIDE, as_json: bool = JSON) -> None:
     """Show all models, those that are stopped too."""
     from gpusvc.config import model_names
 
     paths = paths_of(context)
-    _show_models(paths, model_names(paths), as_json=as_json)
+    _show_models(paths, model_names(paths), wide=wide, as_json=as_json)
 
 
 def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) -> None:
     """Show all there is to know of one model."""
-    from gpusvc import inventory, lease
+    from gpusvc import inventory, lease, verdicts
     from gpusvc.systemd import Manager
 
     paths = paths_of(context)
@@ -45,12 +53,18 @@ def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) ->
         name = inventory.resolve(paths, name, also=[*inventory.units(manager), *lease.holders(paths)])
         model, processes = inventory.model(paths, manager, name, _read_gpus)
     log = journal.last_lines(name, _LOG_LINES)
-    file = paths.model_file(name)
+    last = verdicts.read(paths).get(name)
     if as_json:
-        more = {"file": str(file), "processes": [process.to_json() for process in processes], "log": log}
+        more = {
+            "verdict": None if last is None else last.kind,
+            "evidence": None if last is None else last.source,
+            "file": str(paths.model_file(name)),
+            "processes": [process.to_json() for process in processes],
+            "log": log,
+        }
         table.print_json(model.to_json() | more)
     else:
-        table.print_lines(_card(paths, model, processes, log))
+        table.print_lines(_card(paths, model, last, processes, log))
 
 
 def gpus(context: typer.Context, *, as_json: bool = JSON) -> None:
@@ -72,31 +86,63 @@ def gpus(context: typer.Context, *, as_json: bool = JSON) -> None:
         table.print_lines(_gpu_lines(statuses))
 
 
-def _show_models(paths: Paths, more: Sequence[str], *, as_json: bool) -> None:
+def _show_models(paths: Paths, more: Sequence[str], *, wide: bool, as_json: bool) -> None:
     from gpusvc import inventory
     from gpusvc.systemd import Manager
 
     with Manager() as manager:
-        models = inventory.models(paths, manager, _read_gpus, more=more)
+        models = inventory.models(paths, manager, _read_gpus, more=more, standing=wide or as_json)
     if as_json:
         table.print_json([model.to_json() for model in models])
         return
     now = time.time()
-    rows = [
-        (
-            model.name,
-            str(model.state),
-            _indices(model),
-            table.size(model.vram_bytes) if model.gpus else table.UNKNOWN,
-            table.number(model.port),
-            table.number(model.pid),
-            table.UNKNOWN if model.since is None else table.age(now - model.since),
-        )
-        for model in models
-    ]
-    table.print_lines(
-        table.table(("NAME", "STATE", "GPU", "VRAM", "PORT", "PID", "SINCE"), rows, right=("VRAM", "PORT", "PID"))
-    )
+    head: tuple[str, ...] = ("NAME", "STATE", "GPU", "VRAM", "PORT", "PID", "SINCE")
+    if wide:
+        # What it takes belongs side by side.
+        head = ("NAME", "STATE", "GPU", "DECLARED", "LEARNED", "USED", "USE", "PRIORITY", *head[4:])
+    rows = [[_cell(title, model, now) for title in head] for model in models]
+    table.print_lines(table.table(head, rows, right=("VRAM", "DECLARED", "LEARNED", "USED", "PRIORITY", "PORT", "PID")))
+
+
+def _cell(title: str, model: ModelStatus, now: float) -> str:
+    standing = model.standing
+    match title:
+        case "NAME":
+            return model.name
+        case "STATE":
+            return str(model.state)
+        case "GPU":
+            return ",".join(str(gpu.index) for gpu in model.gpus) or table.UNKNOWN
+        case "VRAM" | "USED":
+            return table.size(model.vram_bytes) if model.gpus else table.UNKNOWN
+        case "PORT":
+            return table.number(model.port)
+        case "PID":
+            return table.number(model.pid)
+        case "SINCE":
+            return table.UNKNOWN if model.since is None else table.age(now - model.since)
+        case "DECLARED" if standing is not None:
+            return table.size(standing.declared_bytes)
+        case "LEARNED" if standing is not None:
+            return table.size(standing.learned_bytes)
+        case "PRIORITY" if standing is not None:
+            return table.number(standing.priority)
+        case "USE" if standing is not None:
+            words = [_use(model.state, standing, now), "pinned" if standing.pinned else None]
+            return ", ".join(word for word in words if word is not None) or table.UNKNOWN
+        case _:
+            return table.UNKNOWN
+
+
+def _use(state: ModelState, standing: Standing, now: float) -> str | None:
+    """Whether a model is in use, or for how long it was not; None: it is not there to be used, or not known."""
+    from gpusvc.inventory import ModelState
+
+    if standing.in_use and state in {ModelState.READY, ModelState.STARTING}:
+        return "in use"
+    if standing.in_use is False and standing.last_use is not None and state is ModelState.READY:
+        return f"idle {table.age(now - standing.last_use)}"
+    return None
 
 
 def _read_gpus() -> tuple[Gpu, ...] | None:
@@ -114,12 +160,14 @@ def _note(error: NvmlError) -> None:
     typer.echo(f"Note: {error}", err=True)
 
 
-def _indices(model: ModelStatus) -> str:
-    return ",".join(str(gpu.index) for gpu in model.gpus) or table.UNKNOWN
-
-
-def _card(paths: Paths, model: ModelStatus, processes: Sequence[ModelProcess], log: Sequence[str]) -> list[str]:
-    from gpusvc.inventory import ModelState
+def _card(
+    paths: Paths,
+    model: ModelStatus,
+    last: LastVerdict | None,
+    processes: Sequence[ModelProcess],
+    log: Sequence[str],
+) -> list[str]:
+    from gpusvc.inventory import ModelState, url
 
     facts = [("State", str(model.state) if model.since is None else f"{model.state} since {_when(model.since)}")]
     facts.append(("Status", table.printable(model.text)))
@@ -127,9 +175,12 @@ def _card(paths: Paths, model: ModelStatus, processes: Sequence[ModelProcess], l
     if model.gpus:
         reserved = "" if model.reserved_bytes is None else f", {table.size(model.reserved_bytes)} reserved"
         facts.append(("VRAM", f"{table.size(model.vram_bytes)}{reserved}"))
-    if model.address is not None and model.state is ModelState.READY:
-        host = f"[{model.address}]" if ":" in model.address else model.address
-        facts.append(("Address", f"http://{host}:{model.port}"))
+    if model.standing is not None:
+        facts += _about_standing(model.state, model.standing)
+    if last is not None and last.source is not None:
+        facts.append(("Work", f"seen by the watchdog in its processes' {_EVIDENCE[last.source]}"))
+    if model.address is not None and model.port is not None and model.state is ModelState.READY:
+        facts.append(("Address", url(model.address, model.port)))
     elif model.port is not None:
         facts.append(("Port", str(model.port)))
     if model.pid is not None:
@@ -148,6 +199,28 @@ def _card(paths: Paths, model: ModelStatus, processes: Sequence[ModelProcess], l
     if log:
         lines += ["", *_indented([table.printable(line) for line in log])]
     return lines
+
+
+def _about_standing(state: ModelState, standing: Standing) -> Iterator[tuple[str, str]]:
+    footprint = [
+        f"{table.size(size)} {how}"
+        for size, how in ((standing.declared_bytes, "declared"), (standing.learned_bytes, "seen at most"))
+        if size is not None
+    ]
+    if footprint:
+        yield "Takes", ", ".join(footprint)
+    use = _use(state, standing, time.time())
+    if use is not None:
+        yield "Use", use
+    pins = [
+        how
+        for is_so, how in ((standing.pinned_by_file, "by its file"), (standing.pinned_by_hand, "until the next boot"))
+        if is_so
+    ]
+    if pins:
+        yield "Pinned", " and ".join(pins)
+    if standing.priority:
+        yield "Priority", str(standing.priority)
 
 
 def _about_file(paths: Paths, name: str) -> str:

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,15 @@ def eventually(condition: Callable[[], bool], *, seconds: float = 10) -> bool:
         if condition():
             return True
     return condition()
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that everybody may enter; those of pytest are its user's alone."""
+    with tempfile.TemporaryDirectory(prefix="gpusvc-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from gpusvc import cli, lease
-from gpusvc.cli.lifecycle import StillGoingError, _going_on
+from gpusvc.cli.lifecycle import StillGoingError, going_on
 from gpusvc.cli.progress import Progress
 from gpusvc.cli.table import age, printable, shortened, table
 from gpusvc.errors import GpusvcError, UnknownModelError
@@ -99,8 +100,9 @@ def test_version_is_printed(host: Host) -> None:
 def test_help_names_every_command_and_loads_no_rich(host: Host) -> None:
     done = host.gpusvc("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    commands = ("start", "stop", "restart", "ps", "list", "status", "logs", "gpus", "check", "release")
-    assert [name for name in commands if f"\n  {name} " not in done.stdout] == []
+    lifecycle = ("start", "stop", "restart", "evict", "pin", "unpin", "use", "release")
+    views = ("ps", "list", "status", "logs", "events", "gpus", "config", "check")
+    assert [name for name in (*lifecycle, *views) if f"\n  {name} " not in done.stdout] == []
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,18 @@ def test_a_release_that_is_not_proven_names_the_culprit_and_keeps_the_lease(host
     assert lease.holders(host.paths) == []
 
 
+def test_an_operator_may_take_it_upon_himself_that_the_vram_is_free(host: Host) -> None:
+    host.machine.gpus.change(0, ghosts={_DEAD: GIB})
+    held = LeasedGpu(0, uuid_of(0), None, 0)
+    processes = frozenset({Process(_DEAD, 1)})
+    lease.write(host.paths, Lease("qwen", 1, (held,), 1.0, release_timeout_seconds=0.1, processes=processes))
+    done = host.gpusvc("release", "--forget", "qwen")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"PID {_DEAD}" in done.stderr
+    assert "qwen is forgotten. Nothing says that its VRAM is free." in done.stderr
+    assert lease.holders(host.paths) == []
+
+
 def test_of_several_models_each_failure_is_told(host: Host) -> None:
     for name in ("one", "two"):
         host.add_model(name)
@@ -337,7 +351,7 @@ def test_of_several_errors_each_is_told_and_the_highest_status_counts(capsys: py
 
 
 def test_ctrl_c_says_what_systemd_goes_on_with() -> None:
-    with pytest.raises(StillGoingError) as caught, _going_on({"qwen": "/job/1"}, "starting", "`stop {names}` ends it."):
+    with pytest.raises(StillGoingError) as caught, going_on({"qwen": "/job/1"}, "starting", "`stop {names}` ends it."):
         raise KeyboardInterrupt
     assert (caught.value.exit_code, str(caught.value)) == (130, "qwen goes on starting. `stop qwen` ends it.")
 
@@ -367,7 +381,9 @@ def test_on_a_terminal_progress_is_redrawn_and_leaves_nothing(terminal: tuple[in
     with Progress(stream) as progress:
         progress.show({"qwen": "Placing.", "llama": "Placing."})
         progress.show({"qwen": "Loading \x1b[31m."})
-    shown = os.read(ours, 4096).decode()
+    shown = ""
+    while not shown.endswith("\x1b[1F\x1b[J") and select.select([ours], [], [], 10)[0]:
+        shown += os.read(ours, 4096).decode()
     assert shown == (
         "qwen  0:00  Placing.\r\nllama  0:00  Placing.\r\n\x1b[2F\x1b[Jqwen  0:00  Loading �[31m.\r\n\x1b[1F\x1b[J"
     )

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpusvc.config import (
+    BusyAction,
     HostConfig,
+    HostEviction,
     HostGpu,
+    HostWatchdog,
     InvalidFileError,
     Isolation,
     ModelConfig,
+    Placement,
     check,
     load_host,
     load_model,
@@ -72,7 +75,14 @@ def problems_of(paths: Paths, text: str | bytes) -> list[str]:
 
 
 def test_a_host_without_a_file_has_the_defaults(paths: Paths) -> None:
-    assert load_host(paths) == HostConfig(Isolation.REQUIRED, 30.0, HostGpu(512 * MIB, ()))
+    assert load_host(paths) == HostConfig(
+        isolation=Isolation.REQUIRED,
+        max_active=0,
+        release_timeout_seconds=30,
+        gpu=HostGpu(512 * MIB, (), Placement.PACK, 0),
+        eviction=HostEviction(30, 1, False),
+        watchdog=HostWatchdog(1, 900, 300, BusyAction.RESTART, 10),
+    )
 
 
 def test_a_host_file_is_read(paths: Paths) -> None:
@@ -80,14 +90,33 @@ def test_a_host_file_is_read(paths: Paths) -> None:
         paths,
         """
         isolation = "best-effort"
+        max_active = 1
         release_timeout = "1min 30s"
         [gpu]
         reserve = "1.5G"
         exclude = [0, "GPU-8a3f", "*GT 1030*"]
+        placement = "spread"
+        max_active = 3
+        [eviction]
+        retries = 0
+        interval = "250ms"
+        force_when_busy = true
+        [watchdog]
+        interval = "5s"
+        idle_timeout = "2h30m"
+        busy_timeout = 0
+        busy_action = "stop"
+        pressure_time = "1m"
         """,
     )
-    gpu = HostGpu(3 * GIB // 2, ("0", "GPU-8a3f", "*GT 1030*"))
-    assert load_host(paths) == HostConfig(Isolation.BEST_EFFORT, 90.0, gpu)
+    assert load_host(paths) == HostConfig(
+        isolation=Isolation.BEST_EFFORT,
+        max_active=1,
+        release_timeout_seconds=90,
+        gpu=HostGpu(3 * GIB // 2, ("0", "GPU-8a3f", "*GT 1030*"), Placement.SPREAD, 3),
+        eviction=HostEviction(0, 0.25, True),
+        watchdog=HostWatchdog(5, 9000, 0, BusyAction.STOP, 60),
+    )
 
 
 def test_a_model_needs_no_more_than_a_command(paths: Paths) -> None:
@@ -97,6 +126,8 @@ def test_a_model_needs_no_more_than_a_command(paths: Paths) -> None:
     assert (config.port, config.health, config.working_directory) == (0, "/health", Path("/"))
     assert (config.start_timeout_seconds, config.stop_timeout_seconds) == (600, 10)
     assert (config.release_timeout_seconds, config.health_timeout_seconds) == (30, 60)
+    assert (config.idle_timeout_seconds, config.busy_timeout_seconds) == (900, 300)
+    assert (config.busy_action, config.priority, config.pinned, config.exclusive) == (BusyAction.RESTART, 0, False, ())
     assert (config.gpu.count, config.gpu.devices, config.gpu.vram_bytes) == (1, (), None)
 
 
@@ -116,6 +147,12 @@ def test_every_key_of_a_model_is_read(paths: Paths, tmp_path: Path) -> None:
         stop_timeout = 5
         release_timeout = "15min"
         health_timeout = 0
+        idle_timeout = 0
+        busy_timeout = "1h 30min"
+        busy_action = "none"
+        priority = -5
+        pinned = true
+        exclusive = ["image", "large"]
         [gpu]
         count = 2
         devices = [0, "1", "*4090*"]
@@ -134,6 +171,9 @@ def test_every_key_of_a_model_is_read(paths: Paths, tmp_path: Path) -> None:
     assert (config.port, config.health) == (8081, "")
     assert (config.start_timeout_seconds, config.stop_timeout_seconds) == (9000, 5)
     assert (config.release_timeout_seconds, config.health_timeout_seconds) == (900, 0)
+    assert (config.idle_timeout_seconds, config.busy_timeout_seconds) == (0, 5400)
+    assert (config.busy_action, config.priority, config.pinned) == (BusyAction.NONE, -5, True)
+    assert config.exclusive == ("image", "large")
     assert (config.gpu.count, config.gpu.devices, config.gpu.vram_bytes) == (2, ("0", "1", "*4090*"), 19 * GIB // 2)
     assert config.scope == {"MemoryMax": "32G", "CPUWeight": "20", "IPAccounting": "yes"}
 
@@ -152,16 +192,21 @@ def test_a_preset_becomes_a_command_with_the_args_at_its_end(paths: Paths, tmp_p
     assert (config.engine, config.model) == ("llama-server", str(gguf))
 
 
-def test_the_release_timeout_of_the_host_is_the_default(paths: Paths) -> None:
-    host = replace(HostConfig(), release_timeout_seconds=7.0)
-    assert model(paths, BARE, host).release_timeout_seconds == 7
-    assert model(paths, BARE + "release_timeout = 3", host).release_timeout_seconds == 3
+def test_what_the_host_says_is_the_default_of_a_model(paths: Paths) -> None:
+    host = HostConfig(release_timeout_seconds=7, watchdog=HostWatchdog(1, 60, 0, BusyAction.STOP, 10))
+    config = model(paths, BARE, host)
+    assert (config.release_timeout_seconds, config.idle_timeout_seconds, config.busy_timeout_seconds) == (7, 60, 0)
+    assert config.busy_action is BusyAction.STOP
+    text = 'release_timeout = 3\nidle_timeout = 0\nbusy_timeout = 5\nbusy_action = "restart"'
+    config = model(paths, BARE + text, host)
+    assert (config.release_timeout_seconds, config.idle_timeout_seconds, config.busy_timeout_seconds) == (3, 0, 5)
+    assert config.busy_action is BusyAction.RESTART
 
 
 def test_the_digest_changes_with_what_decides_the_footprint_only(paths: Paths) -> None:
     digest = model(paths, BARE).digest()
     assert len(digest) == 8
-    assert model(paths, BARE + 'description = "x"\nport = 8080\n[gpu]\nvram = "9G"').digest() == digest
+    assert model(paths, BARE + 'description = "x"\nport = 8080\npinned = true\n[gpu]\nvram = "9G"').digest() == digest
     others = ['env = { A = "b" }', "[gpu]\ncount = 2"]
     digests = {digest} | {model(paths, BARE + other).digest() for other in others}
     digests.add(model(paths, BARE.replace('"/bin/sh"', '"/bin/sh", "-c"')).digest())
@@ -217,6 +262,20 @@ def test_without_a_directory_there_are_no_models(paths: Paths) -> None:
         ("stop_timeout = true", "stop_timeout: It must be a duration, not a boolean."),
         ("stop_timeout = []", "stop_timeout: It must be a duration, not a list."),
         ('health_timeout = "1ns"', "health_timeout: '1ns' is not a duration: 'ns' is no unit of time."),
+        ('idle_timeout = "15ms"', "idle_timeout: '15ms' is too short: it must be 100ms or more."),
+        ("idle_timeout = false", "idle_timeout: It must be a duration, not a boolean."),
+        ("busy_timeout = 0.01", "busy_timeout: 0.01 is too short: it must be 100ms or more."),
+        ('busy_action = "kill"', "busy_action: 'kill' is none of restart, stop, none."),
+        ("priority = 1001", "priority: 1001 is out of range: it must be between -1000 and 1000."),
+        ("priority = -1001", "priority: -1001 is out of range: it must be between -1000 and 1000."),
+        ('priority = "high"', "priority: It must be an integer, not a string."),
+        ("pinned = 1", "pinned: It must be a boolean, not an integer. Write true or false, without quotes."),
+        ('pinned = "yes"', "pinned: It must be a boolean, not a string. Write true or false, without quotes."),
+        ("[gpu]\npinned = true", "gpu.pinned: There is no such key. It belongs at the top, before the first [table]."),
+        ('exclusive = "image"', "exclusive: It must be a list of strings, not a string."),
+        ('exclusive = ["x", "x"]', "exclusive[1]: 'x' is listed twice."),
+        ('exclusive = ["a b"]', "exclusive[0]: 'a b' cannot name a group. It is written as a model's name: letters,"),
+        ('exclusive = [""]', "exclusive[0]: '' cannot name a group."),
         ('working_directory = "srv"', "working_directory: 'srv' is not an absolute path."),
         ('working_directory = "/dev/null"', "working_directory: '/dev/null' is not a directory."),
         ('working_directory = "/a/b"', "working_directory: '/a/b' cannot be used: No such file or directory."),
@@ -350,6 +409,34 @@ def test_a_host_file_is_held_to_the_same(paths: Paths) -> None:
     assert check(paths, [file]) == check(paths)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_active = -1", "max_active: -1 is out of range: it must be 0 or more."),
+        ("max_active = true", "max_active: It must be an integer, not a boolean."),
+        ('placement = "pack"', "placement: There is no such key. It belongs in [gpu]."),
+        ('[gpu]\nplacement = "packed"', "gpu.placement: 'packed' is none of pack, spread. Did you mean 'pack'?"),
+        ("[gpu]\nmax_active = -1", "gpu.max_active: -1 is out of range: it must be 0 or more."),
+        ("eviction = 1", "eviction: It must be a table, not an integer. Write [eviction], and its keys below."),
+        ("[eviction]\nretries = -1", "eviction.retries: -1 is out of range: it must be between 0 and 1000000."),
+        ("[eviction]\ninterval = 0", "eviction.interval: 0 is too short: it must be 10ms or more."),
+        ('[eviction]\nforce_when_busy = "no"', "eviction.force_when_busy: It must be a boolean, not a string. Write"),
+        ("[eviction]\nforce = true", "eviction.force: There is no such key."),
+        ("[watchdog]\ninterval = 0", "watchdog.interval: 0 is too short: it must be 100ms or more."),
+        ('[watchdog]\nidle_timeout = "15ms"', "watchdog.idle_timeout: '15ms' is too short: it must be 100ms or more."),
+        ('[watchdog]\nbusy_timeout = "x"', "watchdog.busy_timeout: 'x' is not a duration."),
+        ('[watchdog]\nbusy_action = "Stop"', "watchdog.busy_action: 'Stop' is none of restart, stop, none. Did you"),
+        ("[watchdog]\npressure_time = 0", "watchdog.pressure_time: 0 is too short: it must be 100ms or more."),
+        ("[watchdogs]\ninterval = 1", "watchdogs: There is no such key. Did you mean 'watchdog'?"),
+        ('idle_timeout = "1h"', "idle_timeout: There is no such key. It belongs in [watchdog]."),
+    ],
+)
+def test_a_wrong_key_of_the_host_is_named_with_what_is_wrong(paths: Paths, text: str, said: str) -> None:
+    file = write_host(paths, text)
+    (problem,) = check(paths)
+    assert str(problem).removeprefix(f"{file}: ").startswith(said)
+
+
 # Files that are none
 
 
@@ -474,8 +561,11 @@ TOML_VALUES = st.sampled_from(
 )
 TOML_KEYS = st.sampled_from(
     """
-    description command engine model args aliases user env working_directory port health start_timeout stop_timeout
-    release_timeout health_timeout gpu scope isolation gpu.count gpu.devices gpu.vram gpu.reserve gpu.exclude
+    description command engine model args aliases user env working_directory port health start_timeout
+    stop_timeout release_timeout health_timeout idle_timeout busy_timeout busy_action priority pinned exclusive
+    max_active gpu scope isolation gpu.placement gpu.max_active eviction eviction.retries eviction.interval
+    eviction.force_when_busy watchdog watchdog.interval watchdog.idle_timeout watchdog.busy_timeout
+    watchdog.busy_action watchdog.pressure_time gpu.count gpu.devices gpu.vram gpu.reserve gpu.exclude
     scope.MemoryMax env.A what
     """.split()  # noqa: SIM905
 )

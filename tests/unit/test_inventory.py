@@ -23,7 +23,7 @@ LEASE = Lease(
     address="127.0.0.1",
     cgroup="/gpusvc.slice/gpusvc-models.slice/model-qwen.scope",
 )
-SAID = ServiceStatus(text="", main_pid=1, result="success", exit_status=0, since=1_700_000_100.0)
+SAID = ServiceStatus(text="", result="success", exit_status=0, since=1_700_000_100.0)
 
 
 def unit(active: ActiveState, sub: str = "") -> Unit:

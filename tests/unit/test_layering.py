@@ -12,15 +12,17 @@ ROOT = Path(__file__).parents[2] / "gpusvc"
 # A module may import its own row and the rows above it in this list; a package counts as one module.
 ROWS = {
     "what everything may import": {
-        "config", "devices", "engines", "errors", "host_file", "log", "model_file", "names", "paths", "quantity",
-        "reading", "resource_control",
+        "config", "devices", "effective", "engines", "errors", "host_file", "log", "model_file", "names", "paths",
+        "quantity", "reading", "resource_control", "watched",
     },
     "pure policy, and adapters of one foreign thing each": {
-        "_vendor", "cgroup", "gpu", "lastwords", "lease", "nodes", "notify", "nvml", "placement", "processes",
-        "progress", "proof", "relay", "sockets", "systemd",
+        "_vendor", "backoff", "cgroup", "eventlog", "events", "footprint", "gguf", "gpu", "judge",
+        "lastwords", "leaks", "lease", "meter", "nodes", "notify", "nvml", "placement", "processes", "progress",
+        "proof", "relay", "sockets", "systemd", "use", "verdicts", "waitlist", "weights",
     },
     "the parts that act, and what they look at together": {
-        "engine", "inventory", "launcher", "readiness", "release", "survey",
+        "admission", "connection", "departures", "engine", "eviction", "hooks", "inventory", "launcher", "observation",
+        "ports", "readiness", "release", "standing", "survey", "watchdog",
     },
     "the command": {"cli"},
 }  # fmt: skip

@@ -1,0 +1,142 @@
+"""What happens to models, told to the journal so that programs can find it (gpusvc-hooks(7)); it reads nothing back.
+
+An event is one entry of journald's native protocol (systemd.journal-fields(7)): a sentence for a person, and its parts
+in fields of their own. MESSAGE_ID= leads to the catalog, where an operator reads what to do (journalctl -x).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+from gpusvc import names
+from gpusvc.log import log
+
+# Of all events of all models, whoever sends them: `journalctl -t gpusvc`.
+IDENTIFIER = "gpusvc"
+
+_SOCKET = "/run/systemd/journal/socket"
+
+# journald is either there at once or in trouble, and then nobody here waits for it.
+_SEND_SECONDS = 0.2
+
+# A datagram holds 208 KiB (net.core.wmem_default) and an environment string of a hook 128 KiB (execve(2)).
+_MAX_VALUE_BYTES = 32 * 1024
+
+
+class Kind(StrEnum):
+    """What happened. The values are GPUSVC_EVENT=, and part of what hooks rely on."""
+
+    START = "start"
+    """A model got its GPUs, and its engine is being started."""
+    READY = "ready"
+    """It answers."""
+    FAIL = "fail"
+    """A start came to nothing, or an engine ended by itself."""
+    REFUSAL = "refusal"
+    """There was no room for a start, and none could be made."""
+    IDLE = "idle"
+    """Nobody used a model for its idle_timeout."""
+    STUCK = "stuck"
+    """A model is in use, and made no progress for its busy_timeout."""
+    PRESSURE = "pressure"
+    """A GPU has had less free VRAM than its reserve for pressure_time."""
+    EVICT = "evict"
+    """A model is stopped to make room, or because it is idle; at level 4 one that was in use."""
+    RELEASE = "release"
+    """It was proven that a model gave its VRAM back."""
+    UNRELEASED = "unreleased"
+    """That could not be proven in time: the model holds on to what it has."""
+    LEAK = "leak"
+    """Something of a model was left behind: a lease, a scope, or a process that holds VRAM."""
+
+
+# They stand in packaging/gpusvc.catalog too. One that was released is never given to another kind.
+MESSAGE_IDS = {
+    Kind.START: "1b8ad4eb769e493ca6f193ee5f64fe15",
+    Kind.READY: "0315fb9cbc8f4c7fa307bda0efd3832b",
+    Kind.FAIL: "c14a62bd1549446c89b2c2d35ab2567e",
+    Kind.REFUSAL: "1631cdb8c6a4475bbe7bba91d92f3e46",
+    Kind.IDLE: "109137fcca7e4fec9989640bd3dcf1e0",
+    Kind.STUCK: "0e5609f975394a19a938c17494921a11",
+    Kind.PRESSURE: "a96530b3374740f2accb6e96b9390ba3",
+    Kind.EVICT: "4a6a2d5027294f079652f48cc49d870f",
+    Kind.RELEASE: "82404427ed7740dc97582d2bb2ed7e4f",
+    Kind.UNRELEASED: "4b69b016a0da4688a82fc4660cb920f2",
+    Kind.LEAK: "fa14589ae3d544c988834b5aa56db9c5",
+}
+
+
+def emit(
+    kind: Kind,
+    sentence: str,
+    *,
+    model: str | None,
+    gpu: Sequence[int] | None = None,
+    bytes: int | None = None,  # noqa: A002  as the field is called
+    reason: str | None = None,
+    level: int = 6,
+) -> None:
+    """Tell the journal; where there is none, stderr gets the sentence, as from log(). It never raises, nor waits long.
+
+    Args:
+        kind: what happened.
+        sentence: for a person; it may have several lines.
+        model: whom it happened to; None: no model in particular.
+        gpu: NVML indices of the GPUs that it is about.
+        bytes: of VRAM that it is about: taken, given back, or missing.
+        reason: why, in a sentence, where there was a choice.
+        level: of syslog(3): 3 error, 4 warning, 6 information.
+    """
+    entry = encode(_fields(kind, sentence, model, gpu or (), bytes, reason, level))
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(_SEND_SECONDS)
+            sender.sendto(entry, _SOCKET)
+    except OSError:
+        log(level, sentence)
+
+
+def _fields(
+    kind: Kind,
+    sentence: str,
+    model: str | None,
+    gpus: Sequence[int],
+    vram_bytes: int | None,
+    reason: str | None,
+    level: int,
+) -> Iterable[tuple[str, str]]:
+    yield "MESSAGE", sentence
+    yield "MESSAGE_ID", MESSAGE_IDS[kind]
+    yield "PRIORITY", str(level)
+    yield "SYSLOG_FACILITY", "3"  # LOG_DAEMON, as what services write to stderr has
+    yield "SYSLOG_IDENTIFIER", IDENTIFIER
+    yield "SYSLOG_PID", str(os.getpid())
+    yield "GPUSVC_EVENT", kind.value
+    if model is not None:
+        yield "GPUSVC_MODEL", model
+        # journald finds a sender's unit in /proc, too late for one that ends at once; and the watchdog's is another.
+        # What root says with this field `journalctl -u` and `systemctl status` show with the model's lines.
+        yield "OBJECT_SYSTEMD_UNIT", names.service(model)
+    # One field for each, so that GPUSVC_GPU=1 finds what is about GPUs 0 and 1.
+    yield from (("GPUSVC_GPU", str(index)) for index in gpus)
+    if vram_bytes is not None:
+        yield "GPUSVC_BYTES", str(vram_bytes)
+    if reason is not None:
+        yield "GPUSVC_REASON", reason
+
+
+def encode(fields: Iterable[tuple[str, str]]) -> bytes:
+    """An entry of the native protocol, https://systemd.io/JOURNAL_NATIVE_PROTOCOL; long values are cut."""
+    parts = []
+    for name, text in fields:
+        value = text.encode(errors="replace")
+        if len(value) > _MAX_VALUE_BYTES:
+            value = value[:_MAX_VALUE_BYTES].decode(errors="ignore").encode()
+        if b"\n" in value:
+            parts.append(b"%b\n%b%b\n" % (name.encode(), len(value).to_bytes(8, "little"), value))
+        else:
+            parts.append(b"%b=%b\n" % (name.encode(), value))
+    return b"".join(parts)

@@ -1,0 +1,98 @@
+"""Which device nodes are a model's, and which ones are not."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from gpusvc import nodes
+
+NVIDIA = 195
+
+
+def make_node(path: Path, major: int, minor: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(major, minor))
+    except PermissionError:
+        pytest.skip("device nodes cannot be made here: that takes root with CAP_MKNOD")
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Path:
+    """Two NVIDIA cards and one of another make, with all that belongs to them."""
+    for name, minor in {"nvidia0": 0, "nvidia1": 1, "nvidiactl": 255, "nvidia-modeset": 254}.items():
+        make_node(tmp_path / name, NVIDIA, minor)
+    for name in ("nvidia-uvm", "nvidia-uvm-tools", "kfd", "null"):
+        make_node(tmp_path / name, 1, 3)
+    for name in ("card0", "card1", "renderD128", "renderD129"):
+        make_node(tmp_path / "dri" / name, 226, 0)
+    (tmp_path / "nvidia7").write_text("no node")
+    return tmp_path
+
+
+@pytest.fixture
+def pci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernel tells which render node is that of a card."""
+    devices = tmp_path / "devices"
+    (devices / "0000:0a:00.0" / "drm" / "renderD129").mkdir(parents=True)
+    (devices / "0000:0a:00.0" / "drm" / "card1").mkdir()
+    monkeypatch.setattr(nodes, "PCI_DEVICES", devices)
+    return devices
+
+
+def names(found: tuple[str, ...], dev: Path) -> list[str]:
+    return [str(Path(node).relative_to(dev)) for node in found]
+
+
+def test_a_model_may_open_its_cards_and_what_cuda_needs_besides(dev: Path) -> None:
+    assert names(nodes.of_gpus([1], [], dev=dev), dev) == ["nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia1"]
+
+
+def test_a_card_comes_with_its_own_render_node(dev: Path, pci: Path) -> None:
+    found = names(nodes.of_gpus([0], ["00000000:0A:00.0"], dev=dev), dev)
+    assert found[-2:] == ["nvidia0", "dri/renderD129"]
+    assert "dri/card1" not in found
+
+
+def test_a_card_that_the_kernel_does_not_know_has_no_render_node(dev: Path, pci: Path) -> None:
+    assert "dri" not in str(names(nodes.of_gpus([0], ["00000000:0B:00.0", ""], dev=dev), dev))
+
+
+def test_a_model_without_gpus_may_open_none_of_them(dev: Path) -> None:
+    assert nodes.of_gpus([], [], dev=dev) == ()
+
+
+def test_nodes_that_are_not_there_are_left_out(dev: Path) -> None:
+    (dev / "nvidia-uvm-tools").unlink()
+    assert names(nodes.of_gpus([0, 5], [], dev=dev), dev) == ["nvidiactl", "nvidia-uvm", "nvidia0"]
+
+
+def test_all_other_cards_of_any_make_are_foreign(dev: Path) -> None:
+    allowed = nodes.of_gpus([0], [], dev=dev)
+    cards = ["dri/card0", "dri/card1", "dri/renderD128", "dri/renderD129", "kfd", "nvidia1"]
+    assert names(nodes.foreign(allowed, dev=dev), dev) == cards
+
+
+def test_for_a_model_without_gpus_all_cards_are_foreign(dev: Path) -> None:
+    assert {"nvidia0", "nvidia1"} <= set(names(nodes.foreign((), dev=dev), dev))
+
+
+def test_what_only_controls_or_is_no_device_is_not_foreign(dev: Path) -> None:
+    found = names(nodes.foreign((), dev=dev), dev)
+    assert not {"nvidiactl", "nvidia-uvm", "nvidia-modeset", "nvidia7", "null"} & set(found)
+
+
+def test_its_own_render_node_is_not_foreign(dev: Path, pci: Path) -> None:
+    allowed = nodes.of_gpus([0], ["00000000:0A:00.0"], dev=dev)
+    found = names(nodes.foreign(allowed, dev=dev), dev)
+    assert "dri/renderD129" not in found
+    assert "dri/renderD128" in found
+
+
+def test_a_machine_without_nodes_has_none(tmp_path: Path) -> None:
+    assert nodes.of_gpus([0], ["00000000:01:00.0"], dev=tmp_path) == ()
+    assert nodes.foreign((), dev=tmp_path) == ()

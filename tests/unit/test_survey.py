@@ -1,0 +1,122 @@
+"""What models were promised and have not taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gpusvc.lease import Lease, LeasedGpu
+from gpusvc.placement import Claim, Resident
+from gpusvc.processes import Process
+from gpusvc.survey import Holding, Scene, in_words
+from tests.unit.readings import GIB, a_gpu, a_lost_gpu, uuid_of
+
+
+def holding(
+    *,
+    reserved: int | None = 9 * GIB,
+    ready: bool = False,
+    populated: bool = True,
+    attended: bool = True,
+    pids: tuple[int, ...] = (100,),
+) -> Holding:
+    gpu = LeasedGpu(index=0, uuid=uuid_of(0), reserved_bytes=reserved, baseline_bytes=0)
+    lease = Lease(
+        model="qwen",
+        port=20000,
+        gpus=(gpu,),
+        created=0.0,
+        ready=ready,
+        processes=frozenset(Process(pid, 1) for pid in pids),
+    )
+    return Holding(lease=lease, pids=frozenset(pids), populated=populated, attended=attended)
+
+
+def claimed(size: int, *, loading: bool = True) -> list[Claim]:
+    return [Claim("qwen", uuid_of(0), size, loading=loading)]
+
+
+def test_a_loading_model_claims_what_it_has_not_taken_yet() -> None:
+    assert holding().claims([a_gpu()]) == claimed(9 * GIB)
+    assert holding().claims([a_gpu(processes={100: 4 * GIB})]) == claimed(5 * GIB)
+
+
+def test_what_others_take_does_not_count_as_taken() -> None:
+    assert holding().claims([a_gpu(processes={200: 4 * GIB})]) == claimed(9 * GIB)
+
+
+@pytest.mark.parametrize("taken", [9 * GIB, 12 * GIB])
+def test_who_took_all_while_loading_is_waited_for_all_the_same(taken: int) -> None:
+    assert holding().claims([a_gpu(processes={100: taken})]) == claimed(0)
+
+
+def test_what_is_taken_but_not_told_counts_as_not_taken() -> None:
+    assert holding().claims([a_gpu(processes={100: None})]) == claimed(9 * GIB)
+
+
+def test_a_ready_model_has_taken_what_it_takes() -> None:
+    assert holding(ready=True).claims([a_gpu(processes={100: 4 * GIB})]) == []
+
+
+def test_a_ready_model_whose_processes_are_gone_keeps_its_promise_until_the_proof() -> None:
+    gone = holding(ready=True, populated=False, attended=False)
+    assert gone.claims([a_gpu()]) == claimed(9 * GIB, loading=False)
+
+
+def test_the_ghost_of_a_stuck_model_is_not_counted_twice() -> None:
+    stuck = holding(ready=True, populated=False, attended=False)
+    assert stuck.claims([a_gpu(processes={100: 9 * GIB})]) == []
+
+
+def test_a_load_that_nobody_attends_any_more_is_not_loading() -> None:
+    assert holding(attended=False).claims([a_gpu()]) == claimed(9 * GIB, loading=False)
+
+
+def test_a_load_of_unknown_size_may_want_all_that_is_free() -> None:
+    assert holding(reserved=None).claims([a_gpu(processes={200: 4 * GIB})]) == claimed(20 * GIB)
+    assert holding(reserved=None).claims([a_gpu(total=None)]) == claimed(0)
+
+
+def test_a_stuck_model_of_unknown_size_claims_no_more_than_nvml_shows_taken() -> None:
+    assert holding(reserved=None, ready=True, populated=False, attended=False).claims([a_gpu()]) == []
+
+
+def test_a_gpu_that_is_gone_has_nothing_to_claim() -> None:
+    assert holding().claims([a_gpu(1)]) == []
+
+
+def test_a_lost_gpu_keeps_its_claim() -> None:
+    assert holding().claims([a_lost_gpu()]) == claimed(9 * GIB)
+
+
+def test_each_gpu_of_a_model_is_claimed_by_itself() -> None:
+    one = holding()
+    both = replace(
+        one, lease=replace(one.lease, gpus=(*one.lease.gpus, replace(one.lease.gpus[0], index=1, uuid=uuid_of(1))))
+    )
+    claims = both.claims([a_gpu(0, processes={100: 4 * GIB}), a_gpu(1)])
+    assert [(claim.gpu_uuid, claim.bytes) for claim in claims] == [(uuid_of(0), 5 * GIB), (uuid_of(1), 9 * GIB)]
+
+
+def test_models_are_told_by_name_with_all_that_they_hold() -> None:
+    gpu = a_gpu(processes={100: 4 * GIB, 101: 2 * GIB})
+    assert in_words([gpu], [holding(pids=(100, 101))]) == {gpu.uuid: ["qwen 6.0 GiB"]}
+
+
+def test_models_whose_bytes_are_unknown_are_told_so() -> None:
+    gpu = a_gpu(processes={100: None, 101: 2 * GIB})
+    assert in_words([gpu], [holding(pids=(100, 101))]) == {gpu.uuid: ["qwen an unknown amount"]}
+
+
+def test_a_gpu_that_cannot_be_read_has_no_holders_to_tell() -> None:
+    assert in_words([a_lost_gpu()], [holding()]) == {uuid_of(0): []}
+
+
+def test_a_model_in_the_way_is_named_with_its_standing() -> None:
+    gpu = a_gpu(processes={100: 6 * GIB})
+    idle = Resident(model="qwen", gives={gpu.uuid: 6 * GIB}, priority=0, last_use=1000.0, busy=False)
+    held = Scene(held=(holding(pids=(100,)),), claims=(), residents=(idle,))
+    assert held.holders([gpu], 1180.0) == {gpu.uuid: ["qwen 6.0 GiB (idle for 3min)"]}
+    used = Scene(held=held.held, claims=(), residents=(replace(idle, busy=True, pinned=True),))
+    assert used.holders([gpu], 1180.0) == {gpu.uuid: ["qwen 6.0 GiB (pinned, in use)"]}
