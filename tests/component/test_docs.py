@@ -1,0 +1,101 @@
+"""What the README and docs/architecture.md name is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpusvc import config, names
+from gpusvc.cli import app
+from gpusvc.paths import Paths
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "docs/architecture.md")
+ARCHITECTURE = ROOT / "docs/architecture.md"
+
+# Of systemd and others.
+FOREIGN_UNITS = {"multi-user.target"}
+
+document = pytest.mark.parametrize("document", DOCUMENTS)
+
+
+def code(document: str) -> Iterator[str]:
+    """Each piece of code in a document: what is between backticks, and the lines of blocks without their comments."""
+    text = (ROOT / document).read_text()
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield from (re.sub(r"\s# .*|\s{3,}# .*", "", line) for line in block.splitlines())
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@document
+def test_every_command_that_is_named_exists(document: str) -> None:
+    known = {command.name for command in app.registered_commands}
+    named = {match for piece in code(document) for match in re.findall(r"(?:^|[ (])gpusvc ([a-z]+)\b", piece)}
+    assert named <= known
+    if document == "README.md":
+        assert "check" in named, "the pattern finds nothing any more"
+
+
+@document
+def test_every_unit_that_is_named_exists(document: str) -> None:
+    units = {file.name for file in (ROOT / "units").iterdir()}
+    text = (ROOT / document).read_text()
+    for unit in re.findall(r"[\w@-]+\.(?:service|scope|slice|socket|target|timer)\b", text):
+        template = re.sub(r"@[\w-]+\.", "@.", unit)
+        transient = re.fullmatch(re.escape(names.scope("X")).replace("X", r"[\w-]+"), unit)
+        assert template in units or transient or unit in FOREIGN_UNITS, unit
+
+
+@document
+def test_every_file_of_the_tree_that_is_named_exists(document: str) -> None:
+    found = 0
+    for piece in code(document):
+        for path in re.findall(r"(?:^|[ (])(?:\./)?((?:gpusvc|tests|units|packaging|docs)/[\w./@-]*)", piece):
+            assert (ROOT / path).exists(), path
+            found += 1
+        for path in re.findall(r"(?:^|[ (])\./(\w+)(?= |$)", piece):
+            assert (ROOT / path).exists(), path
+    assert found
+
+
+@document
+def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
+    paths = Paths.system()
+    directory = paths.lease_directory("NAME")
+    known = {paths.host_file, paths.models_directory, paths.model_file("NAME"), paths.lease_file("NAME")}
+    known |= {directory, directory / "lock", paths.placement_lock, paths.runtime}
+    for piece in code(document):
+        for path in re.findall(r"/(?:etc|run|var/lib)/gpusvc[\w./-]*", piece):
+            assert Path(path.replace("qwen", "NAME")) in known, path
+
+
+@document
+def test_every_link_leads_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / document).read_text()):
+        if not target.startswith("https://"):
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_every_module_is_in_the_layout() -> None:
+    layout = ARCHITECTURE.read_text().partition("## Source layout")[2].partition("\n## ")[0]
+    finished, _, growing = layout.partition("not finished")
+    modules = {file.name for file in (ROOT / "gpusvc").glob("*.py")} - {"__init__.py"}
+    there, coming = (set(re.findall(r"\b\w+\.py\b", part)) - {"test_layering.py"} for part in (finished, growing))
+    assert modules - there - coming == set(), "say in docs/architecture.md what these are"
+    assert there - modules == set(), "docs/architecture.md lists what is not there"
+    assert "cli/" in finished
+
+
+def test_the_readmes_model_file_is_right(tmp_path: Path) -> None:
+    text = re.search(r"<<'END'\n(.*?)^END$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert text is not None
+    paths = replace(Paths.system(), config=tmp_path)
+    file = paths.model_file("qwen")
+    file.parent.mkdir()
+    file.write_text(text.group(1))
+    # Neither its engine nor its user need be on the machine that tests.
+    assert [problem for problem in config.check(paths, [file]) if problem.key not in {"command", "user"}] == []

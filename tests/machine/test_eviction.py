@@ -1,0 +1,201 @@
+"""A start makes its own room: who goes, who stays, who waits, and what is left behind when nobody can go."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fakegpu import GIB
+
+if TYPE_CHECKING:
+    from tests.machine.host import Host
+
+# A program in the machine that uses a model over and over, as a gateway does: through the door, for a moment each time.
+CLIENT = """
+import sys, time
+from gpusvc import use
+from gpusvc.paths import Paths
+name, until = sys.argv[1], time.monotonic() + float(sys.argv[2])
+while time.monotonic() < until:
+    with use.enter(Paths.system(), name, timeout_seconds=None) as one:
+        one.touch()
+        time.sleep(0.3)
+"""
+
+QUICK = '[eviction]\nretries = 3\ninterval = "200ms"\n'
+
+
+def write(machine: Host, name: str, vram: str, *, declared: bool = True, keys: str = "", arguments: str = "") -> None:
+    gpu = "devices = [0]\n" + (f'vram = "{vram}"' if declared else "")
+    machine.write_model(name, arguments=f"--vram {vram} {arguments}", keys=keys, gpu=gpu)
+
+
+def start(machine: Host, *names: str, check: bool = True) -> int:
+    units = [f"model@{name}.service" for name in names]
+    return machine.run("systemctl", "start", *units, check=check, timeout=90).returncode
+
+
+def up(machine: Host) -> list[str]:
+    rows = json.loads(machine.run("gpusvc", "ps", "--json").stdout)
+    return sorted(row["name"] for row in rows if row["state"] == "ready")
+
+
+def occupy(machine: Host, name: str, seconds: float) -> None:
+    """Somebody uses the model with nothing but flock(1), as the protocol allows."""
+    file = f"/run/gpusvc/models/{name}/use"
+    machine.run("systemd-run", "--quiet", "--collect", f"--unit=use-{name}", "flock", "-s", file, "sleep", str(seconds))
+    machine.wait_until(lambda: is_used(machine, name), f"{name} is in use")
+
+
+def stop_using(machine: Host, name: str) -> None:
+    machine.run("systemctl", "stop", f"use-{name}.service", check=False)
+
+
+def is_used(machine: Host, name: str) -> bool:
+    return machine.run("flock", "-n", "-x", f"/run/gpusvc/models/{name}/use", "true", check=False).returncode != 0
+
+
+def door_is_open(machine: Host, name: str) -> bool:
+    return machine.run("flock", "-n", "-s", f"/run/gpusvc/models/{name}/door", "true", check=False).returncode == 0
+
+
+def test_a_start_evicts_what_was_used_least_recently(machine: Host) -> None:
+    for name in ("old", "new", "next"):
+        write(machine, name, "10GiB")
+    start(machine, "old")
+    start(machine, "new")
+    start(machine, "next")
+    assert up(machine) == ["new", "next"]
+    assert sorted(machine.gpu_holders(0).values()) == [10 * GIB] * 2
+    assert "old is evicted: room for next." in machine.journal("model@old.service")
+
+
+def test_a_model_in_use_is_spared_and_another_goes(machine: Host) -> None:
+    for name in ("used", "idle", "next"):
+        write(machine, name, "10GiB")
+    start(machine, "used")
+    start(machine, "idle")
+    occupy(machine, "used", 60)
+    start(machine, "next")
+    assert up(machine) == ["next", "used"]
+    stop_using(machine, "used")
+
+
+def test_a_start_waits_until_a_use_ends(machine: Host) -> None:
+    for name in ("used", "next"):
+        write(machine, name, "20GiB")
+    start(machine, "used")
+    occupy(machine, "used", 1.5)
+    start(machine, "next")
+    assert up(machine) == ["next"]
+    assert door_is_open(machine, "used")
+
+
+def test_a_start_gives_up_when_the_use_does_not_end_and_leaves_the_door_open(machine: Host) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", QUICK)
+    for name in ("used", "next"):
+        write(machine, name, "20GiB")
+    start(machine, "used")
+    occupy(machine, "used", 60)
+    assert start(machine, "next", check=False) != 0
+    status = machine.properties("model@next.service", "ExecMainStatus", "StatusText", "SubState")
+    assert status["ExecMainStatus"] == "75"
+    assert status["SubState"] == "failed"
+    assert status["StatusText"] == "There is room for next only where used is in use."
+    assert up(machine) == ["used"]
+    assert door_is_open(machine, "used")
+    assert not machine.run("ls", "/run/gpusvc/waiting").stdout
+    stop_using(machine, "used")
+
+
+def test_force_evicts_what_is_in_use_and_warns(machine: Host) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", QUICK + "force_when_busy = true\n")
+    for name in ("used", "next"):
+        write(machine, name, "20GiB")
+    start(machine, "used")
+    occupy(machine, "used", 60)
+    start(machine, "next")
+    assert up(machine) == ["next"]
+    assert "although it is in use" in machine.journal("model@used.service", "--priority=warning")
+    stop_using(machine, "used")
+
+
+def test_a_pinned_model_stays(machine: Host) -> None:
+    write(machine, "dear", "20GiB", keys="pinned = true\n")
+    write(machine, "next", "20GiB")
+    start(machine, "dear")
+    assert start(machine, "next", check=False) != 0
+    assert up(machine) == ["dear"]
+
+
+def test_with_a_single_active_model_the_other_goes_although_there_is_room(machine: Host) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", "max_active = 1\n")
+    for name in ("one", "other"):
+        write(machine, name, "1GiB")
+    start(machine, "one")
+    start(machine, "other")
+    assert up(machine) == ["other"]
+
+
+def test_of_one_exclusive_group_only_one_runs(machine: Host) -> None:
+    for name in ("one", "other"):
+        write(machine, name, "1GiB", keys='exclusive = ["big"]\n')
+    start(machine, "one")
+    start(machine, "other")
+    assert up(machine) == ["other"]
+
+
+def test_ten_starts_at_once_end_with_the_three_that_fit(machine: Host) -> None:
+    names = [f"many-{number}" for number in range(10)]
+    for name in names:
+        write(machine, name, "7GiB", arguments="--load-seconds 0.1")
+    assert start(machine, *names, check=False) == 0, machine.journal(None, "-t", "gpusvc", "-o", "cat")
+    running = [name for name in names if machine.is_active(f"model@{name}.service")]
+    assert len(running) == 3
+    assert sorted(machine.gpu_holders(0).values()) == [7 * GIB] * 3
+    # Whoever was let in over somebody's promise would have run out of memory.
+    assert not [name for name in names if "out of memory" in machine.journal(f"model@{name}.service")]
+
+
+def test_what_a_model_took_is_what_it_needs_the_next_time(machine: Host) -> None:
+    write(machine, "shy", "20GiB", declared=False)
+    write(machine, "other", "10GiB")
+    start(machine, "shy")
+    machine.stop("shy")
+    start(machine, "other")
+    start(machine, "shy")  # nothing in its file says that these two do not fit together
+    assert up(machine) == ["shy"]
+    assert json.loads(machine.read("/var/lib/gpusvc/footprints/shy.json"))["peaks"]
+
+
+def test_an_unknown_that_runs_out_of_memory_is_tried_once_more_with_the_idle_gone(machine: Host) -> None:
+    write(machine, "idle", "10GiB")
+    write(machine, "shy", "20GiB", declared=False)
+    start(machine, "idle")
+    start(machine, "shy")
+    assert up(machine) == ["shy"]
+    assert "it ran out of VRAM" in machine.journal("model@shy.service")
+
+
+def test_an_unknown_that_runs_out_of_memory_twice_fails_and_says_so(machine: Host) -> None:
+    write(machine, "shy", "30GiB", declared=False)
+    assert start(machine, "shy", check=False) != 0
+    text = machine.property("model@shy.service", "StatusText")
+    assert "it ran out of VRAM, although all that was idle made room for it" in text
+
+
+@pytest.mark.parametrize("clients", [3])
+def test_a_start_gets_in_although_clients_overlap_on_the_other_for_ever(machine: Host, clients: int) -> None:
+    for name in ("wanted", "next"):
+        write(machine, name, "20GiB")
+    start(machine, "wanted")
+    for number in range(clients):
+        machine.run(
+            "systemd-run", "--quiet", "--collect", f"--unit=client-{number}", "python3", "-c", CLIENT, "wanted", "60"
+        )
+    machine.wait_until(lambda: is_used(machine, "wanted"), "clients are at it")
+    start(machine, "next")
+    assert up(machine) == ["next"]
+    machine.run("systemctl", "stop", *(f"client-{number}.service" for number in range(clients)))

@@ -1,0 +1,146 @@
+"""A port that answers proves nothing: ready is a model whose own socket answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.machine.host import Host
+
+PORT = 8123
+
+# A server that shares its port with whoever else of its user wants to (SO_REUSEPORT), and is healthy at once.
+TWIN = """#!/usr/bin/python3 -IS
+import http.server, socket, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+class Server(http.server.HTTPServer):
+    def server_bind(self):
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
+
+Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def write(machine: Host, name: str, *command: str, keys: str = "") -> None:
+    """A model on the port, with this engine; a failure is not tried again, so that it can be looked at."""
+    keys = f'port = {PORT}\nstart_timeout = "1s"\n{keys}'
+    machine.write_model(name, f"command = {json.dumps(command)}\n{keys}\n[gpu]\ncount = 0\n")
+    machine.write(f"/run/systemd/system/model@{name}.service.d/once.conf", "[Service]\nRestart=no\n")
+    machine.run("systemctl", "daemon-reload")
+
+
+def start_stranger(machine: Host, *command: str, user: str = "nobody") -> int:
+    """A program of somebody else's that answers on the port; its PID."""
+    unit = ("--quiet", "--collect", "--unit=stranger", f"--uid={user}")
+    machine.run("systemd-run", *unit, *(command or ("test-engine", "--port", str(PORT))))
+    machine.wait_until(lambda: answers(machine, PORT), "the other program answers", unit="stranger.service")
+    return int(machine.property("stranger.service", "MainPID"))
+
+
+def stop_stranger(machine: Host) -> None:
+    machine.run("systemctl", "stop", "stranger.service")
+
+
+def answers(machine: Host, port: int) -> bool:
+    asking = ("curl", "-sf", "-o", "/dev/null", f"http://127.0.0.1:{port}/health")
+    return machine.run(*asking, check=False).returncode == 0
+
+
+def await_failure(machine: Host, name: str) -> str:
+    machine.wait_for_state(f"model@{name}.service", "failed")
+    return machine.messages(name)
+
+
+def test_a_port_that_another_program_answers_on_fails_the_start_and_names_it(machine: Host) -> None:
+    pid = start_stranger(machine)
+    write(machine, "late", "test-engine", "--port", "{port}")
+    said = machine.fail_to_start("late")
+    stop_stranger(machine)
+    sentence = rf"Port {PORT} is taken by another program: PID {pid} \(.*test-engine --port {PORT}\) of nobody"
+    assert re.search(sentence, said), said
+    assert "Ready" not in said
+
+
+def test_a_program_that_answers_while_the_engine_loads_does_not_make_it_ready(machine: Host) -> None:
+    write(machine, "loading", "sleep", "1000", keys='health = ""')
+    machine.run("systemctl", "start", "--no-block", "model@loading.service")
+    machine.wait_until(lambda: machine.pids("model-loading.scope"), "it loads", unit="model@loading.service")
+    pid = start_stranger(machine)
+    said = await_failure(machine, "loading")
+    stop_stranger(machine)
+    assert f"Port {PORT} is taken by another program: PID {pid}" in said
+    assert "Ready" not in said
+
+
+def test_a_twin_that_shares_the_port_does_not_make_it_ready(machine: Host) -> None:
+    machine.write("/usr/local/bin/twin", TWIN, mode=0o755)
+    # The engine comes to the port later, and may: both share it, and are of one user.
+    write(machine, "shared", "sh", "-c", "sleep 0.5; exec twin $PORT")
+    machine.run("systemctl", "start", "--no-block", "model@shared.service")
+    machine.wait_until(lambda: machine.pids("model-shared.scope"), "it loads", unit="model@shared.service")
+    pid = start_stranger(machine, "/usr/local/bin/twin", str(PORT), user="gpusvc")
+    said = await_failure(machine, "shared")
+    stop_stranger(machine)
+    assert f"PID {pid}" in said
+    assert "Ready" not in said
+
+
+def test_a_free_port_is_found_beside_programs_that_listen(machine: Host) -> None:
+    machine.write_model("mover")
+    machine.start("mover")
+    usual = int(machine.url("mover").rpartition(":")[2])
+    machine.stop("mover")
+    machine.run("systemd-run", "--quiet", "--collect", "--unit=stranger", "test-engine", "--port", str(usual))
+    machine.wait_until(lambda: answers(machine, usual), "the other program answers", unit="stranger.service")
+    machine.start("mover")
+    stop_stranger(machine)
+    assert answers(machine, int(machine.url("mover").rpartition(":")[2]))
+    assert not answers(machine, usual)
+
+
+def test_an_engine_that_listens_on_another_port_never_is_ready(machine: Host) -> None:
+    write(machine, "elsewhere", "test-engine", "--port", str(PORT + 1))
+    assert f"nothing of it listens on port {PORT}" in machine.fail_to_start("elsewhere")
+
+
+def test_an_engine_whose_health_path_does_not_answer_well_never_is_ready(machine: Host) -> None:
+    write(machine, "ill", "test-engine", "--port", "{port}", keys='health = "/nowhere"')
+    assert f"/nowhere does not answer on port {PORT}" in machine.fail_to_start("ill")
+
+
+def test_an_open_port_is_enough_for_a_model_without_a_health_path(machine: Host) -> None:
+    write(machine, "simple", "test-engine", "--port", "{port}", "--never-ready", keys='health = ""')
+    machine.start("simple")
+    assert machine.is_active("model@simple.service")
+
+
+@pytest.mark.parametrize(("case", "address"), [("ipv6", "::1"), ("all", "0.0.0.0"), ("second", "127.0.0.2")])
+def test_an_engine_is_found_at_whatever_address_it_listens(machine: Host, case: str, address: str) -> None:
+    write(machine, f"at-{case}", *listening_at(address))
+    machine.start(f"at-{case}")
+    row = machine.ps(f"at-{case}")
+    assert row is not None
+    assert row["address"] == {"0.0.0.0": "127.0.0.1"}.get(address, address)
+
+
+def listening_at(address: str) -> tuple[str, ...]:
+    if ":" not in address:
+        return ("test-engine", "--port", "{port}", "--listen", address)
+    script = (
+        "import http.server, os, socket;"
+        "http.server.HTTPServer.address_family = socket.AF_INET6;"
+        "handler = http.server.SimpleHTTPRequestHandler;"
+        "handler.do_GET = lambda self: (self.send_response(200), self.end_headers());"
+        f"http.server.HTTPServer(('{address}', int(os.environ['PORT'])), handler).serve_forever()"
+    )
+    return ("python3", "-c", script)

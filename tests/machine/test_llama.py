@@ -1,0 +1,115 @@
+"""The distribution's own llama-server as the engine, with a tiny model and simulated VRAM."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.fakegpu import GIB
+from tests.machine.host import GGUF
+from tests.machine.tree import Generation
+
+if TYPE_CHECKING:
+    from tests.machine.host import Host
+
+pytestmark = pytest.mark.generations(Generation.FORKY)
+
+COMMAND = ["llama-server", "-m", GGUF, "--host", "127.0.0.1", "--port", "{port}", "-c", "512"]
+PRESET = f'engine = "llama-server"\nmodel = "{GGUF}"\nargs = ["-c", "512"]\naliases = ["Tiny/Llama"]\n'
+BY_HAND = f"command = {json.dumps(COMMAND)}\n"
+
+
+def start(machine: Host, name: str, engine: str, vram: str = "5GiB") -> None:
+    env = f'env = {{ LD_PRELOAD = "libfakecuda.so", FAKE_VRAM = "{vram}" }}\n'
+    machine.write_model(name, f"{engine}{env}[gpu]\ndevices = [1]\n")
+    machine.start(name)
+
+
+def ask(machine: Host, name: str, *options: str, **more: Any) -> str:
+    question = {"messages": [{"role": "user", "content": "the water"}], "max_tokens": 8, **more}
+    return machine.curl(machine.url(name, "/v1/chat/completions"), "-d", json.dumps(question), *options)
+
+
+def test_it_starts_with_its_vram_and_is_seen(machine: Host) -> None:
+    start(machine, "seen", BY_HAND)
+    row = machine.ps("seen")
+    assert row is not None
+    assert (row["state"], [gpu["index"] for gpu in row["gpus"]], row["vram_bytes"]) == ("ready", [1], 5 * GIB)
+    assert list(machine.gpu_holders(1).values()) == [5 * GIB]
+    assert machine.command_lines()[row["pid"]].startswith(f"llama-server -m {GGUF}")
+
+
+def test_it_answers_a_chat(machine: Host) -> None:
+    start(machine, "chat", BY_HAND)
+    answer = json.loads(ask(machine, "chat"))
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 8
+
+
+def test_it_streams_a_chat(machine: Host) -> None:
+    start(machine, "stream", BY_HAND)
+    lines = [line for line in ask(machine, "stream", "--no-buffer", stream=True).splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    words = [choice["delta"].get("content") for chunk in chunks for choice in chunk["choices"]]
+    assert len([word for word in words if word]) >= 4
+
+
+def test_its_stop_is_proven(machine: Host) -> None:
+    start(machine, "proven", BY_HAND)
+    machine.stop("proven")
+    assert "proven is released after" in machine.messages("proven")
+    assert "5.0 GiB of VRAM on GPU 1 came back" in machine.messages("proven")
+    assert machine.gpu_holders(1) == {}
+    assert machine.ps("proven") is None
+
+
+def test_its_preset_serves_the_model_by_name_and_is_proven_gone(machine: Host) -> None:
+    start(machine, "preset", PRESET)
+    models = json.loads(machine.curl(machine.url("preset", "/v1/models")))
+    assert [model["id"] for model in models["data"]] == ["preset"]
+    assert json.loads(ask(machine, "preset", model="preset"))["choices"][0]["finish_reason"] == "length"
+    machine.stop("preset")
+    assert "5.0 GiB of VRAM on GPU 1 came back" in machine.messages("preset")
+
+
+def test_an_alias_means_the_model(machine: Host) -> None:
+    start(machine, "aliased", PRESET)
+    assert machine.run("gpusvc", "stop", "Tiny/Llama").stdout == "aliased is stopped, and nothing of it is left.\n"
+
+
+def test_its_kill_leaves_nothing_and_it_comes_back(machine: Host) -> None:
+    start(machine, "killed", BY_HAND)
+    row = machine.ps("killed")
+    assert row is not None
+    machine.run("kill", "-KILL", str(row["pid"]))
+    machine.wait_until(
+        lambda: (
+            machine.properties("model@killed.service", "NRestarts", "ActiveState")
+            == {"NRestarts": "1", "ActiveState": "active"}
+        ),
+        "it is started again",
+        unit="model@killed.service",
+    )
+    assert list(machine.gpu_holders(1).values()) == [5 * GIB]
+    ask(machine, "killed")
+
+
+def test_its_want_of_memory_is_told(machine: Host) -> None:
+    env = 'env = { LD_PRELOAD = "libfakecuda.so", FAKE_VRAM = "40GiB" }\n'
+    machine.write_model("oversized", f"{BY_HAND}{env}[gpu]\ndevices = [1]\n")
+    assert "it ran out of VRAM" in machine.fail_to_start("oversized")
+
+
+def test_a_model_file_that_is_no_gguf_is_told_before_the_start(machine: Host) -> None:
+    machine.write("/srv/models/not.gguf", "words")
+    machine.write_model("no-gguf", 'engine = "llama-server"\nmodel = "/srv/models/not.gguf"\n')
+    result = machine.run("gpusvc", "check", check=False)
+    assert (result.returncode, result.stdout) == (
+        1,
+        "/etc/gpusvc/models/no-gguf.toml: model: '/srv/models/not.gguf' is not a GGUF file.\n",
+    )
+    machine.remove("/srv/models/not.gguf")
