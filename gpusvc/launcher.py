@@ -63,6 +63,9 @@ _HEALTH_ANSWER_SECONDS = 5.0
 # A change of the peak that is worth a write.
 _LEARNED_BYTES = 16 * MIB
 
+# A GPU with less than this free while a model loads on it is full.
+_FULL_BYTES = 64 * MIB
+
 _USER_GROUP = "gpusvc"
 _SECOND_TRY = "--second-try"
 
@@ -88,6 +91,7 @@ class Launch:
         self._is_second_try = is_second_try
         self._is_guess = False
         self._ran_out = False
+        self._was_full = False
         self._peaks: dict[str, int] = {}
         self._host: HostConfig = load_host(paths)
         self._config: ModelConfig = load_model(paths, name, self._host)
@@ -281,7 +285,9 @@ class Launch:
         words = lastwords.last_words(
             f"_SYSTEMD_INVOCATION_ID={os.environ.get('INVOCATION_ID', '')}", f"SYSLOG_IDENTIFIER={self._identifier()}"
         )
-        self._ran_out = bool(self._gpus) and lastwords.tells_of_memory(words)
+        # Some engines die of it without a word that anybody could recognise.
+        died_full = self._was_full and not self._lease.ready
+        self._ran_out = bool(self._gpus) and (died_full or lastwords.tells_of_memory(words))
         if self._ran_out:
             sentence += ": it ran out of VRAM"
             if self._is_second_try:
@@ -295,8 +301,9 @@ class Launch:
         vram: int | None = None
         if self._nvml is not None:
             with contextlib.suppress(NvmlError):
-                used = [gpu.used_by(pids) for gpu in self._nvml.snapshot() if self._has(gpu)]
-                vram = total(used)
+                own = [gpu for gpu in self._nvml.snapshot() if self._has(gpu)]
+                vram = total(gpu.used_by(pids) for gpu in own)
+                self._was_full = any(gpu.free_bytes is not None and gpu.free_bytes < _FULL_BYTES for gpu in own)
         with processes.acting_as(self._user.uid, self._user.gid):
             io = processes.io_bytes(pids)
         return Reading(time.monotonic(), cgroup.cpu_seconds(), io, vram)

@@ -103,6 +103,7 @@ class Observer:
         held = {name: kept.lease for name, kept in self._kept.items() if kept.lease is not None}
         attended = set(filter(None, map(names.of_service, _SERVICES.children())))
         now, wall = self._now(), self._wall()
+        configs = self._watched.models(held)
         reading = self._read_gpus(now, wall, held)
         members = self._members(reading, held)
         leaving = {*leaving, *_evicted(held, attended)}
@@ -112,7 +113,14 @@ class Observer:
             leases=held,
             evidence={
                 name: self._evidence(
-                    lease, host, reading, members.get(name, frozenset()), now, wall, leaving=name in leaving
+                    lease,
+                    host,
+                    configs[name],
+                    reading,
+                    members.get(name, frozenset()),
+                    now,
+                    wall,
+                    leaving=name in leaving,
                 )
                 for name, lease in held.items()
             },
@@ -193,6 +201,7 @@ class Observer:
         self,
         lease: Lease,
         host: HostConfig | None,
+        config: ModelConfig | None,
         reading: Reading,
         pids: frozenset[int],
         now: float,
@@ -201,7 +210,6 @@ class Observer:
         leaving: bool,
     ) -> Evidence:
         name = lease.model
-        config = self._watched.model(name)
         policy = config or (host.watchdog if host is not None else None)
         kept = self._kept[name]
         glance = use.glance(kept.directory)

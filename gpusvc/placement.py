@@ -188,8 +188,13 @@ class _Search:
             victims = self._victims_on(offer)
             if victims is None:
                 continue
-            hurt = sorted((victim.worth for victim in victims), reverse=True)
-            cost = (hurt, self._rank(offer), offer.gpu.index)
+            if self._request.clears:
+                # It takes more than anybody knew: most room once all that is idle has left, whoever that is.
+                room = _plus(self._free[offer.gpu.uuid], sum(victim.gives[offer.gpu.uuid] for victim in victims))
+                cost: tuple[object, ...] = (room is None, -(room or 0), offer.gpu.index)
+            else:
+                hurt = sorted((victim.worth for victim in victims), reverse=True)
+                cost = (hurt, self._rank(offer), offer.gpu.index)
             if best is None or cost < best[0]:
                 best = (cost, offer, victims)
         return None if best is None else (best[1], best[2])

@@ -97,12 +97,3 @@ def _read(file: Path) -> Wish | None:
         return Wish(str(value["model"]), {str(k): int(v) for k, v in value["bytes"].items()}, tuple(value["victims"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # it has not said yet
-
-
-def waiting(paths: Paths) -> list[str]:
-    """The models whose starts wait for room, oldest first."""
-    try:
-        files = sorted(paths.waitlist_directory.iterdir())
-    except FileNotFoundError:
-        return []
-    return [file.name.partition("-")[2] for file in files]

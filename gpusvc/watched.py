@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,20 @@ class Watched:
 
     def model(self, name: str) -> ModelConfig | None:
         """A model's configuration; None: there is no file, or neither it nor the host's was ever right."""
+        return self._model(name, self.host())
+
+    def models(self, names: Iterable[str]) -> dict[str, ModelConfig | None]:
+        """The same of several models at once, for which the host's file is looked at once."""
         host = self.host()
+        return {name: self._model(name, host) for name in names}
+
+    def reread(self) -> None:
+        """Read every file when it is next asked for, changed or not, and report again what is wrong then."""
+        self._host.stamp = self._host.complaint = None
+        for kept in self._models.values():
+            kept.stamp = kept.complaint = None
+
+    def _model(self, name: str, host: HostConfig | None) -> ModelConfig | None:
         if host is None or not names.is_name(name):
             return None
         if host is not self._models_host:
@@ -83,12 +96,6 @@ class Watched:
         except UnknownModelError:
             del self._models[name]
             return None
-
-    def reread(self) -> None:
-        """Read every file when it is next asked for, changed or not, and report again what is wrong then."""
-        self._host.stamp = self._host.complaint = None
-        for kept in self._models.values():
-            kept.stamp = kept.complaint = None
 
     def _look(self, kept: _Kept[Value], load: Callable[[], Value]) -> Value | None:
         now = self._now()

@@ -1,4 +1,4 @@
-"""What the README and docs/architecture.md name is there."""
+"""What the README, docs/architecture.md and docs/use-protocol.md name is there."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import config, names
+from gpusvc import config, hooks, names, verdicts
 from gpusvc.cli import app
 from gpusvc.paths import Paths
+from tests.unit.test_layering import ROWS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/use-protocol.md")
 ARCHITECTURE = ROOT / "docs/architecture.md"
 
 # Of systemd and others.
@@ -44,7 +45,7 @@ def test_every_command_that_is_named_exists(document: str) -> None:
 def test_every_unit_that_is_named_exists(document: str) -> None:
     units = {file.name for file in (ROOT / "units").iterdir()}
     text = (ROOT / document).read_text()
-    for unit in re.findall(r"[\w@-]+\.(?:service|scope|slice|socket|target|timer)\b", text):
+    for unit in re.findall(r"[\w@-]+\.(?:service|path|scope|slice|socket|target|timer)\b", text):
         template = re.sub(r"@[\w-]+\.", "@.", unit)
         transient = re.fullmatch(re.escape(names.scope("X")).replace("X", r"[\w-]+"), unit)
         assert template in units or transient or unit in FOREIGN_UNITS, unit
@@ -67,7 +68,9 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     paths = Paths.system()
     directory = paths.lease_directory("NAME")
     known = {paths.host_file, paths.models_directory, paths.model_file("NAME"), paths.lease_file("NAME")}
-    known |= {directory, directory / "lock", paths.placement_lock, paths.runtime}
+    known |= {directory, directory / "lock", directory / "door", directory / "use", paths.pin_file("NAME")}
+    known |= {paths.placement_lock, paths.waitlist_directory, paths.runtime, paths.state, verdicts.file_of(paths)}
+    known |= {hooks.hooks_directory(paths), hooks.cursor_file(paths), paths.state / "footprints" / "NAME.json"}
     for piece in code(document):
         for path in re.findall(r"/(?:etc|run|var/lib)/gpusvc[\w./-]*", piece):
             assert Path(path.replace("qwen", "NAME")) in known, path
@@ -80,14 +83,14 @@ def test_every_link_leads_somewhere(document: str) -> None:
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_every_module_is_in_the_layout() -> None:
-    layout = ARCHITECTURE.read_text().partition("## Source layout")[2].partition("\n## ")[0]
-    finished, _, growing = layout.partition("not finished")
-    modules = {file.name for file in (ROOT / "gpusvc").glob("*.py")} - {"__init__.py"}
-    there, coming = (set(re.findall(r"\b\w+\.py\b", part)) - {"test_layering.py"} for part in (finished, growing))
-    assert modules - there - coming == set(), "say in docs/architecture.md what these are"
-    assert there - modules == set(), "docs/architecture.md lists what is not there"
-    assert "cli/" in finished
+def test_the_layout_has_every_module_in_its_row() -> None:
+    layout = ARCHITECTURE.read_text().partition("## Source layout")[2].partition("```\n")[2].partition("```")[0]
+    rows: dict[str, set[str]] = {}
+    for line in filter(None, layout.splitlines()):
+        if not line.startswith(" "):
+            row = rows[line] = set()
+        row |= {module.rstrip("/").removesuffix(".py") for module in re.findall(r"\b\w+\.py\b|\bcli/", line)}
+    assert rows == {title: modules - {"_vendor"} for title, modules in ROWS.items()}
 
 
 def test_the_readmes_model_file_is_right(tmp_path: Path) -> None:

@@ -253,3 +253,14 @@ def test_only_those_who_may_can_change_something(machine: Host, verb: str) -> No
     result = machine.run("gpusvc", verb, "qwen", check=False, user="nobody")
     assert result.returncode == 4, result.stderr
     assert machine.is_active(UNIT)
+
+
+def test_a_hook_runs_as_soon_as_it_is_there(fresh_machine: Host) -> None:
+    script = '#!/bin/sh\necho "$GPUSVC_EVENT $GPUSVC_MODEL" >> /run/hooked\n'
+    fresh_machine.write("/etc/gpusvc/hooks.d/tell", script, mode=0o755)
+    fresh_machine.wait_until(lambda: fresh_machine.is_active("gpusvc-hooks.service"), "the hooks' runner is up")
+    fresh_machine.write_model("qwen")
+    fresh_machine.start("qwen")
+    fresh_machine.wait_until(
+        lambda: "ready qwen" in fresh_machine.run("cat", "/run/hooked", check=False).stdout, "the hook ran"
+    )

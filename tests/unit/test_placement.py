@@ -291,6 +291,13 @@ def test_one_that_ran_out_of_memory_clears_its_gpu_of_all_that_is_idle() -> None
     assert sorted(victims(outcome_of(residents, need=None, clears=True))) == ["a", "b"]
 
 
+def test_one_that_ran_out_of_memory_goes_where_most_room_can_be_made() -> None:
+    gpus = [a_gpu(0, uncounted=14 * GIB), a_gpu(1, uncounted=23 * GIB)]
+    outcome = outcome_of([resident("idle", gpu0=14)], gpus=gpus, need=None, clears=True)
+    assert isinstance(outcome, Plan)
+    assert ([gpu.index for gpu in outcome.gpus], outcome.victims) == ([0], ("idle",))
+
+
 # ---- limits ----
 
 
