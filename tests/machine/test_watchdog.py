@@ -404,8 +404,6 @@ def test_the_package_enables_and_starts_it_and_an_upgrade_restarts_it_alone(
 ) -> None:
     machine = fresh_machine
     assert machine.run("systemctl", "is-enabled", WATCHDOG).stdout.strip() == "enabled"
-    # As the first version of the package left it.
-    machine.run("usermod", "--gid", "gpusvc", "gpusvc")
     engine = start(machine, "qwen")
     watchdog = machine.property(WATCHDOG, "MainPID")
     upgrade(machine, layers)
