@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from gpusvc.host_file import BusyAction
-from gpusvc.quantity import format_duration, format_size
+from gpusvc.quantity import format_amount, format_duration, format_size
 
 # One moment without work proves little: utilisation comes in samples, and a request has pauses.
 _LOOKS = 3
@@ -324,7 +324,7 @@ def _victim(
 
 
 def _pressure(gpu: GpuEvidence, victim: Evidence | None, seconds: float, *, waits: bool) -> Pressure:
-    free = "an unknown amount" if gpu.free_bytes is None else format_size(gpu.free_bytes)
+    free = format_amount(gpu.free_bytes)
     what = f"GPU {gpu.index} has {free} free, and for {_span(seconds)} less than its reserve of"
     if victim is not None:
         then = f"of its idle models {victim.name} was used least recently."

@@ -41,7 +41,7 @@ from gpusvc.log import log
 from gpusvc.notify import Notifier
 from gpusvc.paths import Paths
 from gpusvc.progress import Reading, moved
-from gpusvc.quantity import MIB, format_duration, format_size
+from gpusvc.quantity import MIB, format_amount, format_duration
 from gpusvc.release import release
 from gpusvc.sockets import Listener
 
@@ -231,7 +231,7 @@ class Launch:
                     f"The engine made no progress for {format_duration(config.start_timeout_seconds)}, "
                     f"and {what} on port {self._lease.port}."
                 )
-            vram = "" if not self._gpus else f", {_size(reading.vram_bytes)} of VRAM so far"
+            vram = "" if not self._gpus else f", {format_amount(reading.vram_bytes)} of VRAM so far"
             self._wait_for(f"Loading on {self._where()}{vram}, {now - began:.0f} s.")
         return None
 
@@ -370,7 +370,7 @@ class Launch:
         sentence = f"Ready at http://{address}:{self._lease.port} on {self._where()}"
         used = [gpu.used_bytes for gpu in self._lease.gpus]
         if used:
-            sentence += f" with {_size(total(used))} of VRAM"
+            sentence += f" with {format_amount(total(used))} of VRAM"
         return sentence + "."
 
     def _wait_for(self, sentence: str) -> None:
@@ -411,10 +411,6 @@ def _manner(ended: int) -> str:
         return f"by {signal.Signals(-ended).name}"
     except ValueError:
         return f"by signal {-ended}"
-
-
-def _size(used: int | None) -> str:
-    return "an unknown amount" if used is None else format_size(used)
 
 
 def _exit_status(error: GpusvcError) -> int:

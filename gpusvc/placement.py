@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gpusvc.devices import DeviceSelector
 from gpusvc.errors import PlacementError
-from gpusvc.quantity import format_duration, format_size
+from gpusvc.quantity import format_amount, format_duration, format_size
 
 if TYPE_CHECKING:
     from gpusvc.config import HostConfig
@@ -345,7 +345,7 @@ def _describe(offer: Offer, holders: Sequence[str]) -> str:
     gpu = offer.gpu
     if gpu.problem is not None:
         return f"GPU {gpu.index}{f' ({gpu.name})' if gpu.name else ''} cannot be read: {gpu.problem.rstrip('.')}."
-    free = "an unknown amount" if gpu.free_bytes is None else format_size(gpu.free_bytes)
+    free = format_amount(gpu.free_bytes)
     total = "an unknown total" if gpu.total_bytes is None else format_size(gpu.total_bytes)
     parts = [f"GPU {gpu.index} ({gpu.name}): {free} free of {total}"]
     if offer.obstacle is not None:

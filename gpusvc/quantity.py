@@ -122,6 +122,11 @@ def format_size(size: int) -> str:
     return f"{value:.1f} {prefix}iB"
 
 
+def format_amount(size: int | None) -> str:
+    """As format_size(), of what may be unknown."""
+    return "an unknown amount" if size is None else format_size(size)
+
+
 def shown(value: object) -> str:
     """``value`` as a message quotes it: its repr, cut where it gets long."""
     try:

@@ -14,7 +14,7 @@ from gpusvc.errors import GpusvcError
 from gpusvc.gpu import total
 from gpusvc.lease import BrokenLeaseError, Lease
 from gpusvc.placement import Claim, Resident, standing
-from gpusvc.quantity import format_size
+from gpusvc.quantity import format_amount
 
 if TYPE_CHECKING:
     from gpusvc.config import HostConfig, ModelConfig
@@ -198,8 +198,10 @@ def in_words(
                 by_model.setdefault(model, []).append(process.used_bytes)
             else:
                 command = processes.command(process.pid) or "gone"
-                words.append(f"PID {process.pid} ({command}) {_size(process.used_bytes)}")
-        models = [f"{model} {_size(total(used))}{said.get(model, '')}" for model, used in sorted(by_model.items())]
+                words.append(f"PID {process.pid} ({command}) {format_amount(process.used_bytes)}")
+        models = [
+            f"{model} {format_amount(total(used))}{said.get(model, '')}" for model, used in sorted(by_model.items())
+        ]
         found[gpu.uuid] = models + words
     return found
 
@@ -207,7 +209,3 @@ def in_words(
 def _is_its(process: Process) -> bool:
     # A PID that somebody else has by now is not the model's; one that nobody has may be a ghost in the driver, and is.
     return processes.identify(process.pid) in {process, None}
-
-
-def _size(used: int | None) -> str:
-    return "an unknown amount" if used is None else format_size(used)

@@ -15,7 +15,7 @@ import typer
 from gpusvc.cli.evictor import PAUSE_SECONDS, Evictor, matching
 from gpusvc.cli.progress import Progress
 from gpusvc.errors import PermissionDeniedError
-from gpusvc.quantity import format_size
+from gpusvc.quantity import format_amount, format_size
 
 if TYPE_CHECKING:
     from gpusvc.config import HostConfig
@@ -122,7 +122,7 @@ class Room:
 
     def _say_free(self, gpu: Gpu) -> None:
         reserve = format_size(self._host.gpu.reserve_bytes)
-        free = "an unknown amount" if gpu.free_bytes is None else format_size(gpu.free_bytes)
+        free = format_amount(gpu.free_bytes)
         self._progress.clear()
         typer.echo(f"GPU {gpu.index} ({gpu.name}) has {free} free, with the host's reserve of {reserve}.")
 

@@ -41,7 +41,7 @@ def main() -> None:
     gpus = Gpus(options.gpu_library) if options.vram or options.child_vram else None
     for kind in options.children:  # before there are threads, which don't go with fork
         start_child(kind, gpus, options.child_vram)
-    server = Server(options)
+    server = Server(options, gpus)
     say(f"serving {options.model} on {options.listen}:{options.port}, {len(gpus.uuids) if gpus else 0} GPUs visible")
     load(options, gpus)
     if options.oom:
@@ -259,8 +259,9 @@ def _identity() -> dict[str, object]:
 class Server:
     """As little HTTP/1.1 as clients and health checks need; one thread per connection."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, gpus: Gpus | None) -> None:
         self.options = options
+        self._gpus = gpus
         self.is_loaded = False
         self.is_hung = False
         self._healthy_answers = 0
@@ -309,6 +310,10 @@ class Server:
             return "200 OK", {"object": "list", "data": [{"id": self.options.model, "object": "model"}]}
         if (method, path) == ("GET", "/self"):
             return "200 OK", {"environment": dict(os.environ), **_identity()}
+        if (method, path) == ("POST", "/grow") and self._gpus is not None:  # as a cache that grows with its users
+            for uuid in self._gpus.uuids:
+                self._gpus.allocate(uuid, size(json.loads(body)["vram"]))
+            return "200 OK", {}
         if (method, path) == ("POST", "/v1/chat/completions"):
             question = json.loads(body)["messages"][-1]["content"]
             message = {"role": "assistant", "content": f"You said: {question}"}

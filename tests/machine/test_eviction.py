@@ -170,6 +170,19 @@ def test_what_a_model_took_is_what_it_needs_the_next_time(machine: Host) -> None
     assert json.loads(machine.read("/var/lib/gpusvc/footprints/shy.json"))["peaks"]
 
 
+def test_a_model_that_grew_needs_more_the_next_time_than_its_file_says(machine: Host) -> None:
+    write(machine, "growing", "4GiB", keys='health_timeout = "400ms"\n')  # looked at every 100 ms
+    write(machine, "other", "10GiB")
+    start(machine, "growing")
+    machine.curl(machine.url("growing", "/grow"), "--data", '{"vram": "12GiB"}')
+    peaks = "/var/lib/gpusvc/footprints/growing.json"
+    machine.wait_until(lambda: str(16 * GIB) in machine.read(peaks), "the larger footprint is learned")
+    machine.stop("growing")
+    start(machine, "other")
+    start(machine, "growing")
+    assert up(machine) == ["growing"]
+
+
 def test_an_unknown_that_runs_out_of_memory_is_tried_once_more_with_the_idle_gone(machine: Host) -> None:
     write(machine, "idle", "10GiB")
     write(machine, "shy", "20GiB", declared=False)

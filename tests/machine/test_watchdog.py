@@ -123,6 +123,17 @@ def test_a_model_without_a_gpu_is_idle_by_its_cpu_time(machine: Host) -> None:
     assert "by their CPU time" in events(machine, "idle", "small")[-1]
 
 
+@pytest.mark.parametrize(("gpu", "evidence"), [(0, "NVML"), (None, "CPU time")])
+def test_status_says_by_what_evidence_a_model_is_judged(machine: Host, gpu: int | None, evidence: str) -> None:
+    start(machine, "judged", gpu=gpu)
+
+    def told() -> str | None:
+        status = json.loads(machine.run("gpusvc", "status", "judged", "--json").stdout)
+        return str(status["evidence"])
+
+    machine.wait_until(lambda: told() == evidence, f"{evidence} is named as evidence")
+
+
 def test_a_model_stays_as_long_as_somebody_uses_it(machine: Host) -> None:
     policy(machine, 'idle_timeout = "1s"')
     start(machine, "qwen", "idle_timeout = 0")
