@@ -46,6 +46,13 @@ class Cgroup:
         except OSError as error:
             return not _is_gone(error)  # too many open files, say: unknown is not empty
 
+    def frozen(self) -> bool:
+        """Whether all that is in it stands still, by `systemctl freeze` of it or of a slice above."""
+        try:
+            return "frozen 1" in _read(f"{ROOT}{self.path}/cgroup.events")
+        except OSError:
+            return False
+
     def wait_empty(self, timeout_seconds: float) -> bool:
         """Wait until no process is left; whether that came about in time."""
         deadline = time.monotonic() + timeout_seconds

@@ -16,13 +16,14 @@ from gpusvc.host_file import (
     BusyAction,
     HostConfig,
     HostEviction,
+    HostGateway,
     HostGpu,
     HostWatchdog,
     Isolation,
     Placement,
     read_host,
 )
-from gpusvc.model_file import GpuRequest, ModelConfig, read_model
+from gpusvc.model_file import GpuRequest, ModelConfig, read_model, read_run
 from gpusvc.paths import Paths
 from gpusvc.quantity import shown
 from gpusvc.reading import InvalidFileError, Problem, Table, did_you_mean, read_table
@@ -32,6 +33,7 @@ __all__ = [
     "GpuRequest",
     "HostConfig",
     "HostEviction",
+    "HostGateway",
     "HostGpu",
     "HostWatchdog",
     "InvalidFileError",
@@ -72,6 +74,10 @@ def load_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
     if names.is_name(name):
         try:
             return _load(paths.model_file(name), partial(read_model, name=name, host=host))
+        except FileNotFoundError:
+            pass
+        try:
+            return _load(paths.run_file(name), partial(read_run, name=name, host=host))
         except FileNotFoundError:
             pass
     raise _unknown(paths, name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpusvc import events, eviction, names, use
+from gpusvc import events, eviction, names, unitlog, use
 from gpusvc.backoff import Backoff
 from gpusvc.errors import GpusvcError
 from gpusvc.host_file import BusyAction
@@ -56,7 +56,7 @@ class _Words:
         self._deadline = time.monotonic() + _WORDS_SECONDS
         self._file = os.memfd_create("words")  # a pipe could fill up
         self._child: subprocess.Popen[bytes] | None = None
-        command = ["journalctl", f"--unit={names.service(name)}", f"--lines={_WORDS}", "--output=cat", "--quiet"]
+        command = unitlog.command(name, f"--lines={_WORDS}", "--output=cat", "--quiet")
         with contextlib.suppress(OSError):
             self._child = subprocess.Popen(  # noqa: S603
                 [*command, "--no-pager"], stdin=subprocess.DEVNULL, stdout=self._file, stderr=subprocess.DEVNULL

@@ -13,6 +13,7 @@ from gpusvc.config import load_host, load_model
 from gpusvc.paths import Paths
 from gpusvc.quantity import format_duration, parse_duration
 from gpusvc.reading import Table, read_table
+from gpusvc.serving import Serving
 
 DEFAULT = "default"
 
@@ -56,7 +57,7 @@ def effective(paths: Paths, name: str | None = None) -> list[Setting]:
         if key in INHERITED and not table.has(key)
         else _setting(key, value, table, "engine" if key == "command" and table.has("engine") else key)
         for key, value in _values(model)
-        if key != "name"
+        if key not in ("name", "caller")  # decided by no file of a model
     ]
 
 
@@ -64,7 +65,9 @@ def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
     """The keys of a configuration, dotted, with their values as TOML; a key is its field's name without the unit."""
     for field in fields(config):
         key, value = prefix + field.name, getattr(config, field.name)
-        if is_dataclass(value):
+        if isinstance(value, Serving):
+            yield from _serving_values(value)
+        elif is_dataclass(value):
             yield from _values(value, f"{key}.")
         elif key.endswith("_seconds"):
             yield key.removesuffix("_seconds"), _quoted(_duration(value))
@@ -72,6 +75,13 @@ def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
             yield key.removesuffix("_bytes"), None if value is None else _quoted(_size(value))
         else:
             yield key, None if value is None else _toml(value)
+
+
+def _serving_values(serving: Serving) -> Iterator[tuple[str, str | None]]:
+    """Those that do not stand in ModelConfig itself; in the file they are not under one table."""
+    for key, value in _values(serving):
+        if key not in ("name", "description", "aliases"):
+            yield f"filter.{key}" if key in ("strip", "set") else key, value
 
 
 def _setting(key: str, value: str | None, table: Table, deciding: str | None = None) -> Setting:
@@ -107,9 +117,9 @@ def _toml(value: object) -> str:
     match value:
         case bool():
             return "true" if value else "false"
-        case int():
-            return str(value)
-        case tuple():
+        case int() | float():
+            return repr(value)
+        case tuple() | list():
             return f"[{', '.join(map(_toml, value))}]"
         case Mapping():
             return f"{{ {', '.join(f'{_key(key)} = {_toml(value[key])}' for key in value)} }}" if value else "{}"

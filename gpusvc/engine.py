@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from gpusvc.errors import ConfigError, EngineError, IsolationError
+from gpusvc.model_file import OWNED_VARIABLES
+
+_USERS_OWN = ("HOME", "LOGNAME", "USER", "SHELL")
 
 # Of systemd's to the launcher, and none of the engine's business (systemd.exec(5)).
 _NOT_INHERITED = frozenset(
@@ -38,16 +41,20 @@ _NOT_INHERITED = frozenset(
         "MEMORY_PRESSURE_WRITE",
         "RUNTIME_DIRECTORY",
         "STATE_DIRECTORY",
-        "HOME",
-        "LOGNAME",
-        "USER",
-        "SHELL",
+        *_USERS_OWN,
     }
 )
 
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAPBSET_DROP = 24
 _CAPABILITY_VERSION_3 = 0x20080522
+
+# landlock(7). These system calls have the same number on all that systemd and NVIDIA know.
+_LANDLOCK_CREATE_RULESET = 444
+_LANDLOCK_RESTRICT_SELF = 446
+_LANDLOCK_CREATE_RULESET_VERSION = 1
+_LANDLOCK_ABI_WITH_SCOPES = 6  # of Linux 6.12
+_LANDLOCK_SCOPE_SIGNAL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,8 @@ class Orders:
     closed_nodes: tuple[str, ...]
     """Device nodes that it must not be able to open."""
     require_isolation: bool
+    caller: str | None = None
+    """Whose standard files and environment it gets: the socket of a caller.Caller."""
 
 
 def environment(
@@ -206,6 +215,7 @@ def _follow_orders(orders_fd: int, report_fd: int) -> None:
             if orders.require_isolation:
                 os._exit(127)
 
+    surroundings = orders.environment if orders.caller is None else _as_called(orders, Path(orders.caller))
     _drop_privileges(user)
     for number in signal.valid_signals():  # Python ignores two, and exec would hand that on
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -218,9 +228,20 @@ def _follow_orders(orders_fd: int, report_fd: int) -> None:
         _report(report_fd, "failed", f"{user.name} cannot enter {orders.working_directory}: {_reason(error)}.")
         return
     try:
-        os.execvpe(orders.command[0], orders.command, orders.environment)  # noqa: S606
+        os.execvpe(orders.command[0], orders.command, surroundings)  # noqa: S606
     except OSError as error:
         _report(report_fd, "failed", f"{user.name} cannot execute {orders.command[0]}: {_reason(error)}.")
+
+
+def _as_called(orders: Orders, caller: Path) -> dict[str, str]:
+    """Take the caller's files, and its environment but for what tells of the user and what gpusvc decides."""
+    from gpusvc.caller import borrow  # noqa: PLC0415  most engines have no caller
+
+    decided = {*OWNED_VARIABLES, *_USERS_OWN, "GPUSVC_MODEL"}
+    return {
+        **{key: value for key, value in borrow(caller).items() if key not in _NOT_INHERITED},
+        **{key: value for key, value in orders.environment.items() if key in decided},
+    }
 
 
 def _try_open(node: str) -> int:
@@ -238,20 +259,40 @@ def _outcome(number: int) -> str:
 
 def _drop_privileges(user: User) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    os.setgroups(user.groups)
+    # A user who runs his own models keeps his groups, and his bounding set, from which no_new_privs lets nothing out.
+    if os.geteuid() == 0:
+        os.setgroups(user.groups)
+        # Also for an engine that runs as root: its exec would gain what is left in the bounding set, or is inheritable,
+        # as newer systemd makes the unit's capabilities (capabilities(7)).
+        for capability in range(64):
+            if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+                if ctypes.get_errno() == errno.EINVAL:
+                    break  # past the last one that this kernel knows
+                raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
     os.setresgid(user.gid, user.gid, user.gid)
-    # Also for an engine that runs as root: its exec would gain what is left in the bounding set, or is inheritable, as
-    # newer systemd makes the unit's capabilities (capabilities(7)).
-    for capability in range(64):
-        if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            if ctypes.get_errno() == errno.EINVAL:
-                break  # past the last one that this kernel knows
-            raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
     os.setresuid(user.uid, user.uid, user.uid)
     if libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)) != 0:
         raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
+    _keep_to_itself(libc)
+
+
+def _keep_to_itself(libc: ctypes.CDLL) -> None:
+    """Where the kernel can (Linux 6.12), let it signal, trace and look into no processes but its own.
+
+    Engines mostly run as the same user, whose processes may otherwise do all of that to each other. A domain of
+    Landlock's keeps all tracing inside; of what else there is, files would take mounts away from engines that bring
+    their own container.
+    """
+    abi = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
+    if abi < _LANDLOCK_ABI_WITH_SCOPES:
+        return
+    attributes = struct.pack("=QQQ", 0, 0, _LANDLOCK_SCOPE_SIGNAL)  # landlock_ruleset_attr: files, network, scopes
+    ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+    if ruleset < 0 or libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
+        raise OSError(ctypes.get_errno(), "it cannot be kept to its own processes")
+    os.close(ruleset)
 
 
 def _reason(error: OSError) -> str:

@@ -1,12 +1,14 @@
 """Events read back from the journal, through journalctl(1); it knows nothing of who wants to know.
 
 Anybody may write to the journal, whatever fields they like. So only entries count that journald says come from root or
-from a service of gpusvc: the fields that begin with an underscore are its own, and cannot be forged.
+from a service of gpusvc: the fields that begin with an underscore are its own, and cannot be forged. In a user's
+instance his own entries count, and no others.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -16,9 +18,10 @@ from typing import IO, Any, Self
 
 from gpusvc.errors import GpusvcError
 from gpusvc.events import MESSAGE_IDS
+from gpusvc.paths import is_user_instance
 
 # Services of gpusvc that do not run as root.
-_OUR_UNITS = ("gpusvc-gateway.service", "gpusvc-watchdog.service")
+_OUR_UNITS = ("gpusvc-api.service", "gpusvc-gateway.service", "gpusvc-watchdog.service")
 
 _FIELDS = "MESSAGE,PRIORITY,GPUSVC_EVENT,GPUSVC_MODEL,GPUSVC_GPU,GPUSVC_BYTES,GPUSVC_REASON"
 
@@ -46,6 +49,20 @@ class Event:
 
     def __str__(self) -> str:
         return self.kind if self.model is None else f"{self.kind} of {self.model}"
+
+    def to_json(self) -> dict[str, Any]:
+        from datetime import UTC, datetime  # noqa: PLC0415  only JSON needs it
+
+        return {
+            "time": datetime.fromtimestamp(self.seconds, tz=UTC).astimezone().isoformat(timespec="milliseconds"),
+            "event": self.kind,
+            "model": self.model,
+            "gpus": list(self.gpus),
+            "bytes": self.bytes,
+            "reason": self.reason,
+            "level": self.level,
+            "message": self.message,
+        }
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
@@ -99,9 +116,11 @@ def command(*options: str, model: str | None = None) -> list[str]:
     what = [f"MESSAGE_ID={message_id}" for message_id in MESSAGE_IDS.values()]
     if model is not None:
         what.append(f"GPUSVC_MODEL={model}")
+    shown = ["--output=json", "--all", f"--output-fields={_FIELDS}", "--no-pager"]
+    if is_user_instance():
+        return ["journalctl", *shown, "--quiet", *options, *what, f"_UID={os.getuid()}"]
     # As journalctl(1) reads it: values of one field are alternatives, fields must all fit, "+" is an or between groups.
     ours = [f"_SYSTEMD_UNIT={unit}" for unit in _OUR_UNITS]
-    shown = ["--output=json", "--all", f"--output-fields={_FIELDS}", "--no-pager"]
     return ["journalctl", *shown, *options, *what, "_UID=0", "+", *what, *ours]
 
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from gpusvc import names
 from gpusvc.log import log
+from gpusvc.paths import is_user_instance
 
 # Of all events of all models, whoever sends them: `journalctl -t gpusvc`.
 IDENTIFIER = "gpusvc"
@@ -118,8 +119,9 @@ def _fields(
     if model is not None:
         yield "GPUSVC_MODEL", model
         # journald finds a sender's unit in /proc, too late for one that ends at once; and the watchdog's is another.
-        # What root says with this field `journalctl -u` and `systemctl status` show with the model's lines.
-        yield "OBJECT_SYSTEMD_UNIT", names.service(model)
+        # What root says with this field `journalctl -u` and `systemctl status` show with the model's lines, and what a
+        # user says with the other one `journalctl --user-unit` and `systemctl --user status`.
+        yield "OBJECT_SYSTEMD_USER_UNIT" if is_user_instance() else "OBJECT_SYSTEMD_UNIT", names.service(model)
     # One field for each, so that GPUSVC_GPU=1 finds what is about GPUs 0 and 1.
     yield from (("GPUSVC_GPU", str(index)) for index in gpus)
     if vram_bytes is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpusvc import statefile
 from gpusvc.log import log
 from gpusvc.paths import Paths
 
@@ -74,7 +75,7 @@ def from_json(value: object) -> Peaks:
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, dict) and all(type(size) is int and size > 0 for size in value.values())
+    return isinstance(value, dict) and all(type(size) is int and 0 < size < 2**63 for size in value.values())
 
 
 def _file(paths: Paths, name: str) -> Path:
@@ -83,10 +84,7 @@ def _file(paths: Paths, name: str) -> Path:
 
 def _read(file: Path) -> Peaks:
     """Raises OSError, or ValueError if it does not say what it should."""
-    with file.open("rb") as stream:
-        text = stream.read(_MAX_FILE_BYTES + 1)
-    if len(text) > _MAX_FILE_BYTES:
-        raise ValueError("It is too large.")
+    text = statefile.read(file, limit_bytes=_MAX_FILE_BYTES)
     try:
         return from_json(json.loads(text))
     except RecursionError as error:

@@ -348,7 +348,7 @@ def _signals(*numbers: signal.Signals) -> Iterator[int]:
 def main() -> int:
     """ExecStart= of gpusvc-hooks.service."""
     try:
-        return HookDaemon(Paths.system(), Notifier()).run()
+        return HookDaemon(Paths.here(), Notifier()).run()
     except GpusvcError as error:
         log(3, str(error))
         return error.exit_code

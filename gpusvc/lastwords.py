@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
+
+from gpusvc.printable import printable
 
 # In the words of CUDA's and HIP's runtimes, PyTorch, llama.cpp and vLLM.
 _OUT_OF_MEMORY = (
@@ -11,8 +14,16 @@ _OUT_OF_MEMORY = (
 )
 
 
+# How long lines may take from a pipe into the journal where nobody can have journald see to that.
+_UNSYNCED_SECONDS = 1.0
+_PAUSE_SECONDS = 0.05
+
+# Of a line; an engine may never end one.
+_MAX_WIDTH = 1000
+
+
 def last_words(*matches: str, lines: int = 30) -> list[str]:
-    """The last lines of the journal that fit, oldest first; empty if they cannot be read.
+    """The last lines of the journal that fit, made printable, oldest first; empty if they cannot be read.
 
     Args:
         matches: as journalctl(1) takes them: ``--unit=…``, ``FIELD=value``.
@@ -21,13 +32,19 @@ def last_words(*matches: str, lines: int = 30) -> list[str]:
     import subprocess  # noqa: PLC0415  most engines end without anybody asking why
 
     try:
-        # The engine is dead, but journald may have its last lines still in the socket.
-        subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
+        # The engine is dead, but journald may have its last lines still in the socket; root may have it read on.
+        sync = subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
+        deadline = time.monotonic() + (_UNSYNCED_SECONDS if sync.returncode else 0.0)
         command = ["journalctl", *matches, f"--lines={lines}", "--output=cat", "--no-pager"]
-        done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
+        while True:
+            done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
+            lines_said = done.stdout.decode(errors="replace").splitlines()
+            words = [printable(line, width=_MAX_WIDTH) for line in lines_said if line.strip()]
+            if words or time.monotonic() >= deadline:
+                return words
+            time.sleep(_PAUSE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
 
 
 def tells_of_memory(words: list[str]) -> bool:

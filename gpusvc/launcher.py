@@ -12,13 +12,14 @@ import os
 import resource
 import select
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gpusvc import events, footprint, lastwords, names, nodes, processes, proof, readiness, relay, use
+from gpusvc import caller, events, footprint, lastwords, names, nodes, processes, proof, readiness, relay, unitlog, use
 from gpusvc import lease as leases
 from gpusvc.admission import Admission
 from gpusvc.cgroup import Cgroup
@@ -39,9 +40,9 @@ from gpusvc.gpu import total
 from gpusvc.lease import Lease, LeasedGpu
 from gpusvc.log import log
 from gpusvc.notify import Notifier
-from gpusvc.paths import Paths
+from gpusvc.paths import Paths, is_user_instance
 from gpusvc.progress import Reading, moved
-from gpusvc.quantity import MIB, format_amount, format_duration
+from gpusvc.quantity import MIB, format_amount, format_duration, shown
 from gpusvc.release import release
 from gpusvc.sockets import Listener
 
@@ -92,6 +93,7 @@ class Launch:
         self._is_guess = False
         self._ran_out = False
         self._was_full = False
+        self._is_fenced = True
         self._peaks: dict[str, int] = {}
         self._host: HostConfig = load_host(paths)
         self._config: ModelConfig = load_model(paths, name, self._host)
@@ -99,7 +101,8 @@ class Launch:
         self._nvml: Nvml | None = None
         self._lease = Lease(model=name, port=0, gpus=(), created=time.time())
         self._gpus: tuple[Gpu, ...] = ()
-        self._began = time.monotonic()
+        self._began, self._since = time.monotonic(), time.time()
+        self._caller: socket.socket | None = None
 
     @property
     def deserves_another_try(self) -> bool:
@@ -108,6 +111,8 @@ class Launch:
 
     def run(self) -> int:
         """The engine's wait status, in the form of os.waitstatus_to_exitcode()."""
+        if self._config.caller is not None:
+            self._caller = caller.attend(self._config.caller)
         self._prove_last_run()
         if self._config.gpu.count:
             from gpusvc.nvml import Nvml  # noqa: PLC0415  a model without GPUs needs no driver
@@ -117,6 +122,8 @@ class Launch:
         cgroup = self._enter_scope()
         self._start_engine()
         pidfd = os.pidfd_open(self._parked.pid)
+        if self._caller is not None:
+            return self._serve(cgroup, pidfd, None)
         where = self._load(cgroup, pidfd)
         return self._serve(cgroup, pidfd, where) if where is not None else self._fail_to_start()
 
@@ -161,7 +168,7 @@ class Launch:
                     slice=names.SLICE,
                     pids=(self._parked.pid,),
                     binds_to=names.service(self._name),
-                    devices=allowed,
+                    devices=None if is_user_instance() else allowed,
                     stop_timeout_seconds=config.stop_timeout_seconds,
                 )
             )
@@ -192,7 +199,9 @@ class Launch:
         user = self._user
         required = self._host.isolation is Isolation.REQUIRED
         orders = Orders(
-            command=tuple(argument.replace("{port}", port) for argument in config.command),
+            command=config.command
+            if config.caller is not None
+            else tuple(argument.replace("{port}", port) for argument in config.command),
             environment=environment(
                 os.environ,
                 config.env,
@@ -205,9 +214,12 @@ class Launch:
             user=user,
             closed_nodes=nodes.foreign(self._allowed_nodes()),
             require_isolation=required,
+            caller=None if config.caller is None else str(config.caller),
         )
-        relay.start(self._parked.output_fd, self._identifier())
+        if config.caller is None:
+            relay.start(self._parked.output_fd, self._identifier())
         for warning in self._parked.release(orders):
+            self._is_fenced = False
             log(4, f"Isolation is not enforced: {warning}")
 
     def _load(self, cgroup: Cgroup, pidfd: int) -> Listener | None:
@@ -223,7 +235,7 @@ class Launch:
             if now - (began if reading is None else reading.at_seconds) < _READING_SECONDS:
                 continue
             before, reading = reading, self._read(cgroup)
-            if before is None or moved(before, reading):
+            if before is None or moved(before, reading) or cgroup.frozen():
                 last_moved = now
             if now - last_moved > config.start_timeout_seconds:
                 what = "nothing of it listens" if where is None else f"{config.health} does not answer"
@@ -244,9 +256,10 @@ class Launch:
                 return None
         return readiness.listener(cgroup, self._lease.port, self._user)
 
-    def _serve(self, cgroup: Cgroup, pidfd: int, where: Listener) -> int:
+    def _serve(self, cgroup: Cgroup, pidfd: int, where: Listener | None) -> int:
+        """Stay until the engine ends; its wait status. ``where`` is None for a program that serves its caller only."""
         config = self._config
-        self._lease = replace(self._lease, ready=True, address=where.reachable_at)
+        self._lease = replace(self._lease, ready=True, address=None if where is None else where.reachable_at)
         self._sample(cgroup)
         leases.write(self._paths, self._lease)
         written = self._lease
@@ -256,11 +269,15 @@ class Launch:
         self._tell(Kind.READY, f"Ready after {time.monotonic() - self._began:.2f} s. {self._ready_sentence()}")
         last_answer = time.monotonic()
         every = min(_CHECK_SECONDS, config.health_timeout_seconds / 4 or _CHECK_SECONDS)
-        while not _ended(pidfd, every):
-            if readiness.answers(where, config.health, min(_HEALTH_ANSWER_SECONDS, every)):
+        while not self._is_over(pidfd, every):
+            if where is None or readiness.answers(where, config.health, min(_HEALTH_ANSWER_SECONDS, every)):
                 last_answer = time.monotonic()
                 self._notifier.feed_watchdog()
                 self._notifier.status(self._ready_sentence())
+            elif cgroup.frozen():  # somebody wants it to stand still, which is not to hang
+                last_answer = time.monotonic()
+                self._notifier.feed_watchdog()
+                self._notifier.status(f"Frozen: `systemctl thaw {self._lease.scope}` lets it go on.")
             else:
                 silent = format_duration(round(time.monotonic() - last_answer))
                 self._notifier.status(f"{config.health or 'The port'} has not answered for {silent}.")
@@ -273,8 +290,29 @@ class Launch:
                     log(4, str(error))  # a full file system is no reason to end a model; the next time it may work
         self._notifier.stopping()  # what it leaves behind may take longer to go than the watchdog waits
         ended = _wait_status(self._parked.pid)
-        self._report_end(f"The engine ended {_manner(ended)}")
+        if self._caller is None:
+            self._report_end(f"The engine ended {_manner(ended)}")
+        else:
+            log(6, f"The program ended {_manner(ended)}.")
+            caller.tell(self._caller, ended)
         return ended
+
+    def _is_over(self, pidfd: int, timeout_seconds: float) -> bool:
+        """Whether the engine ended; asked by who waits for that. A program whose caller is gone has to end as well."""
+        if self._caller is None:
+            return _ended(pidfd, timeout_seconds)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(self._caller, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(timeout_seconds * 1000)}
+        if self._caller.fileno() in ready and pidfd not in ready:
+            from gpusvc.systemd import Manager  # noqa: PLC0415  for this end only
+
+            log(4, "Who ran this program is gone, so it is stopped.")
+            with Manager() as manager:
+                manager.enqueue("Stop", names.service(self._name))
+            return _ended(pidfd, _ROPE_SECONDS)  # systemd's SIGTERM comes first
+        return pidfd in ready
 
     def _fail_to_start(self) -> int:
         ended = _wait_status(self._parked.pid)
@@ -283,7 +321,7 @@ class Launch:
 
     def _report_end(self, sentence: str) -> None:
         words = lastwords.last_words(
-            f"_SYSTEMD_INVOCATION_ID={os.environ.get('INVOCATION_ID', '')}", f"SYSLOG_IDENTIFIER={self._identifier()}"
+            *unitlog.this_run(self._name, self._since), f"SYSLOG_IDENTIFIER={self._identifier()}"
         )
         # Some engines die of it without a word that anybody could recognise.
         died_full = self._was_full and not self._lease.ready
@@ -366,12 +404,15 @@ class Launch:
         return " and ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in self._gpus)
 
     def _ready_sentence(self) -> str:
+        fence = "" if self._is_fenced else " Nothing but its environment keeps it off other GPUs."
+        if self._caller is not None:
+            return f"Running on {self._where()}.{fence}"
         address = f"[{self._lease.address}]" if ":" in (self._lease.address or "") else self._lease.address
         sentence = f"Ready at http://{address}:{self._lease.port} on {self._where()}"
         used = [gpu.used_bytes for gpu in self._lease.gpus]
         if used:
             sentence += f" with {format_amount(total(used))} of VRAM"
-        return sentence + "."
+        return f"{sentence}.{fence}"
 
     def _wait_for(self, sentence: str) -> None:
         self._notifier.status(sentence)
@@ -436,7 +477,9 @@ def _end_as(ended: int) -> NoReturn:
 
 
 def _user_group() -> int:
-    """The group whose members may use models; root's own where the package did not make it."""
+    """The group whose members may use models; root's own where the package did not make it, and a user's in his."""
+    if is_user_instance():
+        return os.getgid()
     try:
         return grp.getgrnam(_USER_GROUP).gr_gid
     except KeyError:
@@ -453,10 +496,14 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _parse_name(text: str) -> str:
+    # Of a unit: model@model@x is no other way to say model@x.
+    if names.is_name(text):
+        return text
     try:
-        return names.parse_name(text)
+        names.parse_name(text)
     except UsageError as error:
         raise UnknownModelError(error.message, hint=error.hint) from None  # and never will there be one
+    raise UnknownModelError(f"{shown(text)} cannot be a model's name.")
 
 
 def main() -> NoReturn:
@@ -466,7 +513,7 @@ def main() -> NoReturn:
     launch: Launch | None = None
     wanted = True
     try:
-        name, paths = _parse_name(sys.argv[1]), Paths.system()
+        name, paths = _parse_name(sys.argv[1]), Paths.here()
         with leases.hold(paths, name):
             signal.signal(signal.SIGTERM, _terminate)
             try:

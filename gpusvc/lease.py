@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -16,12 +17,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from gpusvc import names
+from gpusvc import names, statefile
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
 from gpusvc.paths import Paths
 from gpusvc.processes import Process
 
 VERSION = 1
+
+# No moment and no time span of ours is as large, in seconds.
+_MAX_SECONDS = 2.0**40
+
+# What a pid_t holds.
+_MAX_PID = 2**31 - 1
 
 # is_held() takes a lock itself, for microseconds; hold() outlasts that.
 _ONLOOKER_SECONDS = 0.5
@@ -88,10 +95,10 @@ class Lease:
             raise ValueError(f"version {value['version']!r}")
         return cls(
             model=str(value["model"]),
-            port=int(value["port"]),
+            port=_within(value["port"], 65535),
             gpus=tuple(
                 LeasedGpu(
-                    index=int(gpu["index"]),
+                    index=_within(gpu["index"]),
                     uuid=str(gpu["uuid"]),
                     reserved_bytes=_optional(gpu["reserved_bytes"]),
                     baseline_bytes=_optional(gpu["baseline_bytes"]),
@@ -99,16 +106,16 @@ class Lease:
                 )
                 for gpu in value["gpus"]
             ),
-            created=float(value["created"]),
+            created=_seconds(value["created"]),
             config_digest=str(value["config_digest"]),
-            release_timeout_seconds=float(value["release_timeout_seconds"]),
-            stop_timeout_seconds=float(value["stop_timeout_seconds"]),
+            release_timeout_seconds=_seconds(value["release_timeout_seconds"]),
+            stop_timeout_seconds=_seconds(value["stop_timeout_seconds"]),
             evicting=tuple(map(str, value.get("evicting", ()))),
             ready=bool(value["ready"]),
-            pid=_optional(value["pid"]),
+            pid=None if value["pid"] is None else _within(value["pid"], _MAX_PID),
             address=None if value["address"] is None else str(value["address"]),
             cgroup=None if value["cgroup"] is None else str(value["cgroup"]),
-            processes=frozenset(Process(int(pid), int(ticks)) for pid, ticks in value["processes"]),
+            processes=frozenset(Process(_within(pid, _MAX_PID), _within(ticks)) for pid, ticks in value["processes"]),
         )
 
 
@@ -137,7 +144,7 @@ def read(paths: Paths, model: str) -> Lease | None:
     """
     file = paths.lease_file(model)
     try:
-        lease = Lease.from_json(json.loads(file.read_bytes()))
+        lease = Lease.from_json(json.loads(statefile.read(file)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -231,8 +238,23 @@ def _try_lock(handle: TextIO, kind: int) -> bool:
 
 def _is_scope(cgroup: str, scope: str) -> bool:
     *parents, name = cgroup.split("/")
-    return name == scope and parents[:1] == [""] and not {".", ".."}.intersection(parents)
+    return name == scope and parents[:1] == [""] and not {".", ".."}.intersection(parents) and "\0" not in cgroup
 
 
 def _optional(value: Any) -> int | None:
-    return None if value is None else int(value)
+    return None if value is None else _within(value)
+
+
+def _within(value: Any, maximum: int = 2**64 - 1) -> int:
+    """A number that is not negative; raises ValueError, TypeError or OverflowError for anything else."""
+    number = int(value)
+    if not 0 <= number <= maximum:
+        raise ValueError("a number is out of range")
+    return number
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not (math.isfinite(seconds) and 0 <= seconds <= _MAX_SECONDS):
+        raise ValueError("a time is out of range")
+    return seconds

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpusvc import engines, names, resource_control
 from gpusvc.devices import DeviceSelector
 from gpusvc.host_file import BusyAction, HostConfig, read_busy_timeout, read_idle_timeout
+from gpusvc.paths import is_user_instance
 from gpusvc.quantity import MIB, shown
 from gpusvc.reading import Table, did_you_mean
+from gpusvc.serving import Serving, read_serving
 
 # Variables of the engine's environment that the launcher sets, and why nobody else may.
 OWNED_VARIABLES = {
@@ -62,6 +65,8 @@ class ModelConfig:
     exclusive: tuple[str, ...]  # names of groups; of each, one model runs at a time
     gpu: GpuRequest
     scope: Mapping[str, str]  # systemd.resource-control(5) properties, verbatim
+    serving: Serving  # what the gateway goes by
+    caller: Path | None = None  # the socket of who ran it with `gpusvc run`
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change with whatever decides how much VRAM the engine takes."""
@@ -73,20 +78,27 @@ class ModelConfig:
         return f"{zlib.crc32(json.dumps(footprint).encode()):08x}"
 
 
+def read_run(table: Table, name: str, host: HostConfig) -> ModelConfig:
+    """What `gpusvc run` wrote down: a model like any other, but for its caller, and its arguments as given."""
+    caller, arguments = table.text("caller", ""), table.texts("arguments") or ()
+    model = read_model(table, name, host)
+    return replace(model, command=(*model.command, *arguments), caller=Path(caller))
+
+
 def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
     """Each key is one line. What is wrong is noted in ``table``, and a default stands in for it."""
     gpu = _read_gpu(table.table("gpu"))
-    aliases = _read_aliases(table, name)
+    serving = read_serving(table, name)
     env = _read_env(table)
     engine = table.text("engine", None)
     model = table.text("model", None)
     return ModelConfig(
         name=name,
-        description=_read_description(table, name),
+        description=serving.description,
         engine=engine,
         model=model,
-        command=_read_command(table, engine, model, served_names=(name, *aliases), gpus=gpu.count, env=env),
-        aliases=aliases,
+        command=_read_command(table, engine, model, served_names=(name, *serving.aliases), gpus=gpu.count, env=env),
+        aliases=serving.aliases,
         user=_read_user(table),
         env=env,
         working_directory=_read_working_directory(table),
@@ -104,29 +116,8 @@ def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
         exclusive=_read_exclusive(table),
         gpu=gpu,
         scope=_read_scope(table),
+        serving=serving,
     )
-
-
-def _read_description(table: Table, name: str) -> str:
-    description = table.text("description", "") or name
-    if not description.isprintable():
-        table.problem("description", "It must be one line of printable characters.")
-    return description
-
-
-def _read_aliases(table: Table, name: str) -> tuple[str, ...]:
-    aliases = table.texts("aliases") or ()
-    for position, alias in enumerate(aliases):
-        key = f"aliases[{position}]"
-        if not alias or not alias.isprintable() or alias != alias.strip():
-            table.problem(
-                key, f"{shown(alias)} is empty, or has spaces around it or characters that cannot be printed."
-            )
-        elif alias == name:
-            table.problem(key, f"{shown(alias)} is the model's name already.")
-        elif alias in aliases[:position]:
-            table.problem(key, f"{shown(alias)} is listed twice.")
-    return aliases
 
 
 def _read_env(table: Table) -> dict[str, str]:
@@ -203,8 +194,19 @@ def _expand_preset(
     return preset.command(engines.Served(model, served_names, gpus)) + args
 
 
+def default_user() -> str:
+    """Whom engines run as: the package's user, or whose models they are."""
+    return pwd.getpwuid(os.getuid()).pw_name if is_user_instance() else "gpusvc"
+
+
 def _read_user(table: Table) -> str:
-    user = table.text("user", "gpusvc")
+    default = default_user()
+    user = table.text("user", default)
+    if is_user_instance():
+        if user != default:
+            message = f"A model of {default} runs as {default}, and not as {shown(user)}."
+            table.problem("user", message, "Leave it out, or have the system's gpusvc run the model.")
+        return default
     try:
         pwd.getpwnam(user)
     except KeyError:

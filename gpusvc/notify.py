@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import sdnotify
+
+from gpusvc.printable import printable
+
+# systemd takes no message longer than 4096 bytes, of which a character may be four.
+_MAX_SENTENCE = 900
 
 
 class Notifier:
@@ -10,13 +18,20 @@ class Notifier:
 
     def __init__(self) -> None:
         self._socket = sdnotify.SystemdNotifier()
+        # Without this it swallows whatever happens to be raised meanwhile: by a handler of SIGTERM, say.
+        self._socket.debug = True
 
     def status(self, sentence: str) -> None:
         """What `systemctl status` shows. One line."""
-        self._send("STATUS=" + sentence.replace("\n", " "))
+        self._send("STATUS=" + _line(sentence))
 
     def ready(self, sentence: str) -> None:
-        self._send("READY=1\nSTATUS=" + sentence.replace("\n", " "))
+        self._send("READY=1\nSTATUS=" + _line(sentence))
+
+    def reloading(self) -> None:
+        """The configuration is being read again; ready() is said when that is done."""
+        # systemd 253 and newer tell by the time which reload this is about.
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
@@ -33,4 +48,10 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def _send(self, state: str) -> None:
-        self._socket.notify(state)
+        with contextlib.suppress(Exception):  # there is no systemd, or it does not listen
+            self._socket.notify(state)
+
+
+def _line(sentence: str) -> str:
+    """What may stand in a message: a newline begins another word to systemd, and systemctl(1) shows all as it is."""
+    return printable(sentence.replace("\n", " "), width=_MAX_SENTENCE)

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from gpusvc.paths import Paths
     from gpusvc.watched import Watched
 
-# Where systemd has the control groups of services and scopes of ours, unless an administrator moved them.
-_SERVICES = Cgroup("/gpusvc.slice")
-_SCOPES = Cgroup(f"/gpusvc.slice/{names.SLICE}")
-
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 _Stamp = tuple[int, int, int]
@@ -89,6 +85,8 @@ class Observer:
             group_of: the control group of a PID.
         """
         self._paths = paths
+        self._services = Cgroup(paths.control_group)
+        self._scopes = Cgroup(f"{paths.control_group}/{names.SLICE}")
         self._watched = watched
         self._meter = meter
         self._now = now
@@ -101,7 +99,7 @@ class Observer:
         host = self._watched.host()
         self._kept = dict(self._read_leases())
         held = {name: kept.lease for name, kept in self._kept.items() if kept.lease is not None}
-        attended = set(filter(None, map(names.of_service, _SERVICES.children())))
+        attended = set(filter(None, map(names.of_service, self._services.children())))
         now, wall = self._now(), self._wall()
         configs = self._watched.models(held)
         reading = self._read_gpus(now, wall, held)
@@ -125,7 +123,7 @@ class Observer:
                 for name, lease in held.items()
             },
             gpus=_free(reading, host),
-            unattended=frozenset({*self._kept, *_populated_scopes(but=attended)} - attended),
+            unattended=frozenset({*self._kept, *_populated(self._scopes, but=attended)} - attended),
             strays=tuple(self._strays(reading, members)),
             problem=reading.problem,
         )
@@ -211,10 +209,13 @@ class Observer:
     ) -> Evidence:
         name = lease.model
         policy = config or (host.watchdog if host is not None else None)
+        is_kept = config is not None and config.serving.keep
         kept = self._kept[name]
         glance = use.glance(kept.directory)
         by_uuid = {gpu.uuid: gpu for gpu in reading.gpus}
         given = [by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid]
+        # Frozen by somebody it makes no progress, and is not stuck.
+        is_frozen = kept.cgroup is not None and glance.in_use is True and kept.cgroup.frozen()
         return Evidence(
             name=name,
             run=lease.created,
@@ -231,8 +232,8 @@ class Observer:
             vram_bytes=total(gpu.used_by(pids) for gpu in given),
             pinned=(config is not None and config.pinned) or os.path.exists(kept.pin),  # noqa: PTH110
             # Where the policy is unknown, nothing follows from these.
-            idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None else 0.0,
-            busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None else 0.0,
+            idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None and not is_kept else 0.0,
+            busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None and not is_frozen else 0.0,
             busy_action=policy.busy_action if policy is not None else BusyAction.NONE,
         )
 
@@ -288,8 +289,8 @@ def _evicted(held: Mapping[str, Lease], attended: Collection[str]) -> Iterator[s
             yield from lease.evicting
 
 
-def _populated_scopes(*, but: Collection[str]) -> Iterator[str]:
-    for unit in _SCOPES.children():
+def _populated(scopes: Cgroup, *, but: Collection[str]) -> Iterator[str]:
+    for unit in scopes.children():
         name = names.of_scope(unit)
-        if name is not None and name not in but and Cgroup(f"{_SCOPES.path}/{unit}").populated():
+        if name is not None and name not in but and Cgroup(f"{scopes.path}/{unit}").populated():
             yield name

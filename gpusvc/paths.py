@@ -1,22 +1,61 @@
-"""Where gpusvc's files are; the only place that spells a directory of ours."""
+"""Where gpusvc's files are; the only place that spells a directory of ours.
+
+There may be several instances on a machine: the system's, and one of each user who runs his own under his service
+manager (`systemctl --user`). They share no file. Which one a process belongs to is in its environment.
+"""
 
 from __future__ import annotations
 
+import os
+import pwd
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+# "1" in the environment of all that belongs to a user's instance, by Environment= of its units or `gpusvc --user`.
+USER_INSTANCE = "GPUSVC_USER"
+
+
+def is_user_instance() -> bool:
+    """Whether this process belongs to a user's instance of gpusvc; else it is one of the system's."""
+    return os.environ.get(USER_INSTANCE) == "1"
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """The three roots, and what stands in them."""
+    """The three roots, and what stands in them; and where systemd has what is ours."""
 
     config: Path
     runtime: Path
     state: Path
+    control_group: str = "/gpusvc.slice"
+    """Of all services and scopes, as in cgroup.Cgroup, unless an administrator moved them."""
+    unit_directory: Path = Path("/run/systemd/system")
+    """For units and drop-ins that end with the service manager."""
+
+    @classmethod
+    def here(cls) -> Paths:
+        """Those of the instance that this process belongs to."""
+        return cls.user(os.environ) if is_user_instance() else cls.system()
 
     @classmethod
     def system(cls) -> Paths:
         return cls(config=Path("/etc/gpusvc"), runtime=Path("/run/gpusvc"), state=Path("/var/lib/gpusvc"))
+
+    @classmethod
+    def user(cls, environment: Mapping[str, str]) -> Paths:
+        """Those of whoever runs this process, by the XDG base directory specification."""
+        uid = os.getuid()
+        home = Path(environment.get("HOME") or pwd.getpwuid(uid).pw_dir)
+        # su(1) and sudo(8) set no XDG_RUNTIME_DIR; pam_systemd(8) always puts it there.
+        runtime = _directory(environment, "XDG_RUNTIME_DIR", Path(f"/run/user/{uid}"))
+        return cls(
+            config=_directory(environment, "XDG_CONFIG_HOME", home / ".config") / "gpusvc",
+            runtime=runtime / "gpusvc",
+            state=_directory(environment, "XDG_STATE_HOME", home / ".local/state") / "gpusvc",
+            control_group=f"/user.slice/user-{uid}.slice/user@{uid}.service/gpusvc.slice",
+            unit_directory=runtime / "systemd/user",
+        )
 
     @property
     def host_file(self) -> Path:
@@ -40,7 +79,14 @@ class Paths:
         return self.lease_directory(name) / "lease.json"
 
     def pin_file(self, name: str) -> Path:
-        return self.lease_directory(name) / "pinned"
+        return self.runtime / "pins" / name
+
+    @property
+    def runs_directory(self) -> Path:
+        return self.runtime / "runs"
+
+    def run_file(self, name: str) -> Path:
+        return self.runs_directory / f"{name}.toml"
 
     @property
     def waitlist_directory(self) -> Path:
@@ -49,3 +95,8 @@ class Paths:
     @property
     def placement_lock(self) -> Path:
         return self.runtime / "placement.lock"
+
+
+def _directory(environment: Mapping[str, str], variable: str, default: Path) -> Path:
+    value = environment.get(variable, "")
+    return Path(value) if value.startswith("/") else default  # a relative one is to be ignored, says the specification

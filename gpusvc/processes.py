@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from gpusvc.printable import printable
+
 
 class Process(NamedTuple):
     """A process that cannot be mistaken for a later one of the same PID.
@@ -32,6 +34,21 @@ class Trace:
     stack: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Portrait:
+    """What a person needs to recognise a process. ``ancestors`` are (PID, name), the parent first, PID 1 last.
+
+    ``leads_session`` is what setsid(2) makes: the main process of a service does, what a server forked mostly does not.
+    """
+
+    process: Process
+    name: str
+    command: str
+    user: str
+    ancestors: tuple[tuple[int, str], ...]
+    leads_session: bool
+
+
 def identify(pid: int) -> Process | None:
     """The process that has ``pid`` now; None if there is none."""
     fields = _stat(pid)
@@ -44,15 +61,37 @@ def identify_all(pids: Iterable[int]) -> frozenset[Process]:
 
 
 def command(pid: int) -> str | None:
-    """Its command line, or its name in brackets where it has none; None if it is gone."""
+    """Its command line made printable, or its name in brackets where it has none; None if it is gone."""
     psutil = _psutil()
     try:
         process = psutil.Process(pid)
-        return " ".join(process.cmdline()) or f"[{process.name()}]"
+        return printable(" ".join(process.cmdline()) or f"[{process.name()}]")
     except (psutil.AccessDenied, UnicodeDecodeError):
         return "[not readable]"
     except (psutil.Error, OSError):
         return None
+
+
+def portrait(pid: int) -> Portrait | None:
+    """The process that has ``pid`` now; None if it is gone."""
+    psutil = _psutil()
+    who = identify(pid)
+    try:
+        process = psutil.Process(pid)
+        ancestors = tuple((parent.pid, parent.name()) for parent in process.parents())
+        name, user, leads_session = process.name(), process.username(), os.getsid(pid) == pid
+    except (psutil.Error, OSError):
+        return None
+    if who is None or identify(pid) != who:
+        return None
+    return Portrait(who, name, command(pid) or "", user, ancestors, leads_session)
+
+
+def named(*names: str) -> list[Process]:
+    """The processes whose name is one of ``names``."""
+    psutil = _psutil()
+    pids = [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] in names]
+    return sorted(identify_all(pids))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ It knows types and ranges, but no key: those are in ``config.py``.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import tomllib
@@ -90,6 +91,12 @@ class Table:
         if problems:
             raise InvalidFileError(problems)
 
+    def check(self) -> None:
+        """Raises InvalidFileError if any key asked for is wrong, here or below, and lets all others be."""
+        problems = self._noted()
+        if problems:
+            raise InvalidFileError(problems)
+
     def _collect(self, known: list[str]) -> list[Problem]:
         noted, self.problems = self.problems, []
         for key in self._values:
@@ -100,6 +107,13 @@ class Table:
         for table in self._known.values():
             if table is not None:
                 problems += table._collect(known)  # noqa: SLF001 - a table of the same file
+        return problems
+
+    def _noted(self) -> list[Problem]:
+        problems = list(self.problems)
+        for table in self._known.values():
+            if table is not None:
+                problems += table._noted()  # noqa: SLF001 - a table of the same file
         return problems
 
     def _hint_for_unknown(self, key: str, known: list[str]) -> str | None:
@@ -238,6 +252,20 @@ class Table:
                 found[name] = str(value)
         return found
 
+    def json(self, key: str) -> dict[str, object]:
+        """A table whose keys are the user's own, its values whatever JSON has; it has no dates or infinities."""
+        found: dict[str, object] = {}
+        values: dict[str, object] = (
+            self._take(key, dict, "a table", f"Write [{self._prefix}{key}], and its keys below.") or {}
+        )
+        for name, value in values.items():
+            wrong = _not_json(value)
+            if wrong is None:
+                found[name] = value
+            else:
+                self.problem(f"{key}.{name}", f"JSON has nothing like {wrong}.")
+        return found
+
     def _take(self, key: str, kinds: type | tuple[type, ...], wanted: str, hint: str | None = None) -> Any:
         """The value if it is of one of the kinds; None if absent or wrong, as TOML has no null."""
         self._known.setdefault(key, None)
@@ -262,6 +290,21 @@ _KINDS: dict[type, str] = {
 
 def _kind(value: object) -> str:
     return _KINDS.get(type(value), "a date or time")
+
+
+def _not_json(value: object) -> str | None:
+    """What it is, or has in it, that JSON cannot say; None: nothing."""
+    match value:
+        case str() | int():  # booleans too
+            return None
+        case float():
+            return None if math.isfinite(value) else shown(value)
+        case list():
+            return next(filter(None, map(_not_json, value)), None)
+        case dict():
+            return next(filter(None, map(_not_json, value.values())), None)
+        case _:
+            return _kind(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

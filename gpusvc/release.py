@@ -7,10 +7,12 @@ and where the watchdog finds something left, as gpusvc-release@.service. Only a 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from gpusvc import events, names, processes, proof
 from gpusvc import lease as leases
@@ -23,7 +25,10 @@ from gpusvc.notify import Notifier
 from gpusvc.nvml import Nvml
 from gpusvc.paths import Paths
 from gpusvc.proof import Obstacle
-from gpusvc.quantity import format_size
+from gpusvc.quantity import format_size, shown
+
+if TYPE_CHECKING:
+    from gpusvc.systemd import Manager
 
 # NVML has nothing to wait on, and its process lists take the driver's lock: look often at first, then less so.
 _FIRST_PAUSE_SECONDS = 0.002
@@ -77,16 +82,17 @@ def release(
         UnreleasedError: it is not proven; the lease stays.
     """
     # Where a lease is lost or cannot be read, it is still known where the processes would be.
-    unknown = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=_scope_of(name))
+    scope = f"{paths.control_group}/{names.SLICE}/{names.scope(name)}"
+    unknown = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=scope)
     try:
         lease = leases.read(paths, name)
     except BrokenLeaseError as error:
         log(4, str(error))
-        _empty(unknown, Cgroup(_scope_of(name)), on_wait)
+        _empty(unknown, Cgroup(scope), on_wait)
         leases.set_aside(paths, name)
         return Release(model=name, bytes=None, seconds=0.0, gpus=())
     if lease is None:
-        if not Cgroup(_scope_of(name)).populated():
+        if not Cgroup(scope).populated():
             return None
         lease = unknown
     if patience_seconds is not None:
@@ -103,10 +109,6 @@ def release(
         seconds=time.monotonic() - began,
         gpus=tuple(gpu.index for gpu in lease.gpus),
     )
-
-
-def _scope_of(name: str) -> str:
-    return f"/gpusvc.slice/{names.SLICE}/{names.scope(name)}"
 
 
 def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Lease:
@@ -147,10 +149,20 @@ def _stop_scope(scope: str, cgroup: Cgroup) -> None:
     try:
         with Manager() as manager:
             if manager.unit(scope) is not None:
+                if cgroup.frozen():  # systemd does not stop it then
+                    _thaw(manager, scope)
                 manager.enqueue("Stop", scope)
     except GpusvcError as error:
         if cgroup.populated():  # it may have gone by itself between the two
             log(4, str(error))
+
+
+def _thaw(manager: Manager, scope: str) -> None:
+    try:
+        manager.thaw(scope)
+    except GpusvcError as error:
+        log(4, f"{error} SIGKILL reaches it all the same.")  # a slice above it may be frozen
+        manager.kill(scope, signal.SIGKILL)
 
 
 def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
@@ -202,7 +214,10 @@ def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> Unrelease
 
 def main() -> int:
     """ExecStopPost= of model@NAME.service: the exit status is 0 only for a proven release."""
-    name, paths, notifier = names.parse_name(sys.argv[1]), Paths.system(), Notifier()
+    name, paths, notifier = sys.argv[1], Paths.here(), Notifier()
+    if not names.is_name(name):
+        log(3, f"{shown(name)} cannot be a model's name.")
+        return UsageError.exit_code
 
     def on_wait(sentence: str) -> None:
         notifier.status(sentence)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import select
 import sys
 import time
@@ -19,9 +20,10 @@ from enum import StrEnum
 from typing import Any, Self
 
 from gpusvc.errors import ConfigError, PermissionDeniedError, SystemdError
+from gpusvc.paths import Paths, is_user_instance
 
 
-def _import_pystemd() -> tuple[Any, Any, Any]:
+def _import_pystemd() -> tuple[Any, Any, Any, Any]:
     # pystemd's own __init__ brings lxml and its unit proxies: 7 MB and half the start-up time of every launcher, for
     # an introspection that is not used here. Its D-Bus part is whole without them, so the package is entered past it.
     spec = importlib.util.find_spec("pystemd") if "pystemd" not in sys.modules else None
@@ -31,12 +33,12 @@ def _import_pystemd() -> tuple[Any, Any, Any]:
         package.__spec__ = spec
         sys.modules["pystemd"] = package
     from pystemd.dbusexc import DBusBaseError  # noqa: PLC0415
-    from pystemd.dbuslib import DBus, apply_signature  # noqa: PLC0415
+    from pystemd.dbuslib import DBus, DBusAddress, apply_signature  # noqa: PLC0415
 
-    return DBus, apply_signature, DBusBaseError
+    return DBus, DBusAddress, apply_signature, DBusBaseError
 
 
-DBus, apply_signature, DBusBaseError = _import_pystemd()
+DBus, DBusAddress, apply_signature, DBusBaseError = _import_pystemd()
 
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
@@ -97,6 +99,19 @@ class ServiceStatus:
     since: float
 
 
+class JobConflictError(SystemdError):
+    """A job of the other kind is queued for the unit, and was not to be cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job that is over, whoever queued it; ``path`` is what enqueue() returned to him."""
+
+    path: str
+    unit: str
+    result: JobResult
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """A transient scope to be made around processes that exist already."""
@@ -106,8 +121,9 @@ class Scope:
     slice: str
     pids: tuple[int, ...]
     binds_to: str
-    devices: tuple[str, ...]
-    """Paths of the device nodes that its processes may open; everything but the pseudo devices is denied."""
+    devices: tuple[str, ...] | None
+    """Paths of the device nodes that its processes may open; everything but the pseudo devices is denied. None: they
+    may open what its user may, as a user's manager cannot deny it."""
     stop_timeout_seconds: float
 
     def properties(self) -> Iterator[tuple[str, str, Any]]:
@@ -121,14 +137,15 @@ class Scope:
         yield "TimeoutStopUSec", "t", int(self.stop_timeout_seconds * 1_000_000)
         # A scope that ended badly must not stay loaded: the next start makes one of the same name.
         yield "CollectMode", "s", "inactive-or-failed"
-        # DeviceAllow before DevicePolicy: the other order leaves NeedDaemonReload=yes (systemd #35710).
-        yield "DeviceAllow", "a(ss)", [(path, "rw") for path in self.devices]
-        yield "DevicePolicy", "s", "closed"
+        if self.devices is not None:
+            # DeviceAllow before DevicePolicy: the other order leaves NeedDaemonReload=yes (systemd #35710).
+            yield "DeviceAllow", "a(ss)", [(path, "rw") for path in self.devices]
+            yield "DevicePolicy", "s", "closed"
         yield "PIDs", "au", list(self.pids)
 
 
 class Manager:
-    """One connection to the service manager; a context manager. Not for several threads, nor across a fork.
+    """One connection to the service manager of this instance; a context manager. Not for threads, nor across a fork.
 
     Raises:
         SystemdError: from every method, when the manager refuses or cannot be reached.
@@ -136,11 +153,33 @@ class Manager:
     """
 
     def __init__(self) -> None:
-        self._jobs: dict[str, JobResult] = {}
+        self._ended: dict[str, EndedJob] = {}
         self._on_signal: Callable[..., None] | None = None
+        # Whom signals are from; on a connection without a bus in between nobody has a name.
+        self._sender: bytes | None = _NAME
+        if is_user_instance():
+            self._open_user()
+            return
         self._bus = DBus()
         with _translated("reach the service manager"):
             self._bus.open()
+
+    def _open_user(self) -> None:
+        """By the user's bus; where there is none (dbus-user-session), by the socket that systemctl(1) itself uses."""
+        self._bus = DBus(user_mode=True)
+        try:
+            self._bus.open()
+        except DBusBaseError:
+            private = Paths.here().runtime.parent / "systemd/private"
+            self._bus = DBusAddress(b"unix:path=" + os.fsencode(private), peer_to_peer=True)
+            self._sender = None
+            try:
+                self._bus.open()
+            except DBusBaseError as error:
+                raise SystemdError(
+                    f"Could not reach the service manager of this user: {os.strerror(abs(error.errno))}.",
+                    hint="It runs while the user is logged in; `loginctl enable-linger` has it run from boot on.",
+                ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -151,15 +190,42 @@ class Manager:
     def close(self) -> None:
         self._bus.close()
 
-    def enqueue(self, verb: str, unit: str) -> str:
-        """Queue a job: ``verb`` is "Start", "Stop" or "Restart". Its path, for wait()."""
+    def enqueue(self, verb: str, unit: str, *, replace: bool = True) -> str:
+        """Queue a job: ``verb`` is "Start", "Stop" or "Restart". Its path, for wait() or drain().
+
+        Args:
+            verb: what is to be done.
+            unit: to which unit.
+            replace: whether a job that is queued for it, and wants something else, is cancelled.
+
+        Raises:
+            JobConflictError: there is such a job, and it is not to be replaced.
+        """
         self._subscribe()
-        path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, "replace")
+        mode = "replace" if replace else "fail"
+        path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, mode)
         return path.decode()
 
     def reset_failed(self, unit: str) -> None:
         """Forget that ``unit`` failed."""
         self._call(f"reset {unit}", "ResetFailedUnit", "s", unit)
+
+    def kill(self, unit: str, signal: int) -> None:
+        """Send ``signal`` to every process of ``unit``."""
+        self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", signal)
+
+    def thaw(self, unit: str) -> None:
+        """Let the processes of ``unit`` go on, which somebody froze; nothing, if nobody did."""
+        self._call(f"thaw {unit}", "ThawUnit", "s", unit)
+
+    def version(self) -> str:
+        """The release of systemd, as it spells it."""
+        with _translated("read the version of the service manager"):
+            return bytes(self._bus.get_property(_NAME, _PATH, _MANAGER, b"Version", b"s")).decode()
+
+    def reload(self) -> None:
+        """Have all unit files read again."""
+        self._call("have unit files read again", "Reload", "")
 
     def start_scope(self, scope: Scope) -> str:
         """Queue the making of ``scope``. The job's path, for wait()."""
@@ -182,15 +248,29 @@ class Manager:
         poll = select.poll()
         poll.register(self._bus.get_fd(), select.POLLIN)
         while True:
-            with _translated("hear from the service manager"):
-                while not self._bus.process().is_empty():
-                    pass
-            if job in self._jobs:
-                return self._jobs.pop(job)
+            self._process()
+            if job in self._ended:
+                return self._ended.pop(job).result
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
             poll.poll(remaining * 1000)
+
+    def listen(self) -> int:
+        """For who cannot wait(): hear of the end of every job from now on. A file that is readable when drain() is due.
+
+        Any other call may take the news along, so that drain() is due after each of those too.
+        """
+        self._subscribe()
+        fd: int = self._bus.get_fd()
+        return fd
+
+    def drain(self) -> list[EndedJob]:
+        """The jobs of all units that ended since the last call; without waiting."""
+        self._process()
+        ended = list(self._ended.values())
+        self._ended.clear()
+        return ended
 
     def units(self, *patterns: str) -> list[Unit]:
         """The loaded units whose names match any of the shell ``patterns``."""
@@ -225,6 +305,11 @@ class Manager:
         with _translated(doing):
             return self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body
 
+    def _process(self) -> None:
+        with _translated("hear from the service manager"):
+            while not self._bus.process().is_empty():
+                pass
+
     def _subscribe(self) -> None:
         """Hear of the end of jobs; before the first job is queued, so that none can end unheard."""
         if self._on_signal is not None:
@@ -232,13 +317,14 @@ class Manager:
 
         def job_removed(message: Any, error: object = None, userdata: object = None) -> None:  # noqa: ARG001
             message.process_reply(False)
-            _id, path, _unit, result = message.body
-            self._jobs[path.decode()] = JobResult(result.decode())
+            _id, path, unit, result = message.body
+            job = EndedJob(path.decode(), unit.decode(), JobResult(result.decode()))
+            self._ended[job.path] = job
 
         # pystemd keeps a bare pointer to the callback: this attribute is what keeps it alive.
         self._on_signal = job_removed
         with _translated("listen to the service manager"):
-            self._bus.match_signal(_NAME, _PATH, _MANAGER, b"JobRemoved", job_removed)
+            self._bus.match_signal(self._sender, _PATH, _MANAGER, b"JobRemoved", job_removed)
         self._call("subscribe to the service manager", "Subscribe", "")
 
 
@@ -254,9 +340,10 @@ def set_properties(unit: str, properties: Mapping[str, str]) -> None:
     import subprocess  # noqa: PLC0415  most models set none
 
     settings = [f"{name}={value}" for name, value in properties.items()]
+    manager = ["--user"] if is_user_instance() else []
     try:
         done = subprocess.run(  # noqa: S603
-            ["systemctl", "set-property", "--runtime", unit, *settings],  # noqa: S607
+            ["systemctl", *manager, "set-property", "--runtime", unit, *settings],  # noqa: S607
             check=False,
             capture_output=True,
             text=True,
@@ -293,6 +380,9 @@ def _translated(doing: str) -> Iterator[None]:
             raise PermissionDeniedError(f"You may not {doing}.", hint="Try again as root, or with sudo.") from None
         said = error.err_message
         said = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+        # libsystemd has no errno for systemd's own errors: they are told by name.
+        if "TransactionIsDestructive" in str(error.err_name):
+            raise JobConflictError(f"Could not {doing}: {said.rstrip('.')}.") from None
         hint = None
         if code in {errno.ENOENT, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.ENOTCONN} and "reach" in doing:
             hint = "gpusvc needs systemd as PID 1, and the D-Bus system bus."

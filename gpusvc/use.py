@@ -27,6 +27,13 @@ from gpusvc.paths import Paths
 _FIRST_PAUSE_SECONDS = 0.001
 _LONGEST_PAUSE_SECONDS = 0.05
 
+# A Turnstile that somebody is in looks this often whether the door is closed. An evictor cannot be done meanwhile, as
+# ``use`` is held; he only has to see out those of these milliseconds, too.
+_DOOR_SECONDS = 0.005
+
+# How often an mtime is worth a write where requests come and go by the thousand.
+_MARK_SECONDS = 0.25
+
 _LOCK_SH_NB = fcntl.LOCK_SH | fcntl.LOCK_NB
 _LOCK_EX_NB = fcntl.LOCK_EX | fcntl.LOCK_NB
 _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -77,6 +84,88 @@ class Use:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Turnstile:
+    """The way in for many requests of one process: all that are inside at a time are one use of the model.
+
+    The two files stay open from the first entry on. For one thread of one process; whoever forks makes another one.
+    """
+
+    def __init__(self, paths: Paths, name: str) -> None:
+        self._paths = paths
+        self._name = name
+        self._door = self._use = -1
+        self._inside = 0
+        self._passed_seconds = self._entry_marked_seconds = self._progress_marked_seconds = -math.inf
+
+    @property
+    def inside(self) -> int:
+        """How many are."""
+        return self._inside
+
+    def try_enter(self, count: int = 1) -> bool:
+        """Let ``count`` in together if the door is open, without ever waiting; False: try again soon.
+
+        Raises:
+            NoDoorError, PermissionDeniedError: as enter().
+            GpusvcError: the door cannot be touched, so that nobody would know of the use.
+        """
+        now = time.monotonic()
+        if (not self._inside or now - self._passed_seconds >= _DOOR_SECONDS) and not self._pass(now):
+            return False
+        self._inside += count
+        return True
+
+    def leave(self, count: int = 1) -> None:
+        """Let ``count`` of those inside out; the use ends with the last of them."""
+        self._inside -= count
+        if not self._inside:
+            fcntl.flock(self._use, fcntl.LOCK_UN)
+
+    def touch(self) -> None:
+        """As Use.touch(), for whoever is inside; cheap enough for every piece of an answer."""
+        now = time.monotonic()
+        if now - self._progress_marked_seconds >= _MARK_SECONDS:
+            self._progress_marked_seconds = now
+            if self._use >= 0:
+                os.utime(self._use)
+
+    def close(self) -> None:
+        """Have nobody inside; the next entry opens the files anew."""
+        fds = [fd for fd in (self._use, self._door) if fd >= 0]
+        self._use = self._door = -1
+        self._inside = 0
+        for fd in fds:
+            _let_go(fd)
+
+    def _pass(self, now: float) -> bool:
+        if self._door < 0:
+            self._open()
+        if not _lock(self._door, _LOCK_SH_NB):
+            return False
+        try:
+            if now - self._entry_marked_seconds >= _MARK_SECONDS:
+                os.utime(self._door)
+                self._entry_marked_seconds = now
+            if not self._inside and not _lock(self._use, _LOCK_SH_NB):
+                return False
+        except OSError as error:  # such as in a unit to which /run is read-only
+            file = self._paths.lease_directory(self._name) / "door"
+            raise GpusvcError(f"{file} cannot be touched: {os.strerror(error.errno or 0)}.") from error
+        finally:
+            fcntl.flock(self._door, fcntl.LOCK_UN)
+        self._passed_seconds = now
+        return True
+
+    def _open(self) -> None:
+        door = _open(self._paths, self._name, "door")
+        try:
+            self._use = _open(self._paths, self._name, "use")
+        except GpusvcError:
+            os.close(door)
+            raise
+        self._door = door
 
 
 class Drain:
@@ -260,7 +349,7 @@ def _pass_door(paths: Paths, name: str, how: int) -> Use | None:
     try:
         if not _lock(door, how):
             return None
-        os.utime(door)
+        _mark(door, paths.lease_directory(name) / "door")
         with contextlib.ExitStack() as undo:
             entered = undo.enter_context(Use(_open(paths, name, "use")))
             if not _lock(entered.fileno(), how):
@@ -285,6 +374,16 @@ def _open(paths: Paths, name: str, file: str) -> int:
         ) from None
     except OSError as error:
         raise GpusvcError(f"{path} cannot be opened: {os.strerror(error.errno or 0)}.") from error
+
+
+def _mark(fd: int, file: Path) -> None:
+    try:
+        os.utime(fd)
+    except OSError as error:
+        raise GpusvcError(
+            f"{file} cannot be touched: {os.strerror(error.errno or 0)}.",
+            hint="A unit with DynamicUser= or ProtectSystem=strict needs ReadWritePaths=/run/gpusvc/models.",
+        ) from error
 
 
 def _lock(fd: int, how: int) -> bool:

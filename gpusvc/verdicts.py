@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpusvc import statefile
 from gpusvc.judge import Kind, Source, Verdict
 from gpusvc.log import log
 from gpusvc.paths import Paths
@@ -43,7 +44,7 @@ def write(paths: Paths, verdicts: Iterable[Verdict]) -> None:
 def read(paths: Paths) -> dict[str, LastVerdict]:
     """By model; empty where no watchdog runs, or its file makes no sense."""
     try:
-        value = json.loads(file_of(paths).read_bytes())
+        value = json.loads(statefile.read(file_of(paths)))
         return {
             str(model): LastVerdict(Kind(each["kind"]), Source(each["source"]) if each["source"] else None)
             for model, each in value["models"].items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gpusvc import statefile
 from gpusvc.paths import Paths
 
 
@@ -81,19 +83,24 @@ def ahead(paths: Paths, ticket: Ticket | None) -> list[Wish]:
 
 def _read(file: Path) -> Wish | None:
     try:
-        handle = file.open()
-    except FileNotFoundError:
+        # A FIFO would have everybody wait, and nobody be placed.
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
         return None
-    with handle:
+    with os.fdopen(handle, "rb") as stream:
         try:
+            statefile.require_regular(handle)
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = handle.read()
+            text = stream.read(statefile.MAX_BYTES)
+        except (OSError, ValueError):
+            return None
         else:
             file.unlink(missing_ok=True)  # its owner is dead
             return None
     try:
         value = json.loads(text)
-        return Wish(str(value["model"]), {str(k): int(v) for k, v in value["bytes"].items()}, tuple(value["victims"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        wanted = {str(uuid): int(size) for uuid, size in value["bytes"].items()}
+        return Wish(str(value["model"]), wanted, tuple(map(str, value["victims"])))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # it has not said yet

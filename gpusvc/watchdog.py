@@ -246,7 +246,7 @@ def main() -> int:
 
         return Manager()
 
-    paths = Paths.system()
+    paths = Paths.here()
     watched = Watched(paths, report)
     observer = Observer(paths, watched, Meter(), now=boottime, wall=time.time)
     Watchdog(paths, watched, observer, connect, Notifier(), now=boottime).run()

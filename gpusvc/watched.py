@@ -17,6 +17,7 @@ from gpusvc import names
 from gpusvc.config import HostConfig, InvalidFileError, ModelConfig, load_host, load_model
 from gpusvc.errors import UnknownModelError
 from gpusvc.paths import Paths
+from gpusvc.serving import Serving, load_serving
 
 Value = TypeVar("Value")
 
@@ -57,6 +58,7 @@ class Watched:
         self._now = now
         self._host: _Kept[HostConfig] = _Kept(paths.host_file)
         self._models: dict[str, _Kept[ModelConfig]] = {}
+        self._servings: dict[str, _Kept[Serving]] = {}
         self._models_host: HostConfig | None = None  # the policy that the models were read with
 
     def host(self) -> HostConfig | None:
@@ -72,30 +74,53 @@ class Watched:
         host = self.host()
         return {name: self._model(name, host) for name in names}
 
+    def serving(self, name: str) -> Serving | None:
+        """How a model is offered, for which the host's file does not count; None: there is no file.
+
+        One whose file was never right is offered with the defaults: why it does not start is for its start to say.
+        """
+        kept = self._kept(self._servings, name)
+        if kept is None:
+            return None
+        try:
+            return self._look(kept, partial(load_serving, self._paths, name)) or Serving(name, description=name)
+        except UnknownModelError:
+            del self._servings[name]
+            return None
+
     def reread(self) -> None:
         """Read every file when it is next asked for, changed or not, and report again what is wrong then."""
         self._host.stamp = self._host.complaint = None
-        for kept in self._models.values():
-            kept.stamp = kept.complaint = None
+        for model in self._models.values():
+            model.stamp = model.complaint = None
+        for serving in self._servings.values():
+            serving.stamp = serving.complaint = None
 
     def _model(self, name: str, host: HostConfig | None) -> ModelConfig | None:
-        if host is None or not names.is_name(name):
+        if host is None:
             return None
         if host is not self._models_host:
             self._models_host = host
             for each in self._models.values():
                 each.stamp = None
-        kept = self._models.get(name)
+        kept = self._kept(self._models, name)
         if kept is None:
-            file = self._paths.model_file(name)
-            if not os.path.lexists(file):
-                return None  # nothing is kept of it: names may be what a client made up
-            kept = self._models[name] = _Kept(file)
+            return None
         try:
             return self._look(kept, partial(load_model, self._paths, name, host))
         except UnknownModelError:
             del self._models[name]
             return None
+
+    def _kept(self, models: dict[str, _Kept[Value]], name: str) -> _Kept[Value] | None:
+        """What is kept of a model's file; None: there is none."""
+        kept = models.get(name)
+        if kept is None and names.is_name(name):
+            file = self._paths.model_file(name)
+            # Nothing is kept of one that is not there: names may be what a client made up.
+            if os.path.lexists(file):
+                kept = models[name] = _Kept(file)
+        return kept
 
     def _look(self, kept: _Kept[Value], load: Callable[[], Value]) -> Value | None:
         now = self._now()

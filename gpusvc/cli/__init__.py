@@ -6,6 +6,7 @@ Commands raise; only ``main()`` prints an error and exits. What only one command
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -17,11 +18,26 @@ sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 import typer  # noqa: E402
 
 from gpusvc import __version__  # noqa: E402
-from gpusvc.cli import check, events, evict, lifecycle, logs, pins, settings, show, use  # noqa: E402
+from gpusvc.cli import (  # noqa: E402
+    check,
+    events,
+    evict,
+    key,
+    lifecycle,
+    logs,
+    pins,
+    settings,
+    show,
+    use,
+)
 from gpusvc.errors import GpusvcError  # noqa: E402
-from gpusvc.paths import Paths  # noqa: E402
+from gpusvc.paths import USER_INSTANCE, Paths, is_user_instance  # noqa: E402
+from gpusvc.printable import printable  # noqa: E402
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+# A command that an error advises; for a user's own models there is one more word in it.
+_OWN_COMMAND = re.compile(r"`(gpusvc|systemctl) (?!--user )")
 
 # click's ClickException. Newer typers carry a copy of click under a private name, so that its heir is the way to it.
 _ParserError: Any = typer.BadParameter.__mro__[2]
@@ -42,9 +58,19 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _choose_instance(context: typer.Context, wanted: bool) -> None:
+    # For all that this process does, and for whatever it starts.
+    if wanted:
+        os.environ[USER_INSTANCE] = "1"
+        context.obj = Paths.here()
+
+
 @app.callback()
 def _options(
     *,
+    user: bool = typer.Option(
+        False, "--user", callback=_choose_instance, is_eager=True, help="Your own models, instead of the system's."
+    ),
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
     ),
@@ -68,11 +94,12 @@ app.command("gpus")(show.gpus)
 app.command("config")(settings.config)
 app.command("check")(check.check)
 app.command("release")(lifecycle.release)
+app.add_typer(key.app, name="key")
 
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(run(Paths.system(), sys.argv[1:]))
+    sys.exit(run(Paths.here(), sys.argv[1:]))
 
 
 def run(paths: Paths, arguments: Sequence[str]) -> int:
@@ -101,9 +128,12 @@ def _report(error: Exception) -> int:
         return max(_report(part) for part in error.exceptions)
     if isinstance(error, GpusvcError):
         text = error.message if error.hint is None else f"{error.message}\n{error.hint}"
-        typer.echo("gpusvc: " + text.replace("\n", "\n  "), err=True)
+        if is_user_instance():
+            text = _OWN_COMMAND.sub(r"`\1 --user ", text)
+        # Engines and foreign processes are quoted in it.
+        typer.echo("gpusvc: " + "\n  ".join(map(printable, text.split("\n"))), err=True)
         return error.exit_code
-    typer.echo(f"gpusvc: {type(error).__name__}: {error}", err=True)
+    typer.echo(printable(f"gpusvc: {type(error).__name__}: {error}"), err=True)
     if os.environ.get("GPUSVC_DEBUG"):
         import traceback  # noqa: PLC0415
 

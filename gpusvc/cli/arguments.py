@@ -11,7 +11,7 @@ from gpusvc.paths import Paths
 
 def complete_model(context: typer.Context, incomplete: str) -> list[str]:
     """For the shell: every model that has a file, or holds something."""
-    paths = context.find_object(Paths) or Paths.system()
+    paths = context.find_object(Paths) or Paths.here()
     files = (file.name.removesuffix(".toml") for file in paths.models_directory.glob("*.toml"))
     leases = (file.parent.name for file in paths.leases_directory.glob("*/lease.json"))
     return sorted({name for name in (*files, *leases) if name.startswith(incomplete)})

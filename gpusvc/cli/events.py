@@ -14,6 +14,7 @@ import typer
 from gpusvc.cli import table
 from gpusvc.cli.arguments import complete_model, paths_of
 from gpusvc.errors import GpusvcError, PermissionDeniedError
+from gpusvc.printable import escaped_json, printable
 
 if TYPE_CHECKING:
     from gpusvc.eventlog import Event
@@ -46,11 +47,11 @@ def events(
     options += [f"--since={since}"] if since else []
     found = _read(eventlog.command(*options, model=model))
     if as_json and not follow:
-        table.print_json([_to_json(event) for event in found])
+        table.print_json([event.to_json() for event in found])
         return
     for event in found:
         # A line at a time, whole: whoever reads from a pipe wants the event now.
-        typer.echo(json.dumps(_to_json(event), ensure_ascii=False) if as_json else _lines(event))
+        typer.echo(escaped_json(json.dumps(event.to_json(), ensure_ascii=False)) if as_json else _lines(event))
 
 
 def _read(command: list[str]) -> Iterator[Event]:
@@ -71,27 +72,13 @@ def _read(command: list[str]) -> Iterator[Event]:
         raise GpusvcError(f"The journal could not be read: journalctl ended with exit status {status}.")
 
 
-def _to_json(event: Event) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    return {
-        "time": datetime.fromtimestamp(event.seconds, tz=UTC).astimezone().isoformat(timespec="milliseconds"),
-        "event": event.kind,
-        "model": event.model,
-        "gpus": list(event.gpus),
-        "bytes": event.bytes,
-        "reason": event.reason,
-        "level": event.level,
-        "message": event.message,
-    }
-
-
 def _lines(event: Event) -> str:
     """One line, and the further lines of its message below it; all that is new here comes before the sentence."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.seconds))
     where = ",".join(map(str, event.gpus)) or table.UNKNOWN
-    first, *rest = [table.printable(line) for line in event.message.splitlines()] or [""]
+    first, *rest = [printable(line) for line in event.message.splitlines()] or [""]
     if event.reason and event.reason not in event.message:
-        first += f" ({table.printable(event.reason)})"
-    head = f"{when}  {event.kind:<10}  {event.model or table.UNKNOWN:<16}  {where:<5}  {table.size(event.bytes):>9}  "
+        first += f" ({printable(event.reason)})"
+    what = f"{printable(event.kind):<10}  {printable(event.model or table.UNKNOWN):<16}"
+    head = f"{when}  {what}  {where:<5}  {table.size(event.bytes):>9}  "
     return "\n".join([head + first, *("    " + line for line in rest)]).rstrip()

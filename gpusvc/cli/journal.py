@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from gpusvc.names import service
-
-
-def command(name: str, *options: str) -> list[str]:
-    """What shows the journal of the model ``name``."""
-    return ["journalctl", f"--unit={service(name)}", *options]
+from gpusvc import unitlog
 
 
 def last_lines(name: str, lines: int, *, since: float | None = None) -> list[str]:
@@ -20,15 +15,14 @@ def last_lines(name: str, lines: int, *, since: float | None = None) -> list[str
     """
     import subprocess  # noqa: PLC0415  most commands ask nobody
 
-    # By its field rather than by the unit: that leaves out what systemd says about it.
-    match = f"_SYSTEMD_UNIT={service(name)}"
     options = [f"--lines={lines}", "--output=cat", "--no-pager", "--quiet"]
     if since is not None:
         options.append(f"--since=@{since:.6f}")
     try:
         # Lines written a moment ago may be in journald's socket still; only root may ask it to read on.
         subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
-        done = subprocess.run(["journalctl", match, *options], check=False, capture_output=True, timeout=5)  # noqa: S603, S607
+        command = ["journalctl", *unitlog.own_lines(name), *options]
+        done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]

@@ -201,7 +201,7 @@ def bring_up(
             if result is JobResult.DONE:
                 announce(f"{name}: {_said(manager, name) or 'Ready.'}")
             else:
-                failures.append(_why_not(manager, name, result, began))
+                failures.append(why_not(manager, name, result, began))
     raise_all(failures)
 
 
@@ -217,7 +217,7 @@ def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, Jo
                     progress.clear()
                     del pending[name]
                     yield name, result
-            progress.show({name: _doing(manager, name) for name in pending})
+            progress.show({name: doing_of(manager, name) for name in pending})
 
 
 def _said(manager: Manager, name: str) -> str:
@@ -226,7 +226,7 @@ def _said(manager: Manager, name: str) -> str:
     return "" if unit is None else manager.service_status(unit).text
 
 
-def _doing(manager: Manager, name: str) -> str:
+def doing_of(manager: Manager, name: str) -> str:
     """What goes on with a model whose job is not done."""
     from gpusvc.inventory import ModelState, derive_state, describe
 
@@ -237,7 +237,7 @@ def _doing(manager: Manager, name: str) -> str:
     return describe(state, unit, manager.service_status(unit))
 
 
-def _why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
+def why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
     """What an operator needs to know of a start that failed: the reason, and the last lines of the log."""
     from gpusvc.systemd import JobResult
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from gpusvc.cli import journal
+from gpusvc import unitlog
 from gpusvc.cli.arguments import NAME, paths_of
 from gpusvc.errors import GpusvcError
 
@@ -29,7 +29,7 @@ def logs(
     options = ["--follow"] if follow else []
     options += [f"--lines={lines}"] if lines else []
     options += [f"--since={since}"] if since else []
-    command = journal.command(name, *options)
+    command = unitlog.command(name, *options)
     sys.stdout.flush()
     try:
         os.execvp(command[0], command)  # noqa: S606

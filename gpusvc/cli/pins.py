@@ -26,26 +26,17 @@ def pin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
     """
     paths = paths_of(context)
     for name in _resolved(paths, names):
-        file = paths.pin_file(name)
-        with _translated(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.parent.chmod(0o755)  # whatever the umask said
-            file.touch(mode=0o644)
+        set_pin(paths, name)
         typer.echo(f"{name} is pinned until the next boot.")
 
 
 def unpin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
     """Let models be evicted again."""
-    from gpusvc import standing
-
     paths = paths_of(context)
     failures: list[GpusvcError] = []
     for name in _resolved(paths, names):
-        file = paths.pin_file(name)
-        was_pinned = file.exists()
-        with _translated(file):
-            file.unlink(missing_ok=True)
-        if standing.of(paths, name, None, None).pinned_by_file:
+        was_pinned = paths.pin_file(name).exists()
+        if not take_pin(paths, name):
             failures.append(
                 GpusvcError(
                     f"{name} stays pinned: its file says so.",
@@ -55,6 +46,25 @@ def unpin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
         else:
             typer.echo(f"{name} is pinned no more." if was_pinned else f"{name} is not pinned.")
     raise_all(failures)
+
+
+def set_pin(paths: Paths, name: str) -> None:
+    """Raises PermissionDeniedError, or GpusvcError for a file system that does not take it."""
+    file = paths.pin_file(name)
+    with _translated(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.chmod(0o755)  # whatever the umask said
+        file.touch(mode=0o644)
+
+
+def take_pin(paths: Paths, name: str) -> bool:
+    """Whether it is not pinned any more: its file may say so still. Raises as set_pin()."""
+    from gpusvc import standing
+
+    file = paths.pin_file(name)
+    with _translated(file):
+        file.unlink(missing_ok=True)
+    return not standing.of(paths, name, None, None).pinned_by_file
 
 
 def _resolved(paths: Paths, names: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self, TextIO
 
-from gpusvc.cli.table import printable
+from gpusvc.printable import printable
 
 _NUMBERS = re.compile(r"[0-9][0-9.:]*( [KMGTP]?i?B\b)?")
 

@@ -15,6 +15,7 @@ import typer
 from gpusvc.cli.evictor import PAUSE_SECONDS, Evictor, matching
 from gpusvc.cli.progress import Progress
 from gpusvc.errors import PermissionDeniedError
+from gpusvc.paths import is_user_instance
 from gpusvc.quantity import format_amount, format_size
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Room:
         from gpusvc.eviction import Doors, in_use
         from gpusvc.nvml import Nvml
 
-        if os.geteuid():
+        if os.geteuid() and not is_user_instance():
             raise PermissionDeniedError("Only root sees who holds what for whom.", hint="Try again with sudo.")
         with ExitStack() as stack:
             nvml, doors = stack.enter_context(Nvml()), stack.enter_context(Doors(self._paths))

@@ -9,6 +9,7 @@ import typer
 
 from gpusvc.cli import table
 from gpusvc.cli.arguments import JSON, complete_model, paths_of
+from gpusvc.printable import printable
 
 _NAME: Any = typer.Argument(
     "",
@@ -33,7 +34,7 @@ def config(context: typer.Context, name: str = _NAME, *, as_json: bool = JSON) -
         return
     # The value last: a command may be as long as it likes.
     rows = [
-        (setting.key, setting.source, table.UNKNOWN if setting.value is None else table.printable(setting.value))
+        (setting.key, setting.source, table.UNKNOWN if setting.value is None else printable(setting.value))
         for setting in settings
     ]
     table.print_lines(table.table(("KEY", "SOURCE", "VALUE"), rows))

@@ -12,6 +12,8 @@ import typer
 from gpusvc.cli import journal, table
 from gpusvc.cli.arguments import JSON, NAME, paths_of
 from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
+from gpusvc.paths import is_user_instance
+from gpusvc.printable import printable
 
 if TYPE_CHECKING:
     from gpusvc.gpu import Gpu
@@ -170,11 +172,13 @@ def _card(
     from gpusvc.inventory import ModelState, url
 
     facts = [("State", str(model.state) if model.since is None else f"{model.state} since {_when(model.since)}")]
-    facts.append(("Status", table.printable(model.text)))
+    facts.append(("Status", printable(model.text)))
     facts += [("GPU", f"{gpu.index} ({gpu.uuid})") for gpu in model.gpus]
     if model.gpus:
         reserved = "" if model.reserved_bytes is None else f", {table.size(model.reserved_bytes)} reserved"
         facts.append(("VRAM", f"{table.size(model.vram_bytes)}{reserved}"))
+        if is_user_instance():
+            facts.append(("Isolation", "its environment alone: a user's manager filters no devices"))
     if model.standing is not None:
         facts += _about_standing(model.state, model.standing)
     if last is not None and last.source is not None:
@@ -192,12 +196,12 @@ def _card(
     lines = [model.name, *(f"  {title.ljust(width)}  {text}" for title, text in facts)]
     if processes:
         rows = [
-            (str(process.pid), table.size(process.vram_bytes), table.printable(process.command or "[gone]"))
+            (str(process.pid), table.size(process.vram_bytes), printable(process.command or "[gone]"))
             for process in processes
         ]
         lines += ["", *_indented(table.table(("PID", "VRAM", "COMMAND"), rows, right=("PID", "VRAM")))]
     if log:
-        lines += ["", *_indented([table.printable(line) for line in log])]
+        lines += ["", *_indented([printable(line) for line in log])]
     return lines
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from gpusvc.printable import escaped_json, printable
 from gpusvc.quantity import format_size
 
 UNKNOWN = "-"
@@ -14,6 +15,7 @@ UNKNOWN = "-"
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> list[str]:
     """Lines of aligned columns, those named in ``right`` flush right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = []
     for row in (head, *rows):
@@ -33,7 +35,7 @@ def print_lines(lines: Sequence[str]) -> None:
 def print_json(value: Any) -> None:
     import json  # noqa: PLC0415  tables do without
 
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def size(amount: int | None) -> str:
@@ -52,12 +54,6 @@ def age(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
-def printable(text: str) -> str:
-    """``text`` without what would move the cursor; commands of foreign processes hold anything."""
-    return "".join(character if character.isprintable() else "�" for character in text)
-
-
 def shortened(text: str, width: int) -> str:
     """``text`` made printable, and no longer than ``width``."""
-    line = printable(text)
-    return line if len(line) <= width else line[: width - 1] + "…"
+    return printable(text, width=width)

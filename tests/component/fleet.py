@@ -94,6 +94,7 @@ class Fleet:
         self.paths = Paths(config=directory / "etc", runtime=directory / "run", state=directory / "state")
         self.paths.models_directory.mkdir(parents=True)
         (self.paths.runtime / "watchdog").mkdir(parents=True)
+        (self.paths.runtime / "pins").mkdir()
         self.systemd = Systemd()
         self.holders: dict[str, subprocess.Popen[str]] = {}
         self._cgroups = cgroups

@@ -18,10 +18,11 @@ import pytest
 from gpusvc import cli, lease
 from gpusvc.cli.lifecycle import StillGoingError, going_on
 from gpusvc.cli.progress import Progress
-from gpusvc.cli.table import age, printable, shortened, table
+from gpusvc.cli.table import age, shortened, table
 from gpusvc.errors import GpusvcError, UnknownModelError
 from gpusvc.lease import Lease, LeasedGpu
 from gpusvc.paths import Paths
+from gpusvc.printable import printable
 from gpusvc.processes import Process
 from tests.component.conftest import Machine
 from tests.fakegpu import GIB, FakeGpu, Return, uuid_of

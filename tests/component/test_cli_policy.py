@@ -107,7 +107,7 @@ def test_everybody_may_see_a_pin(host: UsableHost) -> None:
         host.gpusvc("pin", "qwen")
     finally:
         os.umask(before)
-    assert host.paths.lease_directory("qwen").stat().st_mode & 0o777 == 0o755
+    assert host.paths.pin_file("qwen").parent.stat().st_mode & 0o777 == 0o755
 
 
 def test_what_its_file_pins_stays_pinned_and_unpin_fails_and_says_so(host: UsableHost) -> None:

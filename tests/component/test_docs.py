@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import config, hooks, names, verdicts
+from gpusvc import config, counters, hooks, names, verdicts
 from gpusvc.cli import app
 from gpusvc.paths import Paths
 from tests.unit.test_layering import ROWS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/use-protocol.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/rootless.md", "docs/use-protocol.md")
 ARCHITECTURE = ROOT / "docs/architecture.md"
 
 # Of systemd and others.
@@ -34,7 +34,7 @@ def code(document: str) -> Iterator[str]:
 
 @document
 def test_every_command_that_is_named_exists(document: str) -> None:
-    known = {command.name for command in app.registered_commands}
+    known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     named = {match for piece in code(document) for match in re.findall(r"(?:^|[ (])gpusvc ([a-z]+)\b", piece)}
     assert named <= known
     if document == "README.md":
@@ -70,6 +70,8 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     known = {paths.host_file, paths.models_directory, paths.model_file("NAME"), paths.lease_file("NAME")}
     known |= {directory, directory / "lock", directory / "door", directory / "use", paths.pin_file("NAME")}
     known |= {paths.placement_lock, paths.waitlist_directory, paths.runtime, paths.state, verdicts.file_of(paths)}
+    known |= {paths.runtime / "api.sock", paths.config / "keys.toml"}
+    known |= {paths.runs_directory, counters.directory(paths) / "counters-N", paths.runtime / "gateway/slots/NAME"}
     known |= {hooks.hooks_directory(paths), hooks.cursor_file(paths), paths.state / "footprints" / "NAME.json"}
     for piece in code(document):
         for path in re.findall(r"/(?:etc|run|var/lib)/gpusvc[\w./-]*", piece):
@@ -89,7 +91,7 @@ def test_the_layout_has_every_module_in_its_row() -> None:
     for line in filter(None, layout.splitlines()):
         if not line.startswith(" "):
             row = rows[line] = set()
-        row |= {module.rstrip("/").removesuffix(".py") for module in re.findall(r"\b\w+\.py\b|\bcli/", line)}
+        row |= {module.rstrip("/").removesuffix(".py") for module in re.findall(r"\b\w+\.py\b|\b\w+/(?= |$)", line)}
     assert rows == {title: modules - {"_vendor"} for title, modules in ROWS.items()}
 
 

@@ -70,7 +70,8 @@ def test_one_package_suits_every_python_from_the_oldest_on(package: Path) -> Non
 
 
 def test_all_units_and_man_pages_are_in_the_package(tree: Path, contents: Path) -> None:
-    assert names(contents / "usr/lib/systemd/system") == names(tree / "units")
+    assert names(contents / "usr/lib/systemd/system") == names(tree / "units") - {"user"}
+    assert names(contents / "usr/lib/systemd/user") == names(tree / "units/user")
     pages = {f"{page.name}.gz" for page in (tree / "docs/man").iterdir()}
     assert {page.name for page in (contents / "usr/share/man").rglob("*.gz")} == pages
 

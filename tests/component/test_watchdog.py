@@ -255,6 +255,15 @@ def test_a_pinned_model_stays(ticker: Ticker) -> None:
     assert ticker.jobs == [STOP]
 
 
+def test_a_model_that_is_kept_is_not_idle(ticker: Ticker) -> None:
+    ticker.fleet.add("qwen", text="keep = true")
+    ticker.tick(20)
+    assert ticker.jobs == []
+    ticker.fleet.model("qwen", "")
+    ticker.tick()
+    assert ticker.jobs == [STOP]
+
+
 def test_one_that_somebody_starts_again_meanwhile_is_let_go_of(ticker: Ticker) -> None:
     ticker.fleet.add("qwen")
     ticker.tick(13)

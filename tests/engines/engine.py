@@ -315,7 +315,9 @@ class Server:
                 self._gpus.allocate(uuid, size(json.loads(body)["vram"]))
             return "200 OK", {}
         if (method, path) == ("POST", "/v1/chat/completions"):
-            question = json.loads(body)["messages"][-1]["content"]
+            asked = json.loads(body)
+            question = asked["messages"][-1]["content"]
+            time.sleep(float(asked.get("seconds", 0)))  # how long the answer takes
             message = {"role": "assistant", "content": f"You said: {question}"}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             return "200 OK", {"object": "chat.completion", "model": self.options.model, "choices": [choice]}

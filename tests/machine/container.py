@@ -206,7 +206,7 @@ class Machine:
         """Starts a command as root and returns it running, its streams as text; it ends with the machine."""
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            self._entry(command), stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+            self.entry(command), stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         )
         self._started.append(process)
         return process
@@ -335,7 +335,8 @@ class Machine:
             raise MachineError(f"{self.name} is not running.")
         return self.pid
 
-    def _entry(self, command: Sequence[str]) -> list[str]:
+    def entry(self, command: Sequence[str]) -> list[str]:
+        """What runs ``command`` in the machine, for who runs it himself."""
         return [
             "nsenter",
             "--target",
@@ -352,7 +353,7 @@ class Machine:
     def _execute(
         self, command: Sequence[str], data: bytes | None, timeout: float
     ) -> subprocess.CompletedProcess[bytes]:
-        entry = self._entry(command)
+        entry = self.entry(command)
         with subprocess.Popen(
             entry,
             stdin=subprocess.DEVNULL if data is None else subprocess.PIPE,

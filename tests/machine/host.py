@@ -192,7 +192,8 @@ find /sys/fs/cgroup -path "*/model-$1.scope*" -name cgroup.events -exec grep -H 
 _RESET = """
 systemctl stop 'model@*.service' 'gpusvc-models.slice' || :
 systemctl reset-failed
-rm -rf /etc/systemd/system/model@* /etc/systemd/system/*/model@* /run/systemd/system/model@* /run/gpusvc/models/*
+rm -rf /etc/systemd/system/model@* /etc/systemd/system/*/model@* /run/systemd/system/model@* /run/gpusvc/models/* \
+    /run/gpusvc/pins/*
 rm -rf /etc/gpusvc /var/lib/gpusvc/footprints && if [ -d "$1" ]; then cp -a "$1" /etc/gpusvc; fi
 systemctl daemon-reload
 """

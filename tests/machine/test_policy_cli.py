@@ -206,7 +206,7 @@ def test_only_root_pins(machine: Host) -> None:
     write(machine, "public")
     done = machine.run("gpusvc", "pin", "public", user="nobody", check=False)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "You may not change /run/gpusvc/models/public/pinned" in done.stderr
+    assert "You may not change /run/gpusvc/pins/public" in done.stderr
 
 
 # ---- use ----

@@ -34,16 +34,23 @@ _PACKAGES = (
     "adduser",
     "curl",
     "dbus",
+    "dbus-user-session",
     "iproute2",
     "libc-bin",
     "passwd",
     "polkitd",
     "procps",
     "python3",
+    "python3-aiohttp",
+    "python3-httptools",
+    "python3-prometheus-client",
     "python3-psutil",
     "python3-pystemd",
+    "python3-rich",
     "python3-sdnotify",
     "python3-typer",
+    "python3-uvloop",
+    "python3-yaml",
     "systemd",
     "systemd-sysv",
     "util-linux",
@@ -93,11 +100,15 @@ class Generation(StrEnum):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        return (*_PACKAGES, "llama.cpp-tools") if self.has_llama_server() else _PACKAGES
+        return (*_PACKAGES, *_MORE_PACKAGES.get(self, ()))
 
     def has_llama_server(self) -> bool:
         """Whether Debian has the real llama-server in this release."""
         return self is Generation.FORKY
+
+
+# What one test needs, on one generation.
+_MORE_PACKAGES = {Generation.TRIXIE: ("haproxy",), Generation.FORKY: ("llama.cpp-tools",)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from gpusvc.config import (
     BusyAction,
     HostConfig,
     HostEviction,
+    HostGateway,
     HostGpu,
     HostWatchdog,
     InvalidFileError,
@@ -32,6 +33,7 @@ from gpusvc.config import (
 from gpusvc.errors import ConfigError, PermissionDeniedError, UnknownModelError
 from gpusvc.paths import Paths
 from gpusvc.quantity import GIB, MIB
+from gpusvc.serving import Serving
 
 ROOT = Path(__file__).parents[2]
 USER = pwd.getpwuid(os.geteuid()).pw_name
@@ -82,6 +84,7 @@ def test_a_host_without_a_file_has_the_defaults(paths: Paths) -> None:
         gpu=HostGpu(512 * MIB, (), Placement.PACK, 0),
         eviction=HostEviction(30, 1, False),
         watchdog=HostWatchdog(1, 900, 300, BusyAction.RESTART, 10),
+        gateway=HostGateway(1, 512, 900, False, (), (), None, None, False, 30, GIB, 0),
     )
 
 
@@ -107,6 +110,19 @@ def test_a_host_file_is_read(paths: Paths) -> None:
         busy_timeout = 0
         busy_action = "stop"
         pressure_time = "1m"
+        [gateway]
+        workers = 2
+        max_waiting = 0
+        activation_timeout = "2min"
+        loading_events = true
+        cors_origins = ["https://Chat.example.org:8443", "*", "chrome-extension://abcdef", "http://[::1]:3000"]
+        hosts = ["GPU.example.org.", "[fd00::1]"]
+        tls_certificate = "/etc/tls/a.pem"
+        tls_key = "/etc/tls/a.key"
+        allow_without_keys = true
+        drain_timeout = 0
+        max_body = "64MiB"
+        upstream_timeout = "1h"
         """,
     )
     assert load_host(paths) == HostConfig(
@@ -116,6 +132,20 @@ def test_a_host_file_is_read(paths: Paths) -> None:
         gpu=HostGpu(3 * GIB // 2, ("0", "GPU-8a3f", "*GT 1030*"), Placement.SPREAD, 3),
         eviction=HostEviction(0, 0.25, True),
         watchdog=HostWatchdog(5, 9000, 0, BusyAction.STOP, 60),
+        gateway=HostGateway(
+            workers=2,
+            max_waiting=0,
+            activation_timeout_seconds=120,
+            loading_events=True,
+            cors_origins=("https://chat.example.org:8443", "*", "chrome-extension://abcdef", "http://[::1]:3000"),
+            hosts=("gpu.example.org", "[fd00::1]"),
+            tls_certificate=Path("/etc/tls/a.pem"),
+            tls_key=Path("/etc/tls/a.key"),
+            allow_without_keys=True,
+            drain_timeout_seconds=0,
+            max_body_bytes=64 * MIB,
+            upstream_timeout_seconds=3600,
+        ),
     )
 
 
@@ -153,6 +183,14 @@ def test_every_key_of_a_model_is_read(paths: Paths, tmp_path: Path) -> None:
         priority = -5
         pinned = true
         exclusive = ["image", "large"]
+        served_name = "qwen3"
+        concurrency = 4
+        show_logs = false
+        preload = true
+        keep = true
+        [filter]
+        strip = ["temperature"]
+        set = {{ max_tokens = 100, stop = ["a", {{ b = 1.5 }}], stream = true }}
         [gpu]
         count = 2
         devices = [0, "1", "*4090*"]
@@ -174,6 +212,18 @@ def test_every_key_of_a_model_is_read(paths: Paths, tmp_path: Path) -> None:
     assert (config.idle_timeout_seconds, config.busy_timeout_seconds) == (0, 5400)
     assert (config.busy_action, config.priority, config.pinned) == (BusyAction.NONE, -5, True)
     assert config.exclusive == ("image", "large")
+    assert config.serving == Serving(
+        name="qwen",
+        description="Qwen3 8B",
+        aliases=("Qwen/Qwen3-8B",),
+        served_name="qwen3",
+        concurrency=4,
+        show_logs=False,
+        keep=True,
+        preload=True,
+        strip=("temperature",),
+        set={"max_tokens": 100, "stop": ["a", {"b": 1.5}], "stream": True},
+    )
     assert (config.gpu.count, config.gpu.devices, config.gpu.vram_bytes) == (2, ("0", "1", "*4090*"), 19 * GIB // 2)
     assert config.scope == {"MemoryMax": "32G", "CPUWeight": "20", "IPAccounting": "yes"}
 
@@ -317,6 +367,19 @@ def test_without_a_directory_there_are_no_models(paths: Paths) -> None:
         ('[scope]\nMemoryMax = "1G\\n"', r"scope.MemoryMax: '1G\n' has characters that cannot be printed."),
         ('args = ["x"]', "args: It cannot stand beside command. Give either command, or engine, model and args."),
         ('engine = "vllm"', "engine: It cannot stand beside command."),
+        ('served_name = ""', "served_name: '' is empty, or has characters that cannot be printed."),
+        ("concurrency = -1", "concurrency: -1 is out of range: it must be between 0 and 65536."),
+        ('keep = "no"', "keep: It must be a boolean, not a string."),
+        ('strip = ["a"]', "strip: There is no such key. It belongs in [filter]."),
+        ('[filter]\nstrip = ["model"]', "filter.strip[0]: The engine needs the model's name. served_name says"),
+        ('[filter]\nstrip = ["a", "a"]', "filter.strip[1]: 'a' is listed twice."),
+        ('[filter]\nset = { model = "a" }', "filter.set.model: It decides which model a request is for. Use served_n"),
+        (
+            "[filter]\nset = 1",
+            "filter.set: It must be a table, not an integer. Write [filter.set], and its keys below.",
+        ),
+        ("[filter]\nset = { a = [{ b = nan }] }", "filter.set.a: JSON has nothing like nan."),
+        ("[filter]\nset.a = { b = 1979-05-27 }", "filter.set.a: JSON has nothing like a date or time."),
     ],
 )
 def test_a_wrong_key_is_named_with_what_is_wrong(paths: Paths, text: str, said: str) -> None:
@@ -429,6 +492,16 @@ def test_a_host_file_is_held_to_the_same(paths: Paths) -> None:
         ("[watchdog]\npressure_time = 0", "watchdog.pressure_time: 0 is too short: it must be 100ms or more."),
         ("[watchdogs]\ninterval = 1", "watchdogs: There is no such key. Did you mean 'watchdog'?"),
         ('idle_timeout = "1h"', "idle_timeout: There is no such key. It belongs in [watchdog]."),
+        ("[gateway]\nworkers = 0", "gateway.workers: 0 is out of range: it must be between 1 and 64."),
+        ('[gateway]\nmax_body = "1"', "gateway.max_body: '1' is too little: it must be 1.0 KiB or more."),
+        ("[gateway]\nactivation_timeout = 0", "gateway.activation_timeout: 0 is too short: it must be 1ms or more."),
+        ('[gateway]\ntls_key = "/a"', "gateway.tls_certificate: It is missing. TLS takes both, and tls_key is there."),
+        ('[gateway]\ntls_certificate = "/a"', "gateway.tls_key: It is missing. TLS takes both"),
+        ('[gateway]\ntls_key = "a"', "gateway.tls_key: 'a' is not an absolute path."),
+        ('[gateway]\nhosts = ["http://a"]', "gateway.hosts[0]: 'http://a' is no host name. Write"),
+        ('[gateway]\nhosts = ["a:80"]', "gateway.hosts[0]: 'a:80' is no host name. Write"),
+        ('[gateway]\ncors_origins = ["a"]', "gateway.cors_origins[0]: 'a' is no origin. Write"),
+        ('[gateway]\ncors_origins = ["*", "http://a/"]', "gateway.cors_origins[1]: 'http://a/' is no origin. Write"),
     ],
 )
 def test_a_wrong_key_of_the_host_is_named_with_what_is_wrong(paths: Paths, text: str, said: str) -> None:
@@ -565,7 +638,9 @@ TOML_KEYS = st.sampled_from(
     stop_timeout release_timeout health_timeout idle_timeout busy_timeout busy_action priority pinned exclusive
     max_active gpu scope isolation gpu.placement gpu.max_active eviction eviction.retries eviction.interval
     eviction.force_when_busy watchdog watchdog.interval watchdog.idle_timeout watchdog.busy_timeout
-    watchdog.busy_action watchdog.pressure_time gpu.count gpu.devices gpu.vram gpu.reserve gpu.exclude
+    watchdog.busy_action watchdog.pressure_time gateway gateway.workers gateway.hosts gateway.cors_origins
+    gateway.tls_key gateway.max_body served_name concurrency keep filter filter.strip filter.set filter.set.a
+    gpu.count gpu.devices gpu.vram gpu.reserve gpu.exclude
     scope.MemoryMax env.A what
     """.split()  # noqa: SIM905
 )

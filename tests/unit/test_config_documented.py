@@ -18,7 +18,7 @@ HOST_EXAMPLE = DOCS / "examples" / "gpusvc.toml"
 MODEL_EXAMPLE = DOCS / "examples" / "model.toml.example"
 HOST_MAN = DOCS / "man" / "gpusvc.toml.5"
 MODEL_MAN = DOCS / "man" / "gpusvc-model.5"
-SECTIONS = ("gpu", "eviction", "watchdog")  # the tables whose keys are ours
+SECTIONS = ("gpu", "eviction", "watchdog", "gateway", "filter")  # the tables whose keys are ours
 
 
 def known_keys(file: Path) -> set[str]:
@@ -88,7 +88,7 @@ def test_the_model_example_shows_the_defaults_where_it_does_not_say_example() ->
         if "An example:" in paragraph:
             examples |= set(re.findall(r"^#([a-z_]+) =", paragraph, flags=re.MULTILINE))
             examples |= set(re.findall(r"^\[(scope)\]", paragraph, flags=re.MULTILINE))
-    assert {"description", "engine", "model", "args", "aliases", "env", "vram", "scope"} == examples
+    assert {"description", "engine", "model", "args", "aliases", "env", "served_name", "vram", "scope"} == examples
     values = uncommented(MODEL_EXAMPLE)
     gpu = values["gpu"]
     assert isinstance(gpu, dict)

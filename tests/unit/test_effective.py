@@ -69,7 +69,12 @@ def test_a_model_has_every_key_but_those_that_make_its_command(paths: Paths) -> 
     found = settings(paths, "qwen")
     assert sorted(found) == sorted(set(table.known_keys()) - {"args"})
     assert {key for key, setting in found.items() if setting.source != DEFAULT} == {"command", "user"}
-    assert {key for key, setting in found.items() if setting.value is None} == {"engine", "model", "gpu.vram"}
+    assert {key for key, setting in found.items() if setting.value is None} == {
+        "engine",
+        "model",
+        "served_name",
+        "gpu.vram",
+    }
 
 
 def test_a_model_takes_from_the_host_what_it_does_not_say_itself(paths: Paths) -> None:
@@ -102,6 +107,7 @@ def test_the_command_of_a_preset_comes_from_the_file_that_names_the_preset(paths
 def test_what_is_shown_may_stand_in_a_file_and_means_the_same(paths: Paths) -> None:
     paths.host_file.write_text(
         'isolation = "best-effort"\n[gpu]\nexclude = ["*GT 1030*"]\n[watchdog]\ninterval = 90.125\n'
+        '[gateway]\nhosts = ["a"]\ntls_certificate = "/a"\ntls_key = "/b"\nmax_body = 1025\nupstream_timeout = 1.5\n'
     )
     host = load_host(paths)
     shown = as_file(paths)
@@ -111,6 +117,12 @@ def test_what_is_shown_may_stand_in_a_file_and_means_the_same(paths: Paths) -> N
     odd = r"""
         env = { A = "ä\"\\\u007f\u0001\n", "b.c d" = "" }
         description = "'"
+        served_name = "Qwen/Ä"
+        concurrency = 2
+        keep = true
+        [filter]
+        strip = ["a\"b"]
+        set = { a = [1, [2.5, { "c d" = "é\n", e = {} }], []], b = false, big = 1e16, small = -1e-7, f = 0.0 }
         [scope]
         MemoryMax = "32G"
         IPAccounting = true

@@ -13,22 +13,27 @@ ROOT = Path(__file__).parents[2] / "gpusvc"
 ROWS = {
     "what everything may import": {
         "config", "devices", "effective", "engines", "errors", "host_file", "log", "model_file", "names", "paths",
-        "quantity", "reading", "resource_control", "watched",
+        "printable", "quantity", "reading", "resource_control", "serving", "statefile", "toml", "watched",
     },
     "pure policy, and adapters of one foreign thing each": {
-        "_vendor", "backoff", "cgroup", "eventlog", "events", "footprint", "gguf", "gpu", "judge",
-        "lastwords", "leaks", "lease", "meter", "nodes", "notify", "nvml", "placement", "processes", "progress",
+        "_vendor", "backoff", "caller", "cgroup", "counters", "eventlog", "events", "footprint", "gguf", "gpu", "judge",
+        "keys", "lastwords", "leaks", "lease", "meter", "nodes", "notify", "nvml", "placement", "processes", "progress",
         "proof", "relay", "sockets", "systemd", "use", "verdicts", "waitlist", "weights",
+        "about", "access", "model_directory", "revision", "unitlog",
     },
     "the parts that act, and what they look at together": {
-        "admission", "connection", "departures", "engine", "eviction", "hooks", "inventory", "launcher", "observation",
-        "ports", "readiness", "release", "standing", "survey", "watchdog",
+        "admission", "connection", "departures", "diagnosis", "engine", "eviction", "hooks", "importing", "inventory",
+        "launcher", "observation", "ports", "readiness", "release", "standing", "survey", "watchdog",
     },
+    "what answers over HTTP": {"api", "gateway"},
     "the command": {"cli"},
 }  # fmt: skip
 
 # Who alone may import a foreign library, so that its exceptions and quirks stay in one file.
 IMPORTERS = {
+    "aiohttp": "api",
+    "httptools": "gateway",
+    "prometheus_client": "api",
     "psutil": "processes",
     "pynvml": "nvml",
     "pystemd": "systemd",
@@ -36,6 +41,8 @@ IMPORTERS = {
     "typer": "cli",
     "click": "cli",
     "rich": "cli",
+    "uvloop": "gateway",
+    "yaml": "importing",
 }
 
 

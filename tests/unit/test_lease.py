@@ -71,7 +71,7 @@ _BYTES = st.none() | st.integers(0, 2**60)
         model=st.text(),
         port=st.integers(0, 65535),
         gpus=st.lists(st.builds(LeasedGpu, st.integers(0, 99), st.text(), _BYTES, _BYTES, _BYTES)).map(tuple),
-        created=st.floats(allow_nan=False, allow_infinity=False),
+        created=st.floats(0, 2.0**40),
         ready=st.booleans(),
         pid=st.none() | st.integers(1, 2**22),
         processes=st.frozensets(st.builds(Process, st.integers(1, 2**22), st.integers(0, 2**63))),

@@ -1,0 +1,112 @@
+"""ExecStart= of gpusvc-api.service: the API on the socket that systemd opened for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from gpusvc.api import journal
+from gpusvc.api.application import application
+from gpusvc.api.bus import Bus
+from gpusvc.api.jobs import Jobs
+from gpusvc.api.journal import Events
+from gpusvc.api.service import Service
+from gpusvc.api.snapshots import Snapshots
+from gpusvc.api.streams import Streams
+from gpusvc.log import log
+from gpusvc.names import of_service
+from gpusvc.notify import Notifier
+from gpusvc.paths import Paths
+from gpusvc.systemd import EndedJob, Manager
+
+# sd_listen_fds(3)
+_FIRST_FD = 3
+
+# As gpusvc-api.socket has it: event loops call listen(2) again, and with that decide anew.
+_BACKLOG = 1024
+
+# A third of WatchdogSec=.
+_FEED_SECONDS = 20.0
+
+# How long short answers may take when the service stops. What is long is somebody's wait for systemd, which goes on.
+_GOODBYE_SECONDS = 2.0
+
+
+@asynccontextmanager
+async def service_of(paths: Paths) -> AsyncIterator[Service]:
+    """Everything that the routes work on, as long as the context lasts."""
+    loop = asyncio.get_running_loop()
+    snapshots = Snapshots(paths)
+
+    def job_ended(job: EndedJob) -> None:
+        if of_service(job.unit) is not None:
+            snapshots.forget()
+
+    bus = Bus(loop, Manager, on_end=job_ended)
+    events = Events()
+    jobs = Jobs(paths, bus, journal.last_words, on_change=snapshots.forget)
+    streams = Streams()
+    follower = asyncio.create_task(events.run())
+    try:
+        yield Service(paths, bus, snapshots, events, jobs, streams)
+    finally:
+        follower.cancel()
+        streams.close()
+        await asyncio.gather(follower, return_exceptions=True)
+        bus.close()
+        await snapshots.close()
+
+
+async def serve(paths: Paths, listening: socket.socket, notifier: Notifier) -> None:
+    """Answer on ``listening`` until SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    async with service_of(paths) as service:
+        runner = web.AppRunner(application(service), access_log=None)
+        await runner.setup()
+        await web.SockSite(runner, listening, backlog=_BACKLOG).start()
+        notifier.ready("Answering.")
+        while not ended.is_set():
+            notifier.feed_watchdog()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FEED_SECONDS):
+                    await ended.wait()
+        notifier.stopping()
+        service.streams.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await runner.cleanup()
+
+
+def inherited_socket() -> socket.socket | None:
+    """The socket of gpusvc-api.socket; None: this was not started by systemd."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    os.set_inheritable(_FIRST_FD, False)
+    return socket.socket(fileno=_FIRST_FD)
+
+
+def main() -> int:
+    listening = inherited_socket()
+    if listening is None:
+        log(3, "There is no socket: gpusvc-api.service is started with gpusvc-api.socket.")
+        return 1
+    listening.setblocking(False)
+    asyncio.run(serve(Paths.here(), listening, Notifier()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

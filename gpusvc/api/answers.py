@@ -1,0 +1,42 @@
+"""Answers in JSON, and errors in the form that all of the API's have."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from aiohttp import web
+
+from gpusvc.errors import GpusvcError
+
+
+def answer(value: Any, *, status: int = 200) -> web.Response:
+    """``value`` as JSON."""
+    return web.Response(
+        text=json.dumps(value, ensure_ascii=False) + "\n", status=status, content_type="application/json"
+    )
+
+
+def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:
+    """``error``: its sentence, what to do about it, and, of a start that failed, what the engine said last."""
+    status = error.http_status
+    told: dict[str, Any] = {
+        "message": error.message,
+        "hint": error.hint,
+        "type": "invalid_request_error" if status < 500 else "server_error",
+        "code": code_of(type(error)),
+    }
+    log = getattr(error, "log", None)
+    if log is not None and with_log:
+        told["log"] = list(log)
+    response = answer({"error": told}, status=status)
+    retry_after = getattr(error, "retry_after_seconds", None)
+    if retry_after is not None:
+        response.headers["Retry-After"] = str(retry_after)
+    return response
+
+
+def code_of(kind: type[GpusvcError]) -> str:
+    """A word for programs: ``unknown_model`` of UnknownModelError."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.removesuffix("Error")).lower()

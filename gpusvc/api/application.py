@@ -1,0 +1,78 @@
+"""The API as an aiohttp application: all routes, errors as JSON, and limits on what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from gpusvc.api import compatible, history, machine, metrics, models, page
+from gpusvc.api.answers import answer, refusal
+from gpusvc.api.endpoints import Endpoint
+from gpusvc.api.openapi import document
+from gpusvc.api.service import Service
+from gpusvc.errors import GpusvcError
+from gpusvc.log import log
+
+_MAX_BODY_BYTES = 64 * 1024
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _HttpError(GpusvcError):
+    """What aiohttp has to say: no such route, no such method, too much of a body."""
+
+    def __init__(self, error: web.HTTPException) -> None:
+        super().__init__(f"{error.reason}.", hint="GET /gpusvc/openapi.json has all routes.")
+        self.http_status = error.status
+
+
+class _InternalError(GpusvcError):
+    pass
+
+
+def application(service: Service) -> web.Application:
+    """All of the API over ``service``."""
+    made = web.Application(middlewares=[_errors], client_max_size=_MAX_BODY_BYTES)
+    made.router.add_routes([endpoint.route() for endpoint in endpoints(service)])
+    return made
+
+
+def endpoints(service: Service) -> list[Endpoint]:
+    """Every route there is."""
+    found = [
+        *models.endpoints(service),
+        *machine.endpoints(service),
+        *history.endpoints(service),
+        *compatible.endpoints(service),
+        *map(Endpoint.from_route, [*metrics.routes(service), *page.routes(service)]),
+    ]
+
+    async def openapi(_: web.Request) -> web.Response:
+        """This API, as an OpenAPI document."""
+        return answer(document(found))
+
+    found += [Endpoint("GET", "/gpusvc/openapi.json", openapi), Endpoint("GET", "/openapi.json", openapi)]
+    return found
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except GpusvcError as error:
+        # A form of the page that was sent without JavaScript wants to be read by a person.
+        is_form = request.method == "POST" and "text/html" in request.headers.get("Accept", "")
+        return page.refusal(error) if is_form else refusal(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        response = refusal(_HttpError(error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except (ConnectionError, TimeoutError):
+        raise  # the client's, or of a stream to it
+    except Exception as error:  # one request must not take the others along
+        log(3, f"{request.method} {request.path} failed: {type(error).__name__}: {error}.")
+        return refusal(_InternalError("Something went wrong here.", hint="The journal of gpusvc-api has more."))

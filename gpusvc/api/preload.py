@@ -1,0 +1,49 @@
+"""ExecStart= of gpusvc-preload.service: starts the models whose files say ``preload = true``, and waits for none."""
+
+from __future__ import annotations
+
+import sys
+
+from gpusvc import names
+from gpusvc.config import model_names
+from gpusvc.errors import GpusvcError
+from gpusvc.log import log
+from gpusvc.paths import Paths
+from gpusvc.serving import load_serving
+
+
+def preloaded(paths: Paths) -> list[str]:
+    """The models that want it, sorted; those whose files cannot be right are told of, and left out."""
+    found = []
+    for name in model_names(paths):
+        try:
+            if load_serving(paths, name).preload:
+                found.append(name)
+        except GpusvcError as error:
+            log(4, str(error))
+    return found
+
+
+def main() -> int:
+    """The exit status: 0 even if one could not be started, as that is this model's trouble."""
+    try:
+        chosen = preloaded(Paths.here())
+        if not chosen:
+            return 0
+        from gpusvc.systemd import Manager  # noqa: PLC0415  most machines preload nothing
+
+        with Manager() as manager:
+            for name in chosen:
+                try:
+                    manager.enqueue("Start", names.service(name), replace=False)
+                    log(6, f"{name} is started: its file says preload.")
+                except GpusvcError as error:
+                    log(4, str(error))
+    except GpusvcError as error:
+        log(3, str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""ExecStart= of gpusvc-gateway.service: looks that everything is in order, and then serves, alone or by its workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from gpusvc.errors import GpusvcError
+from gpusvc.gateway import listening
+from gpusvc.gateway.service import Service, Settings
+from gpusvc.gateway.workers import Superior, Workers
+from gpusvc.log import log
+from gpusvc.notify import Notifier
+from gpusvc.paths import Paths
+
+# sysexits.h; systemd does not try again: somebody has to change something first.
+_EX_CONFIG = 78
+
+# Over what this process takes to end by itself.
+_GRACE_SECONDS = 10.0
+
+
+class _Systemd:
+    """systemd as the superior of a process that serves alone."""
+
+    def __init__(self, notifier: Notifier, where: str) -> None:
+        self._notifier = notifier
+        self._where = where
+
+    def ready(self) -> None:
+        self._notifier.ready(f"Serving at {self._where}.")
+
+    def alive(self) -> None:
+        self._notifier.feed_watchdog()
+
+    def reloading(self) -> None:
+        self._notifier.reloading()
+
+    def stopping(self, seconds: float) -> None:
+        self._notifier.stopping()
+        self._notifier.extend_timeout(seconds + _GRACE_SECONDS)
+        self._notifier.status("Answering those who are being served.")
+
+
+def main() -> int:
+    """The exit status: 0 after SIGTERM."""
+    paths = Paths.here()
+    try:
+        return _run(paths, Notifier())
+    except GpusvcError as error:
+        log(3, str(error))
+        return _EX_CONFIG if error.permanent else error.exit_code
+
+
+def _run(paths: Paths, notifier: Notifier) -> int:
+    listeners = listening.take(os.environ)
+    settings = Settings(paths, os.environ)
+    listening.guard(
+        listeners,
+        needs_key=settings.keys.configured,
+        allow_without_keys=settings.gateway.allow_without_keys,
+    )
+    where = " and ".join(map(listening.shown, listeners))
+
+    def serve(number: int, superior: Superior) -> int:
+        return Service(paths, settings, listeners, number, superior).run()
+
+    count = settings.gateway.workers
+    if count == 1:
+        return serve(0, _Systemd(notifier, where))
+
+    def drain_seconds() -> float:
+        settings.refresh()  # the workers did, and here nothing else is asked for
+        return settings.gateway.drain_timeout_seconds
+
+    return Workers(count, serve, notifier, where, drain_seconds=drain_seconds).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

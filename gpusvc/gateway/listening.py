@@ -1,0 +1,124 @@
+"""The sockets that clients come in by: those that systemd holds for the gateway, or one of its own without them.
+
+systemd keeps its sockets when the gateway ends, so that a connection that was not taken yet is taken by the next one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+
+from gpusvc.errors import ConfigError, GpusvcError
+from gpusvc.paths import is_user_instance
+
+# Where it listens by itself, without systemd: the system's gateway, and a user's.
+ADDRESS = ("127.0.0.1", 8484)
+USER_ADDRESS = ("127.0.0.1", 8485)
+
+# As gpusvc-gateway.socket has it: event loops call listen(2) again, and with that decide anew.
+BACKLOG = 4096
+
+_FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+
+def take(environment: Mapping[str, str]) -> list[socket.socket]:
+    """All sockets to listen on, as sd_listen_fds(3) has them, or else a new one at 127.0.0.1:8484, a user's at 8485.
+
+    Raises:
+        ConfigError: what systemd gave is nothing to listen on.
+        GpusvcError: there was nothing, and the address is taken.
+    """
+    if environment.get("LISTEN_PID") != str(os.getpid()):  # meant for a parent of this process, or for nobody
+        return [_open()]
+    return inherited(int(environment.get("LISTEN_FDS", "0")))
+
+
+def inherited(count: int) -> list[socket.socket]:
+    """The sockets that systemd left open at the first numbers there are; they are not passed on to children's programs.
+
+    Raises:
+        ConfigError: one of them does not listen for connections.
+    """
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + count):
+        os.set_inheritable(fd, False)
+        try:
+            taken = socket.socket(fileno=fd)
+        except OSError:
+            raise _unfit(fd) from None
+        if taken.type != socket.SOCK_STREAM or not taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise _unfit(fd)
+        taken.setblocking(False)
+        sockets.append(taken)
+    if not sockets:
+        raise ConfigError(
+            "systemd gave the gateway no socket.", hint="gpusvc-gateway.socket should have ListenStream=."
+        )
+    return sockets
+
+
+def shown(listener: socket.socket) -> str:
+    """Where it listens, as a person writes it."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+        return "@" + text[1:] if text.startswith("\0") else text
+    host, port = name[:2]
+    return f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
+
+
+def reachable(listeners: Iterable[socket.socket]) -> list[socket.socket]:
+    """Those that others than this machine's own processes may reach."""
+    return [listener for listener in listeners if not _is_local(listener)]
+
+
+def guard(listeners: Sequence[socket.socket], *, needs_key: bool, allow_without_keys: bool) -> None:
+    """Refuse to serve everybody on the network, unless that was said twice.
+
+    Raises:
+        ConfigError: a socket is reachable for others, and nothing is asked of them.
+    """
+    if needs_key or allow_without_keys:
+        return
+    for listener in reachable(listeners):
+        raise ConfigError(
+            f"The gateway would answer everybody who reaches {shown(listener)}: there are no API keys.",
+            hint="Make one with `gpusvc key add NAME`, or set allow_without_keys = true in [gateway] of gpusvc.toml.",
+        )
+
+
+def _open() -> socket.socket:
+    address = USER_ADDRESS if is_user_instance() else ADDRESS
+    opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        opened.listen(BACKLOG)
+    except OSError as error:
+        opened.close()
+        host, port = address
+        raise GpusvcError(
+            f"The gateway cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}.",
+            hint="gpusvc-gateway.socket may be there already: systemctl stop gpusvc-gateway.socket.",
+        ) from None
+    return opened
+
+
+def _is_local(listener: socket.socket) -> bool:
+    if listener.family == socket.AF_UNIX:
+        return True  # its mode says who may
+    if listener.family not in {socket.AF_INET, socket.AF_INET6}:
+        return False
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback
+
+
+def _unfit(fd: int) -> ConfigError:
+    return ConfigError(
+        f"File descriptor {fd}, which systemd gave the gateway, is no listening stream socket.",
+        hint="gpusvc-gateway.socket may have ListenStream= only, and no Accept=yes.",
+    )

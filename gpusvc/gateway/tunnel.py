@@ -1,0 +1,94 @@
+"""A connection that has become another protocol's, as WebSocket's: bytes both ways until both ends had enough."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+
+class Tunnel:
+    """Two connections that carry each other's bytes. Neither is read faster than the other can be written."""
+
+    def __init__(
+        self,
+        client: asyncio.Transport,
+        engine: asyncio.Transport,
+        *,
+        on_progress: Callable[[int], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            client: the one end.
+            engine: the other.
+            on_progress: called at each piece, with the bytes of it that go to the client.
+            on_end: called once, when both are closed.
+        """
+        self._on_progress = on_progress
+        self._on_end = on_end
+        self._open = 2
+        self._ends = [_End(self, client, engine, is_client=True), _End(self, engine, client, is_client=False)]
+        for end, transport in zip(self._ends, (client, engine), strict=True):
+            transport.set_protocol(end)
+            transport.resume_reading()
+
+    def progressed(self, sent_bytes: int) -> None:
+        self._on_progress(sent_bytes)
+
+    def finish_if_done(self) -> None:
+        """Close both when neither has more to say."""
+        if all(end.is_finished for end in self._ends):
+            for end in self._ends:
+                end.close()
+
+    def closed(self) -> None:
+        self._open -= 1
+        if self._open == 0:
+            self._on_end()
+
+
+class _End(asyncio.Protocol):
+    """One of the two: what it says is written to the other one."""
+
+    def __init__(self, tunnel: Tunnel, own: asyncio.Transport, other: asyncio.Transport, *, is_client: bool) -> None:
+        self._tunnel = tunnel
+        self._own = own
+        self._other = other
+        self._is_client = is_client
+        self.is_finished = False
+
+    def close(self) -> None:
+        self._own.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._other.write(data)
+        self._tunnel.progressed(0 if self._is_client else len(data))
+
+    def eof_received(self) -> bool:
+        """This one has no more to say, and may still want to hear. (With TLS that cannot be.)"""
+        self.is_finished = True
+        if not (self._own.can_write_eof() and self._other.can_write_eof()):
+            self._other.close()
+            return False
+        if not self._other.is_closing():
+            with contextlib.suppress(OSError):
+                self._other.write_eof()
+        self._tunnel.finish_if_done()
+        return True
+
+    def pause_writing(self) -> None:
+        """This one does not take what the other says."""
+        if not self._other.is_closing():
+            self._other.pause_reading()
+
+    def resume_writing(self) -> None:
+        if not self._other.is_closing():
+            self._other.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None:
+            self._other.close()  # what is on its way to it still arrives
+        else:
+            self._other.abort()
+        self._tunnel.closed()

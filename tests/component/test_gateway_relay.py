@@ -1,0 +1,676 @@
+"""Requests and answers between clients and an engine: what passes, how soon, and what happens if one of them goes."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from gpusvc.gateway.limits import Limits
+from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
+from tests.component.upstream import (
+    STREAM,
+    Connection,
+    Request,
+    chunk,
+    chunked,
+    event,
+    raw,
+    read_body,
+    silence,
+    until_gone,
+    whole,
+)
+
+__all__ = ["run"]
+
+ANSWER = json.dumps({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7}}).encode()
+
+
+def test_a_request_goes_to_its_model_and_the_answer_comes_back(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = whole(ANSWER, more="Server: tester\r\n")
+        client = await rig.client()
+        answer = await client.ask(b'{"model": "qwen", "n": 1}')
+        assert (answer.status, answer.body) == (200, ANSWER)
+        assert answer.headers["server"] == "tester"
+        (request,) = rig.engine.requests
+        assert (request.method, request.target) == ("POST", "/v1/chat/completions")
+        assert request.json() == {"model": "qwen", "n": 1}
+        assert request.headers["host"] == f"127.0.0.1:{rig.engine.port}"
+        assert request.headers["x-forwarded-for"] == "127.0.0.1"
+
+    run(scenario)
+
+
+def test_connections_are_kept_on_both_sides(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        for _ in range(5):
+            assert (await client.ask()).status == 200
+        assert len(rig.engine.connections) == 1
+
+    run(scenario)
+
+
+def test_what_an_engine_took_is_counted(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = whole(ANSWER)
+        client = await rig.client()
+        await client.ask()
+        rig.engine.answer = raw(chunked([event("a"), b"data: " + ANSWER + b"\n\n", b"data: [DONE]\n\n"]))
+        await client.ask(b'{"model": "qwen", "stream": true}')
+        totals = rig.totals()
+        assert (totals.prompt_tokens, totals.completion_tokens) == (10, 14)
+        assert totals.requests["2xx"] == 2
+        assert (totals.in_flight, totals.waiting) == (0, 0)
+        assert totals.received_bytes > 0
+        assert totals.sent_bytes > 2 * len(ANSWER)
+
+    run(scenario)
+
+
+def test_a_model_is_in_use_for_as_long_as_its_answer_takes(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = until_gone
+        client = await rig.client()
+        await client.post(b'{"model": "qwen", "stream": true}')
+        await client.head()
+        assert rig.is_used()
+        client.close()
+        await rig.eventually(lambda: not rig.is_used())
+
+    run(scenario)
+
+
+def test_each_event_is_passed_on_at_once(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        go_on = asyncio.Event()
+
+        async def script(_: Request, connection: Connection) -> None:
+            await connection.say(STREAM + chunk(event("0")))
+            for number in range(1, 4):
+                await go_on.wait()
+                go_on.clear()
+                await connection.say(chunk(event(str(number))))
+            await connection.say(b"0\r\n\r\n")
+
+        rig.engine.answer = script
+        client = await rig.client()
+        await client.post(b'{"model": "qwen", "stream": true}')
+        assert (await client.head()).headers["transfer-encoding"] == "chunked"
+        for number in range(4):
+            assert await client.chunk() == event(str(number))  # before the engine is let say the next one
+            go_on.set()
+        assert await client.chunk() == b""
+
+    run(scenario)
+
+
+def test_a_large_body_streams_to_the_engine_before_it_is_complete(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        arrived = asyncio.Event()
+
+        async def script(request: Request, connection: Connection) -> None:
+            await connection.reader.readexactly(100_000)
+            arrived.set()
+            await connection.reader.readexactly(int(request.headers["content-length"]) - 100_000)
+            await whole(b"{}")(request, connection)
+
+        rig.engine.answer = script
+        rig.engine.streams_body = True
+        body = json.dumps({"model": "qwen", "text": "x" * 3_000_000}).encode()
+        client = await rig.client()
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        await client.say(head + body[:1_000_000])
+        await asyncio.wait_for(arrived.wait(), 10)
+        await client.say(body[1_000_000:])
+        assert (await client.answer()).status == 200
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_the_name_may_be_the_last_member_of_a_large_body(run: Run, coding: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        body = json.dumps({"text": "x" * 5_000_000, "model": "qwen"}).encode()
+        client = await rig.client()
+        if coding == "length":
+            await client.post(body)
+        else:
+            await client.say(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for at in range(0, len(body), 300_000):
+                await client.say(chunk(body[at : at + 300_000]))
+            await client.say(b"0\r\n\r\n")
+        assert (await client.answer()).status == 200
+        assert rig.engine.requests[0].body == body
+
+    run(scenario)
+
+
+def test_an_engine_that_reads_slowly_holds_up_its_client_and_no_memory(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        go_on = asyncio.Event()
+
+        async def script(request: Request, connection: Connection) -> None:
+            await go_on.wait()
+            await read_body(request, connection)
+            await whole(b"{}")(request, connection)
+
+        rig.engine.answer = script
+        rig.engine.streams_body = True
+        client = await rig.client()
+        length = 200_000_000
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+        await client.say(head + b'{"model": "qwen", "text": "')
+        assert await client.say_until_stuck(b"x" * 1_000_000) < IN_SOCKETS_BYTES
+        client.reset()
+
+    run(scenario)
+
+
+def test_a_client_that_reads_slowly_holds_up_its_engine(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        sent = 0
+
+        async def script(_: Request, connection: Connection) -> None:
+            nonlocal sent
+            await connection.say(b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: 200000000\r\n\r\n")
+            for _turn in range(200):
+                await connection.say(b"x" * 1_000_000)
+                sent += 1_000_000
+
+        rig.engine.answer = script
+        client = await rig.client()
+        client.stop_reading()
+        await client.post(b'{"model": "qwen"}')
+        before = -1
+        while sent != before or not sent:
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < IN_SOCKETS_BYTES
+        client.go_on_reading()
+        answer = await client.answer()
+        assert len(answer.body) == 200_000_000
+
+    run(scenario)
+
+
+def test_a_client_that_is_gone_cancels_its_request_at_the_engine(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        for script in (silence, until_gone):
+            rig.engine.answer = script
+            before = rig.engine.cancelled
+            client = await rig.client()
+            await client.post(b'{"model": "qwen", "stream": true}')
+            await rig.eventually(lambda: bool(rig.is_used()))
+            await rig.eventually(lambda: len(rig.engine.requests) > rig.engine.cancelled)
+            client.close()
+            await rig.eventually(lambda before=before: rig.engine.cancelled == before + 1)  # type: ignore[misc]
+            await rig.eventually(lambda: not rig.is_used())
+        assert rig.totals().in_flight == 0
+
+    run(scenario)
+
+
+def test_a_client_that_resets_its_connection_is_gone_too(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = until_gone
+        client = await rig.client()
+        await client.post(b'{"model": "qwen", "stream": true}')
+        await client.head()
+        client.reset()
+        await rig.eventually(lambda: rig.engine.cancelled == 1)
+
+    run(scenario)
+
+
+def test_a_client_that_goes_while_its_body_has_to_wait_is_noticed(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = silence
+        rig.engine.streams_body = True
+        client = await rig.client()
+        await client.say(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000000\r\n\r\n")
+        await client.say(b'{"model": "qwen", "text": "')
+        await client.say_until_stuck(b"x" * 1_000_000)
+        assert rig.is_used()
+        client.reset()
+        await rig.eventually(lambda: not rig.is_used())
+
+    run(scenario)
+
+
+def test_an_engine_that_dies_before_its_answer_is_a_502_with_the_reason(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        for ending in ("close", "reset"):
+            rig.engine.answer = raw(then=ending)
+            client = await rig.client()
+            answer = await client.ask()
+            error = json.loads(answer.body)["error"]
+            assert (answer.status, error["code"]) == (502, "engine_lost")
+            assert "The engine of qwen" in error["message"]
+            rig.engine.answer = whole(b"{}")
+            assert (await client.ask()).status == 200  # it is only the engine that went
+
+    run(scenario)
+
+
+def test_anthropics_clients_get_their_form_of_an_error(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = raw(then="close")
+        client = await rig.client()
+        answer = await client.ask(target="/v1/messages")
+        assert json.loads(answer.body)["type"] == "error"
+
+    run(scenario)
+
+
+def test_half_an_answer_never_looks_whole(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        beginnings = [
+            b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        ]
+        for beginning in beginnings:
+            rig.engine.answer = raw(beginning, then="close")
+            client = await rig.client()
+            await client.post(b'{"model": "qwen"}')
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                await client.answer()
+
+    run(scenario)
+
+
+def test_half_an_answer_never_looks_whole_to_http10(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", then="close")
+        client = await rig.client()
+        await client.post(b'{"model": "qwen"}', version="1.0")
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await client.answer()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ending", ["close", "reset"])
+def test_a_stream_whose_engine_dies_ends_with_an_error_event_and_no_end(run: Run, ending: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        go_on = asyncio.Event()
+
+        async def script(request: Request, connection: Connection) -> None:
+            await connection.say(STREAM + chunk(event("one")))
+            await go_on.wait()
+            await raw(then=ending)(request, connection)
+
+        rig.engine.answer = script
+        for target, begin in (("/v1/chat/completions", b'data: {"error":'), ("/v1/messages", b"event: error\ndata: ")):
+            go_on.clear()
+            client = await rig.client()
+            await client.post(b'{"model": "qwen", "stream": true}', target)
+            await client.head()
+            assert await client.chunk() == event("one")
+            go_on.set()
+            last = await client.chunk()
+            assert last.startswith(begin)
+            assert b"in the middle of its answer" in last
+            assert await client.rest() == b""  # and no last chunk
+
+    run(scenario)
+
+
+def test_half_an_event_is_ended_before_the_error(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = raw(STREAM, chunk(b'data: {"cho'), then="close")
+        client = await rig.client()
+        await client.post(b'{"model": "qwen", "stream": true}')
+        await client.head()
+        text = await client.chunk() + await client.chunk()
+        assert text.startswith(b'data: {"cho\n\ndata: {"error":')
+
+    run(scenario)
+
+
+def test_a_stale_connection_costs_no_request(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        for _ in range(3):
+            assert (await client.ask()).status == 200
+            await rig.eventually(lambda: rig.engine.open == 1)
+            (kept,) = [one for one in rig.engine.connections if not one.writer.transport.is_closing()]
+            kept.reader.feed_eof()  # it stops reading, and so closes with the next request on its way
+
+        async def once(request: Request, connection: Connection) -> None:
+            if len(connection.requests) > 1:  # of a connection that was kept
+                connection.reset()
+                raise ConnectionAbortedError
+            await whole(b'{"fresh": true}')(request, connection)
+
+        rig.engine.answer = once
+        for _ in range(4):
+            assert (await client.ask()).body == b'{"fresh": true}'
+
+    run(scenario)
+
+
+def test_a_request_is_sent_again_only_once(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        await client.ask()
+        rig.engine.answer = raw(then="reset")
+        assert (await client.ask()).status == 502
+        assert len(rig.engine.requests) == 3
+
+    run(scenario)
+
+
+def test_a_large_request_goes_on_a_connection_of_its_own(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        await client.ask()
+        first = rig.engine.connections[0]
+        await client.ask(json.dumps({"model": "qwen", "text": "x" * 2_000_000}).encode())
+        assert first.requests == [rig.engine.requests[0]]
+        assert (await client.ask()).status == 200
+        await rig.eventually(lambda: rig.engine.open == 1)  # and the first one made room for it
+
+    run(scenario)
+
+
+def test_an_idle_connection_to_an_engine_is_closed_after_a_while(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        await client.ask()
+        await rig.eventually(lambda: rig.engine.open == 0)
+        assert (await client.ask()).status == 200
+
+    run(scenario, limits=Limits(sweep_seconds=0.02, pooled_seconds=0.05))
+
+
+def test_an_engine_that_is_silent_for_too_long_is_given_up(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = silence
+        client = await rig.client()
+        answer = await client.ask()
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (504, "upstream_timeout")
+        rig.engine.answer = until_gone
+        await client.post(b'{"model": "qwen", "stream": true}')
+        await client.head()
+        await client.chunk()
+        assert b"upstream_timeout" in await client.chunk()
+
+    run(scenario, upstream_timeout_seconds=0.2)
+
+
+def test_answers_may_end_with_their_connection(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = raw(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n", b"one", b"two", then="close")
+        client = await rig.client()
+        for _ in range(2):
+            answer = await client.ask()
+            assert (answer.headers["transfer-encoding"], answer.body) == ("chunked", b"onetwo")
+        await client.post(b'{"model": "qwen"}', version="1.0")
+        answer = await client.answer()
+        assert "transfer-encoding" not in answer.headers
+        assert answer.body == b"onetwo"
+
+    run(scenario)
+
+
+def test_compressed_answers_pass_as_they_are(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        packed = gzip.compress(ANSWER)
+        rig.engine.answer = whole(packed, more="Content-Encoding: gzip\r\n")
+        client = await rig.client()
+        answer = await client.ask(more="Accept-Encoding: gzip\r\n")
+        assert answer.body == packed
+        assert answer.headers["content-encoding"] == "gzip"
+        assert rig.engine.requests[0].headers["accept-encoding"] == "gzip"
+
+    run(scenario)
+
+
+def test_the_body_is_changed_as_the_model_wants_it(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.run_model(
+            "edited",
+            rig.engine.port,
+            'served_name = "Inner"\naliases = ["org/Edited"]\n[filter]\nstrip = ["seed"]\nset = {top_k = 3}\n',
+        )
+        client = await rig.client()
+        await client.ask(b'{"model": "org/Edited", "seed": 1, "n": 1}')
+        large = json.dumps({"n": 1, "text": "x" * 1_000_000, "seed": 1, "model": "edited"}).encode()
+        await client.ask(large)
+        assert rig.engine.requests[0].json() == {"model": "Inner", "n": 1, "top_k": 3}
+        changed = rig.engine.requests[1].json()
+        assert (changed["model"], changed["top_k"], "seed" in changed) == ("Inner", 3, False)
+
+    run(scenario)
+
+
+def test_a_model_may_be_named_by_path_query_and_header(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        await client.get("/upstream/qwen/props?a=1")
+        await client.get("/props?model=qwen")
+        await client.get("/slots", "X-Model: qwen\r\n")
+        assert [request.target for request in rig.engine.requests] == ["/props?a=1", "/props?model=qwen", "/slots"]
+        assert (await client.get("/slots")).status == 400
+        assert (await client.ask(b'{"model": "nowhere"}')).status == 404
+        assert (await client.ask(b'{"model": ')).status in (200, 400)
+
+    run(scenario)
+
+
+def test_management_is_for_the_api(run: Run, tmp_path: Path) -> None:
+    known, secrets = make_keys(tmp_path, boss=())
+
+    async def scenario(rig: Rig) -> None:
+        rig.api.answer = whole(b"[]")
+        client = await rig.client()
+        answer = await client.get("/gpusvc/models", f"Authorization: Bearer {secrets['boss']}\r\n")
+        assert answer.status == 403  # it may use models, and nothing else
+
+    run(scenario, known=known)
+
+
+def test_without_keys_management_is_open_here(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.api.answer = whole(b"[]")
+        client = await rig.client()
+        assert (await client.get("/gpusvc/models", "X-Gpusvc-Key: mallory\r\n")).body == b"[]"
+        assert "x-gpusvc-key" not in rig.api.requests[0].headers
+        assert not rig.is_used()
+
+    run(scenario)
+
+
+def test_a_key_is_asked_for_and_never_passed_on(run: Run, tmp_path: Path) -> None:
+    known, secrets = make_keys(tmp_path, all=(), other=("whisper",))
+
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        assert (await client.ask()).status == 401
+        assert (await client.ask(more="Authorization: Bearer nonsense\r\n")).status == 401
+        assert (await client.ask(more=f"X-Api-Key: {secrets['other']}\r\n")).status == 403
+        assert (await client.ask(more=f"Authorization: Bearer {secrets['all']}\r\n")).status == 200
+        assert (await client.get("/health")).status == 200
+        (request,) = rig.engine.requests
+        assert not {"authorization", "x-api-key"} & set(request.headers)
+
+    run(scenario, known=known)
+
+
+def test_a_model_that_is_not_running_is_started_once_for_all(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+
+        async def start(_: Request, connection: Connection) -> None:
+            rig.mark_ready("cold", rig.engine.port)
+            await connection.say(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}")
+            connection.writer.close()
+            raise ConnectionAbortedError
+
+        rig.api.answer = start
+        clients = [await rig.client() for _ in range(5)]
+        answers = await asyncio.gather(*(client.ask(b'{"model": "cold"}') for client in clients))
+        assert [answer.status for answer in answers] == [200] * 5
+        assert len(rig.api.requests) == 1
+        await rig.eventually(lambda: not rig.is_used("cold"))
+        assert rig.totals("cold").waiting == 0
+
+    run(scenario)
+
+
+def test_a_start_that_nobody_waits_for_any_more_is_abandoned(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.api.answer = silence
+        client = await rig.client()
+        await client.post(b'{"model": "cold"}')
+        await rig.eventually(lambda: len(rig.api.requests) == 1)
+        assert rig.totals("cold").waiting == 1
+        client.close()
+        await rig.eventually(lambda: rig.api.cancelled == 1)
+        assert rig.totals("cold").waiting == 0
+
+    run(scenario)
+
+
+FAILURE = b"""HTTP/1.0 503 No
+Retry-After: 7
+
+{"error": {"message": "It did not start.", "log": ["CUDA error"]}}""".replace(b"\n", b"\r\n")
+
+
+def test_a_start_that_fails_is_told_with_its_reason(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.api.answer = raw(FAILURE, then="close")
+        client = await rig.client()
+        answer = await client.ask(b'{"model": "cold"}')
+        assert (answer.status, answer.headers["retry-after"]) == (503, "7")
+        assert b"CUDA error" in answer.body
+
+    run(scenario)
+
+
+def test_loading_events_keep_a_stream_alive_until_the_engine_takes_over(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        go_on = asyncio.Event()
+
+        async def start(_: Request, connection: Connection) -> None:
+            await go_on.wait()
+            rig.mark_ready("cold", rig.engine.port)
+            await connection.say(b"HTTP/1.0 200 OK\r\n\r\n{}")
+            connection.writer.close()
+            raise ConnectionAbortedError
+
+        rig.api.answer = start
+        rig.engine.answer = raw(chunked([event("one"), b"data: [DONE]\n\n"]))
+        client = await rig.client()
+        await client.post(b'{"model": "cold", "stream": true}')
+        assert (await client.head()).headers["content-type"] == "text/event-stream"
+        assert (await client.chunk()).startswith(b": Waiting")
+        go_on.set()
+        text = b""
+        while piece := await client.chunk():
+            text += piece
+        assert text.endswith(event("one") + b"data: [DONE]\n\n")
+
+    run(scenario, loading_events=True)
+
+
+@pytest.mark.parametrize("failure", ["start", "engine"])
+def test_a_failure_after_a_promised_stream_is_an_error_event(run: Run, failure: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        go_on = asyncio.Event()
+
+        async def start(request: Request, connection: Connection) -> None:
+            await go_on.wait()
+            if failure == "engine":
+                rig.mark_ready("cold", rig.engine.port)
+                await raw(b"HTTP/1.0 200 OK\r\n\r\n{}", then="close")(request, connection)
+            await raw(FAILURE, then="close")(request, connection)
+
+        rig.api.answer = start
+        rig.engine.answer = whole(b'{"error": {"message": "too long"}}', status="400 Bad")
+        client = await rig.client()
+        await client.post(b'{"model": "cold", "stream": true}')
+        await client.head()
+        await client.chunk()
+        go_on.set()
+        last = b""
+        while not last.startswith(b"data: "):
+            last = await client.chunk()
+        assert (b"too long" if failure == "engine" else b"CUDA error") in last
+        assert await client.rest() == b""
+
+    run(scenario, loading_events=True)
+
+
+def test_only_clients_that_want_a_stream_are_promised_one(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.api.answer = raw(FAILURE, then="close")
+        client = await rig.client()
+        assert (await client.ask(b'{"model": "cold"}')).status == 503
+
+    run(scenario, loading_events=True)
+
+
+def test_an_engine_that_is_gone_is_waited_for(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        """Its port refuses, and its lease says nothing of it yet."""
+        client = await rig.client()
+        await client.ask()
+        await rig.engine.stop()
+
+        async def start(request: Request, connection: Connection) -> None:
+            await rig.engine.start()
+            await raw(b"HTTP/1.0 200 OK\r\n\r\n{}", then="close")(request, connection)
+
+        rig.api.answer = start
+        assert (await client.ask()).status == 200
+
+    run(scenario)
+
+
+def test_draining_ends_idle_connections_and_lets_others_finish(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        go_on = asyncio.Event()
+
+        async def script(request: Request, connection: Connection) -> None:
+            await go_on.wait()
+            await whole(b'{"last": true}')(request, connection)
+
+        idle, busy = await rig.client(), await rig.client()
+        assert (await idle.ask()).status == 200
+        rig.engine.answer = script
+        await busy.post(b'{"model": "qwen"}')
+        await rig.eventually(lambda: bool(rig.is_used()))
+        drained = asyncio.ensure_future(rig.gateway.drain())
+        assert await idle.rest() == b""
+        assert not drained.done()
+        go_on.set()
+        answer = await busy.answer()
+        assert (answer.body, answer.headers["connection"]) == (b'{"last": true}', "close")
+        await asyncio.wait_for(drained, 10)
+
+    run(scenario)
+
+
+def test_a_request_that_has_just_connected_is_served_while_draining(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        fresh = await rig.client()
+        await rig.eventually(lambda: len(rig.gateway._connections) == 1)
+        drained = asyncio.ensure_future(rig.gateway.drain())
+        await asyncio.sleep(0)
+        assert (await fresh.ask()).status == 200
+        await asyncio.wait_for(drained, 10)
+
+    run(scenario)
