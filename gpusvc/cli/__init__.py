@@ -19,13 +19,17 @@ import typer  # noqa: E402
 
 from gpusvc import __version__  # noqa: E402
 from gpusvc.cli import (  # noqa: E402
+    add,
     check,
+    edit,
     events,
     evict,
+    import_,
     key,
     lifecycle,
     logs,
     pins,
+    remove,
     settings,
     show,
     use,
@@ -78,6 +82,10 @@ def _options(
     pass
 
 
+app.command("add")(add.add)
+app.command("edit")(edit.edit)
+app.command("rm")(remove.rm)
+app.command("import")(import_.import_)
 app.command("start")(lifecycle.start)
 app.command("stop")(lifecycle.stop)
 app.command("restart")(lifecycle.restart)

@@ -1,0 +1,88 @@
+"""``rm``: a model's end: stopped, proven gone, and only then its file."""
+# ruff: noqa: PLC0415 - a command loads only what it needs
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gpusvc.cli.arguments import NAME, paths_of
+from gpusvc.errors import GpusvcError, SystemdError, UsageError
+from gpusvc.names import service
+
+if TYPE_CHECKING:
+    from gpusvc.paths import Paths
+
+_YES: Any = typer.Option(False, "--yes", "-y", help="Do not ask.")
+
+
+def rm(context: typer.Context, name: str = NAME, *, yes: bool = _YES) -> None:
+    """Stop a model, prove its VRAM free, and remove its file.
+
+    The file stays if the proof fails. The model's weights are not touched.
+    """
+    from gpusvc import inventory, model_directory
+
+    paths = paths_of(context)
+    name = inventory.resolve(paths, name)
+    model_directory.require_writable(paths)
+    if not yes:
+        _ask(paths, name)
+    try:
+        _end(context, paths, name)
+    except GpusvcError as error:
+        error.hint = " ".join(filter(None, [f"{paths.model_file(name)} is kept.", error.hint]))
+        raise
+    paths.pin_file(name).unlink(missing_ok=True)
+    _forget_failure(name)
+    typer.echo(f"{paths.model_file(name)} is removed.")
+    for file in _left(name):
+        typer.echo(f"{file} is still there.")
+
+
+def _ask(paths: Paths, name: str) -> None:
+    from gpusvc import lease
+
+    if not sys.stdin.isatty():
+        raise UsageError("Nobody is there to be asked.", hint="--yes removes it without asking.")
+    doing = " It is stopped first." if name in lease.holders(paths) else ""
+    typer.confirm(f"Remove {paths.model_file(name)}?{doing}", abort=True, err=True)
+
+
+def _end(context: typer.Context, paths: Paths, name: str) -> None:
+    """Raises a GpusvcError, and leaves the file, unless it is proven that nothing is left of the model."""
+    from gpusvc import inventory, lease, model_directory
+    from gpusvc.cli import lifecycle
+    from gpusvc.cli.progress import Progress
+    from gpusvc.release import release
+    from gpusvc.systemd import ActiveState, Manager
+
+    with Manager() as manager:
+        unit = inventory.units(manager).get(name)
+    if unit is not None and unit.active is not ActiveState.FAILED:
+        lifecycle.stop(context, [name], everything=False)
+    # A launcher holds this as long as it lives: nobody starts the model between the proof and the removal. Of one that
+    # was stopped just now the proof finds nothing left to do.
+    with lease.hold(paths, name), Progress(sys.stderr) as progress:
+        release(paths, name, on_wait=lambda sentence: progress.show({name: sentence}))
+        model_directory.remove(paths, name)
+
+
+def _forget_failure(name: str) -> None:
+    """A unit without a file has no reason to be listed as failed."""
+    from gpusvc.systemd import ActiveState, Manager
+
+    with contextlib.suppress(SystemdError), Manager() as manager:
+        unit = manager.unit(service(name))
+        if unit is not None and unit.active is ActiveState.FAILED:
+            manager.reset_failed(unit.name)
+
+
+def _left(name: str) -> list[Path]:
+    """What an administrator made for the unit, and may want again."""
+    etc = Path("/etc/systemd/system")
+    return sorted([*etc.glob(f"{service(name)}.d"), *etc.glob(f"*.wants/{service(name)}")])

@@ -1,0 +1,140 @@
+"""A model file in the making, and what is to be said about it; it knows no foreign format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpusvc import toml
+
+# The order of a model's file; a key that is not here comes after these.
+_ORDER = (
+    "description",
+    "engine",
+    "model",
+    "args",
+    "command",
+    "aliases",
+    "served_name",
+    "user",
+    "working_directory",
+    "port",
+    "health",
+    "start_timeout",
+    "stop_timeout",
+    "idle_timeout",
+    "keep",
+    "pinned",
+    "preload",
+    "priority",
+    "exclusive",
+    "concurrency",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One thing that a source says and no model file does, or not in the same way, and why."""
+
+    model: str | None  # the model's name here; None: the source as a whole
+    key: str  # of the source, dotted
+    reason: str  # a sentence or two
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" if self.model is None else f"{self.model}: {self.key}: {self.reason}"
+
+
+class Notes(list[Note]):
+    """The notes of an import, in the order of its source; each is said once."""
+
+    def add(self, model: str | None, key: str, reason: str) -> None:
+        note = Note(model, key, reason)
+        if note not in self:
+            self.append(note)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A model file in the making."""
+
+    name: str
+    origin: str  # a comment at its top: where it comes from
+    keys: dict[str, object] = field(default_factory=dict)
+
+    def put(self, key: str, value: object) -> None:
+        """Say a key, dotted where it belongs to a table; None: say nothing of it."""
+        table, _, last = key.rpartition(".")
+        if value is None:
+            self._table(table).pop(last, None)
+        else:
+            self._table(table)[last] = value
+
+    def get(self, key: str) -> object:
+        """What a key says; None if nothing."""
+        table, _, last = key.rpartition(".")
+        keys = self.keys.get(table, {}) if table else self.keys
+        return keys.get(last) if isinstance(keys, dict) else None
+
+    def extend(self, key: str, values: Iterable[object]) -> None:
+        """Say more of a list."""
+        known = self.get(key)
+        self.put(key, [*(known if isinstance(known, list) else []), *values])
+
+    def text(self) -> str:
+        """The file. Lists and tables in which nothing stands are left out of it."""
+        said = _filled({key: _filled(value) for key, value in self.keys.items()})
+        rank = {key: number for number, key in enumerate(_ORDER)}
+        ordered = {key: said[key] for key in sorted(said, key=lambda key: rank.get(key, len(rank)))}
+        return toml.comment(self.origin) + toml.document(ordered)
+
+    def _table(self, name: str) -> dict[str, object]:
+        if not name:
+            return self.keys
+        table = self.keys.setdefault(name, {})
+        assert isinstance(table, dict), name  # noqa: S101 - put() made it
+        return table
+
+
+def _filled(value: Any) -> Any:
+    """A table without what is empty in it; anything else as it is."""
+    return {key: item for key, item in value.items() if item not in ([], {})} if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """What became of a source."""
+
+    drafts: tuple[Draft, ...]
+    notes: tuple[Note, ...]
+
+
+def finish(drafts: Iterable[Draft], notes: Notes) -> Import:
+    """The drafts as they may stand beside each other: no two of them answer to the same name."""
+    settled = tuple(drafts)
+    owners = {draft.name: draft.name for draft in settled}
+    for draft in settled:
+        aliases = draft.get("aliases")
+        kept: list[object] = []
+        for alias in aliases if isinstance(aliases, list) else ():
+            owner = owners.setdefault(alias, draft.name)
+            if owner != draft.name:
+                notes.add(draft.name, "aliases", f"{alias!r} already means the model {owner!r}.")
+            elif alias != draft.name and alias not in kept:
+                kept.append(alias)
+        draft.put("aliases", kept)
+    return Import(settled, tuple(notes))
+
+
+def without_nulls(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Members that TOML can say, and the names of those that it cannot, as it has no null."""
+    kept: dict[str, object] = {}
+    lost: list[str] = []
+    for key, value in values.items():
+        try:
+            toml.inline(value)
+        except ValueError:
+            lost.append(key)
+        else:
+            kept[key] = value
+    return kept, lost

@@ -1,0 +1,140 @@
+"""A model file out of what lies on this machine: a GGUF file, a directory of safetensors, or a command.
+
+What an engine needs to know is left to its preset; what is not known is left out, so that the defaults hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpusvc import about, engines, weights
+from gpusvc.about import Kind
+from gpusvc.errors import UsageError
+from gpusvc.importing import commandline
+from gpusvc.importing.draft import Draft
+from gpusvc.quantity import format_size
+
+# How each engine is asked for a context of some length.
+_CONTEXT = {"llama-server": "-c", "vllm": "--max-model-len", "sglang": "--context-length"}
+
+# Whichever of them is there serves a directory; the program that says so.
+_SERVE_DIRECTORIES = {"vllm": "vllm", "sglang": "sglang"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a person said beside the model. None, 0 or empty: nothing."""
+
+    engine: str = ""
+    args: tuple[str, ...] = ()
+    context: int = 0  # tokens
+    gpus: int | None = None
+    vram: str = ""
+    aliases: tuple[str, ...] = ()
+    port: int = 0
+    health: str | None = None
+    user: str = ""
+
+
+def is_model(path: Path) -> bool:
+    """Whether ``path`` is taken for a model rather than for a program."""
+    if path.is_dir():
+        return True
+    try:
+        return path.suffix == ".gguf" or about.look(path) is not None
+    except OSError:
+        return False
+
+
+def of_path(name: str, path: Path, wishes: Wishes) -> Draft:
+    """A model that a preset serves.
+
+    Raises:
+        UsageError: it is no model that an engine serves.
+        OSError: it cannot be read.
+    """
+    file = path.absolute()
+    beside: tuple[str, ...] = ()
+    if file.is_dir() and (ggufs := about.ggufs_in(file)):
+        if len(ggufs) > 1:
+            listed = ", ".join(found.name for found in ggufs)
+            raise UsageError(f"{path} has several models: {listed}.", hint="Name one of the files.")
+        projectors = about.projectors_in(file)
+        beside = ("--mmproj", str(projectors[0])) if len(projectors) == 1 else ()
+        file = ggufs[0]
+    file = about.first_part(file)
+    found = about.look(file)
+    if found is None:
+        what = "a directory without GGUF or safetensors files" if file.is_dir() else "no GGUF file"
+        raise UsageError(f"{path} is {what}.", hint="For any other engine give its command: gpusvc add NAME -- COMMAND")
+    if found.kind in (Kind.PROJECTOR, Kind.ADAPTER):
+        raise UsageError(f"{path} is a model's {found.kind}, and no model.", hint="Name the model, and this after --.")
+    engine = wishes.engine or ("llama-server" if found.kind is Kind.GGUF else _directory_engine())
+    draft = Draft(name, str(found))
+    draft.put("engine", engine)
+    draft.put("model", str(file))
+    context = (_CONTEXT[engine], str(wishes.context)) if wishes.context and engine in _CONTEXT else ()
+    draft.extend("args", [*beside, *context, *wishes.args])
+    _put_wishes(draft, wishes)
+    _add_estimate(draft, wishes)
+    return draft
+
+
+def of_command(name: str, command: Sequence[str], wishes: Wishes) -> Draft:
+    """A model that is a command of one's own.
+
+    Raises:
+        UsageError: a wish is for presets only.
+    """
+    if wishes.engine or wishes.context:
+        raise UsageError("A command says by itself which engine it is, and how long the context.")
+    program, *arguments = command
+    if "/" in program:
+        program = str(Path(program).absolute())
+    draft = Draft(name, "")
+    draft.put("command", [program, *arguments])
+    draft.put("gpu.count", commandline.gpus(command))
+    if not any(engines.PORT in argument for argument in command):
+        draft.put("port", commandline.fixed_port(command))
+    _put_wishes(draft, wishes)
+    _add_estimate(draft, wishes)
+    return draft
+
+
+def _directory_engine() -> str:
+    """vLLM, unless there is only SGLang."""
+    for engine, program in _SERVE_DIRECTORIES.items():
+        try:
+            engines.find_program(program, {})
+        except ValueError:
+            continue
+        return engine
+    return "vllm"
+
+
+def _put_wishes(draft: Draft, wishes: Wishes) -> None:
+    draft.extend("aliases", wishes.aliases)
+    draft.put("user", wishes.user or None)
+    draft.put("port", wishes.port or draft.get("port"))
+    draft.put("health", wishes.health)
+    count = wishes.gpus if wishes.gpus is not None else draft.get("gpu.count")
+    draft.put("gpu.count", count if count != 1 else None)
+    draft.put("gpu.vram", wishes.vram or None)
+
+
+def _add_estimate(draft: Draft, wishes: Wishes) -> None:
+    """Say how much VRAM the first start counts with."""
+    command = draft.get("command")
+    if not isinstance(command, list):
+        preset = engines.PRESETS.get(str(draft.get("engine")))
+        if preset is None:
+            return
+        args = draft.get("args")
+        served = engines.Served(str(draft.get("model")), (draft.name,), 1)
+        command = [*preset.command(served), *(args if isinstance(args, list) else [])]
+    guess = weights.estimate(command, {})
+    if guess is not None and not wishes.vram:
+        sentence = f"Before its first run it counts as {format_size(guess.bytes)} of VRAM: {guess.reason}"
+        draft.origin = f"{draft.origin}\n{sentence}".strip()

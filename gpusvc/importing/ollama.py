@@ -1,0 +1,213 @@
+"""Ollama's local store as model files: manifests that name blobs, of which one is the GGUF itself.
+
+``read()`` looks at the disk, ``convert()`` does not. A store is a directory of ``manifests/HOST/NAMESPACE/MODEL/TAG``,
+each a JSON list of layers, and of ``blobs/sha256-DIGEST`` (ollama's manifest/paths.go and server/images.go).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpusvc import gguf
+from gpusvc.errors import ConfigError, PermissionDeniedError
+from gpusvc.importing import defaults
+from gpusvc.importing.draft import Draft, Import, Notes, finish
+from gpusvc.importing.foreign import Foreign
+from gpusvc.importing.naming import Naming
+
+_MEDIA = "application/vnd.ollama.image."
+_DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
+_HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
+
+# A manifest, or what it says of parameters, is kilobytes.
+_MOST_BYTES = 1 << 20
+
+# Architectures that llama.cpp calls otherwise, or does not know.
+_ONLY_THERE = {"gptoss", "mllama", "qwen25vl"}
+
+_LOST_PARAMETERS = {
+    "stop": "Requests say where to stop; the file's own end of a turn holds anyhow.",
+    "use_mmap": "llama-server's option for it changed its name: --no-mmap, later --load-mode; add yours to args.",
+    "use_mlock": "llama-server's option for it changed its name: --mlock, later --load-mode; add yours to args.",
+    "main_gpu": "The engine counts the GPUs that it gets from 0; see [gpu] devices.",
+    "num_gqa": "The file says it.",
+    "low_vram": "llama-server has none such; see its --fit.",
+    "f16_kv": "It is how llama-server keeps its cache anyhow.",
+    "penalize_newline": "llama-server has none such.",
+    "tfs_z": "llama-server has none such any more.",
+    "logits_all": "llama-server has none such.",
+    "vocab_only": "llama-server has none such.",
+    "draft_num_predict": "See llama-server's --spec-type.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A model of the store, as Ollama shows its name, and what its layers hold."""
+
+    name: str
+    weights: Path | None  # None: there are none that is a file
+    projectors: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    others: tuple[str, ...] = ()  # the other kinds of layers that it has
+    architecture: str = ""
+    has_own_vision: bool = False  # in the same file as the text, as only Ollama's own engine reads it
+    problem: str | None = None  # why it cannot be read
+
+
+def root_of(path: Path) -> Path:
+    """Where the store is, given it or the directory of Ollama around it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for root in (path, path / "models", path / ".ollama/models"):
+        if (root / "manifests").is_dir():
+            return root
+    hint = "It is the directory with manifests and blobs, such as /usr/share/ollama/.ollama/models or ~/.ollama/models."
+    raise ConfigError(f"{path} is no store of Ollama's.", hint=hint)
+
+
+def read(root: Path) -> list[Stored]:
+    """All models of a store, by name.
+
+    Raises:
+        PermissionDeniedError: it may not be read.
+    """
+    found: list[Stored] = []
+
+    def refuse(error: OSError) -> None:
+        raise PermissionDeniedError(f"{error.filename} may not be read.", hint="Try again as root.") from error
+
+    manifests = root / "manifests"
+    for directory, subdirectories, files in os.walk(manifests, onerror=refuse):
+        subdirectories.sort()
+        parts = Path(directory).relative_to(manifests).parts
+        if len(parts) == 3:
+            shown = [(_shown(*parts, tag), tag) for tag in sorted(files) if not tag.startswith(".")]
+            found += [_read_manifest(root, Path(directory) / tag, name) for name, tag in shown]
+    return sorted(found, key=lambda stored: stored.name)
+
+
+def _shown(host: str, namespace: str, model: str, tag: str) -> str:
+    """The name as `ollama list` has it."""
+    parts = [host] if host != _HOST else []
+    parts += [namespace] if parts or namespace != _NAMESPACE else []
+    return "/".join([*parts, f"{model}:{tag}"])
+
+
+def _read_manifest(root: Path, file: Path, name: str) -> Stored:
+    layers: dict[str, list[Path]] = {}
+    try:
+        manifest = _read_json(file)
+        for layer in _items(manifest.get("layers")):
+            kind = str(layer.get("mediaType", "")).removeprefix(_MEDIA)
+            layers.setdefault(kind, []).append(_blob(root, str(layer.get("digest", ""))))
+        parameters = {key: value for blob in layers.get("params", []) for key, value in _read_json(blob).items()}
+        weights = layers.get("model", [])
+        known = gguf.read_metadata(weights[0]) if weights else {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return Stored(name, None, problem=f"It cannot be read: {reason}.")
+    return Stored(
+        name=name,
+        weights=weights[0] if weights else None,
+        projectors=tuple(layers.get("projector", ())),
+        adapters=tuple(layers.get("adapter", ())),
+        parameters=parameters,
+        others=tuple(sorted(layers.keys() - {"model", "projector", "adapter", "params", "license"})),
+        architecture=str(known.get("general.architecture", "")),
+        has_own_vision=any(".vision." in key for key in known),
+    )
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    """Raises ValueError or OSError."""
+    with file.open("rb") as stream:
+        content = stream.read(_MOST_BYTES)
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is no JSON object")
+    return value
+
+
+def _items(layers: object) -> Iterable[Mapping[str, object]]:
+    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+
+
+def _blob(root: Path, digest: str) -> Path:
+    """Raises ValueError for what is no digest: it becomes part of a path."""
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest!r} is no digest")
+    return root.absolute() / "blobs" / digest.replace(":", "-")
+
+
+def convert(models: Iterable[Stored], source: Path) -> Import:
+    """The models of a store that llama-server can serve."""
+    notes = Notes()
+    naming = Naming()
+    drafts: list[Draft] = []
+    for stored in models:
+        name = naming.name(stored.name.removesuffix(f":{_TAG}"))
+        if stored.problem is not None or stored.weights is None:
+            reason = stored.problem or "It has no GGUF file, which is what llama-server serves."
+            notes.add(name, "model", f"{reason} The model is left out.")
+            continue
+        drafts.append(_convert(stored, name, source, notes))
+    if drafts:
+        reason = "They stay where they are. `ollama rm` deletes them, and so does a pull of a newer version."
+        notes.add(None, "blobs", reason)
+    return finish(drafts, notes)
+
+
+def _convert(stored: Stored, name: str, source: Path, notes: Notes) -> Draft:
+    draft = Draft(name, f"Imported from {source}, where it is called {stored.name!r}.")
+    draft.put("engine", "llama-server")
+    draft.put("model", str(stored.weights))
+    # Ollama's clients may leave the default tag out, and some add it.
+    draft.extend("aliases", [stored.name, stored.name.removesuffix(f":{_TAG}")])
+    for option, files in (("--mmproj", stored.projectors[:1]), ("--lora", stored.adapters)):
+        for file in files:
+            draft.extend("args", [option, str(file)])
+    _put_parameters(draft, Foreign(stored.parameters, notes, name, "params."))
+    if stored.has_own_vision or stored.architecture in _ONLY_THERE:
+        reason = "llama-server may not read this file, made for Ollama's own engine; a GGUF from elsewhere will do."
+        notes.add(name, "model", reason)
+    for kind in stored.others:
+        notes.add(name, kind, _OTHERS.get(kind, "Such a layer is not known here, and left out."))
+    return draft
+
+
+_OTHERS = {
+    "template": "llama-server uses the template in the GGUF file; another one goes by --chat-template-file, in Jinja.",
+    "prompt": "llama-server uses the template in the GGUF file; another one goes by --chat-template-file, in Jinja.",
+    "system": "Nothing is put into conversations here; clients send their system prompt.",
+    "messages": "Nothing is put into conversations here; clients send their messages.",
+}
+
+
+def _put_parameters(draft: Draft, fields: Foreign) -> None:
+    for key, option in (("num_ctx", "-c"), ("num_batch", "-b"), ("num_thread", "-t"), ("num_predict", "-n")):
+        number = fields.number(key)
+        if number is not None and not (key == "num_predict" and number < 0):
+            draft.extend("args", [option, str(int(number))])
+    layers = fields.number("num_gpu")
+    if layers is not None and layers >= 0:
+        draft.extend("args", ["-ngl", str(int(layers))])
+    keep = fields.number("num_keep")
+    if keep is not None:
+        draft.extend("args", ["--keep", str(int(keep))])
+    if fields.truth("numa"):
+        draft.extend("args", ["--numa", "distribute"])
+    defaults.put(draft, fields)
+    fields.drop(_LOST_PARAMETERS)
+    fields.finish()
