@@ -21,6 +21,7 @@ from gpusvc import __version__  # noqa: E402
 from gpusvc.cli import (  # noqa: E402
     add,
     check,
+    doctor,
     edit,
     events,
     evict,
@@ -101,6 +102,7 @@ app.command("events")(events.events)
 app.command("gpus")(show.gpus)
 app.command("config")(settings.config)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
 app.command("release")(lifecycle.release)
 app.add_typer(key.app, name="key")
 
