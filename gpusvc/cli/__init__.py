@@ -33,6 +33,7 @@ from gpusvc.cli import (  # noqa: E402
     remove,
     settings,
     show,
+    top,
     use,
 )
 from gpusvc.errors import GpusvcError  # noqa: E402
@@ -95,6 +96,7 @@ app.command("pin")(pins.pin)
 app.command("unpin")(pins.unpin)
 app.command("use", context_settings=use.SETTINGS)(use.use)
 app.command("ps")(show.ps)
+app.command("top")(top.top)
 app.command("list")(show.list_)
 app.command("status")(show.status)
 app.command("logs")(logs.logs)
