@@ -36,6 +36,7 @@ from gpusvc.cli import (  # noqa: E402
     top,
     use,
 )
+from gpusvc.cli import run as running  # noqa: E402
 from gpusvc.errors import GpusvcError  # noqa: E402
 from gpusvc.paths import USER_INSTANCE, Paths, is_user_instance  # noqa: E402
 from gpusvc.printable import printable  # noqa: E402
@@ -95,6 +96,7 @@ app.command("evict")(evict.evict)
 app.command("pin")(pins.pin)
 app.command("unpin")(pins.unpin)
 app.command("use", context_settings=use.SETTINGS)(use.use)
+app.command("run", context_settings=running.SETTINGS)(running.run)
 app.command("ps")(show.ps)
 app.command("top")(top.top)
 app.command("list")(show.list_)
