@@ -337,11 +337,11 @@ class Client(asyncio.Protocol):
         is_sending = self._awaits_body or bool(self._buffer)
         self._buffer = b""
         self._awaits_body = False
-        if is_sending and self._transport.can_write_eof() and not self._transport.is_closing():
+        if is_sending and not self._transport.is_closing():
             self._is_lingering = True
             self._missing = self._shared.limits.linger_bytes
-            self._deadline = self._shared.now + self._shared.limits.linger_seconds
-            self._transport.write_eof()
+            if self._transport.can_write_eof():  # TLS cannot; the answer says as much
+                self._transport.write_eof()
             self.resume()
             self._deadline = self._shared.now + self._shared.limits.linger_seconds
         else:

@@ -15,7 +15,7 @@ from gpusvc.paths import Paths
 from tests.unit.test_layering import ROWS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/rootless.md", "docs/use-protocol.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/use-protocol.md")
 ARCHITECTURE = ROOT / "docs/architecture.md"
 
 # Of systemd and others.

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gpusvc import keys
 from gpusvc.gateway.limits import Limits
+from gpusvc.keys import Keys
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
     STREAM,
@@ -464,16 +466,23 @@ def test_a_model_may_be_named_by_path_query_and_header(run: Run) -> None:
     run(scenario)
 
 
-def test_management_is_for_the_api(run: Run, tmp_path: Path) -> None:
-    known, secrets = make_keys(tmp_path, boss=())
+def test_management_is_for_keys_with_the_right_and_the_api_hears_whose(run: Run, tmp_path: Path) -> None:
+    user, user_secret = keys.make("user")
+    boss, boss_secret = keys.make("boss", rights=(keys.Right.ADMIN,))
+    file = tmp_path / "keys.toml"
+    file.write_text(keys.text([user, boss]))
 
     async def scenario(rig: Rig) -> None:
         rig.api.answer = whole(b"[]")
         client = await rig.client()
-        answer = await client.get("/gpusvc/models", f"Authorization: Bearer {secrets['boss']}\r\n")
-        assert answer.status == 403  # it may use models, and nothing else
+        assert (await client.get("/gpusvc/models", f"X-Api-Key: {user_secret}\r\n")).status == 403
+        forged = f"X-Api-Key: {boss_secret}\r\nX-Gpusvc-Key: mallory\r\n"
+        assert (await client.get("/gpusvc/models", forged)).body == b"[]"
+        (request,) = rig.api.requests
+        assert request.headers["x-gpusvc-key"] == "boss"
+        assert "x-api-key" not in request.headers
 
-    run(scenario, known=known)
+    run(scenario, known=Keys.read([file]))
 
 
 def test_without_keys_management_is_open_here(run: Run) -> None:
