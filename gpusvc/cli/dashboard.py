@@ -129,7 +129,7 @@ def _use(row: Row) -> str:
 def _leaves(row: Row) -> str:
     if row.pinned:
         return "pinned"
-    if row.status.state is not ModelState.READY:
+    if row.status.state is not ModelState.READY or row.in_use:
         return table.UNKNOWN
     return "never" if row.leaves_in_seconds is None else f"in {clock(max(0.0, row.leaves_in_seconds))}"
 

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 
 POLL_SECONDS = 0.002
@@ -24,6 +26,9 @@ DEADLINE_SECONDS = 30.0
 # What the machine's models are called.
 CPU, GPU = "cpu", "gpu"
 MANY = [f"many{number}" for number in range(15)]
+
+# Where the gateway listens.
+GATEWAY_PORT = 8484
 
 # Plain systemd: a service and a scope with the same engine, and somebody who polls its health path.
 PLAIN_PORT = 19000
@@ -43,8 +48,11 @@ def main() -> None:
         scope,
         lambda: model(CPU),
         lambda: model(GPU),
+        lambda: request(CPU),
+        lambda: request(GPU),
     ]
     run("systemctl", "daemon-reload")
+    run("systemctl", "start", "gpusvc-gateway.service")
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123
         play(contests, 1)  # what is read for the first time
     play(contests, rounds)
@@ -107,6 +115,15 @@ def model(name: str) -> None:
         run("systemctl", "stop", unit)
 
 
+def request(name: str) -> None:
+    """A client's request has the model loaded, and is answered."""
+    with timed(f"start request {name}"):
+        status, answer = post(name)
+    if status != HTTPStatus.OK:
+        raise RuntimeError(answer)
+    run("systemctl", "stop", f"model@{name}.service")
+
+
 def listings(count: int) -> list[Contest]:
     def gpusvc() -> None:
         with timed(f"list models {count}"):
@@ -157,6 +174,17 @@ def await_health(port: int) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"Nothing healthy on port {port}.")
         time.sleep(POLL_SECONDS)
+
+
+def post(name: str) -> tuple[int, bytes]:
+    connection = HTTPConnection("127.0.0.1", GATEWAY_PORT, timeout=DEADLINE_SECONDS)
+    try:
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Well?"}]})
+        connection.request("POST", "/v1/chat/completions", body)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
 
 
 def answers(port: int) -> bool:
