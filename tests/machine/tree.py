@@ -69,6 +69,14 @@ mkdir -p "$1/var/log/journal"
 rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/*.log "$1"/var/log/apt
 """
 
+# For a machine that is no container; besides the kernel, an initrd with no more than what finds the disk.
+_KERNEL_PACKAGES = ("linux-image-cloud-amd64",)
+_KERNEL_CUSTOMISATION = """
+echo MODULES=list > "$1/etc/initramfs-tools/conf.d/test"
+printf '%s\\n' virtio_pci virtio_blk ext4 >> "$1/etc/initramfs-tools/modules"
+chroot "$1" update-initramfs -u
+"""
+
 # A tree without one of these was damaged after it was made.
 _ESSENTIALS = (
     "etc/os-release",
@@ -117,9 +125,23 @@ class Recipe:
 
     generation: Generation
     mirror: str | None
+    kernel: bool = False
+    """Whether it has a kernel of its own."""
+
+    @property
+    def name(self) -> str:
+        return f"whole-{self.generation}" if self.kernel else str(self.generation)
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return (*self.generation.packages, *_KERNEL_PACKAGES) if self.kernel else self.generation.packages
+
+    @property
+    def customisation(self) -> str:
+        return _CUSTOMISATION + _KERNEL_CUSTOMISATION if self.kernel else _CUSTOMISATION
 
     def key(self) -> str:
-        text = "\0".join((self.generation, self.mirror or "", _CUSTOMISATION, *self.generation.packages))
+        text = "\0".join((self.generation, self.mirror or "", self.customisation, *self.packages))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def command(self, target: Path) -> list[str]:
@@ -127,9 +149,9 @@ class Recipe:
         return [
             "mmdebstrap",
             "--variant=minbase",
-            f"--include={','.join(self.generation.packages)}",
+            f"--include={','.join(self.packages)}",
             *(f"--aptopt={line}" for line in _apt_settings()),
-            f"--customize-hook={_CUSTOMISATION}",
+            f"--customize-hook={self.customisation}",
             str(self.generation),
             str(target),
             *([self.mirror] if self.mirror else []),
@@ -140,22 +162,26 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "/var/cache") / "gpusvc-tests"
 
 
-def ensure(generation: Generation) -> Path:
+def ensure(generation: Generation, *, kernel: bool = False) -> Path:
     """The tree of a generation, made if it is missing or damaged; it stays for as long as this process lives.
+
+    Args:
+        generation: the Debian release.
+        kernel: whether it is to have a kernel, and so all that a machine of its own boots from.
 
     Raises:
         TreeError: it could not be made.
     """
-    recipe = Recipe(generation, os.environ.get(MIRROR_VARIABLE) or None)
+    recipe = Recipe(generation, os.environ.get(MIRROR_VARIABLE) or None, kernel)
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    entry = cache / f"{generation}-{recipe.key()}"
+    entry = cache / f"{recipe.name}-{recipe.key()}"
     if entry in _in_use:
         return entry / "tree"
-    with _locked(cache / f"{generation}.lock"):
+    with _locked(cache / f"{recipe.name}.lock"):
         if not _is_whole(entry):
             _build(recipe, entry)
-        _remove_others(generation, entry)
+        _remove_others(recipe, entry)
         _in_use[entry] = os.open(entry / _STAMP, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(_in_use[entry], fcntl.LOCK_SH)
     return entry / "tree"
@@ -165,7 +191,7 @@ def _build(recipe: Recipe, entry: Path) -> None:
     if shutil.which("mmdebstrap") is None:
         raise TreeError("There is no mmdebstrap on this machine: apt-get install mmdebstrap.")
     _remove(entry)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{recipe.generation}-building-", dir=entry.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{recipe.name}-building-", dir=entry.parent))
     scratch.chmod(0o755)
     try:
         result = subprocess.run(
@@ -198,9 +224,9 @@ def _is_whole(entry: Path) -> bool:
     return (entry / _STAMP).exists() and all((entry / "tree" / path).exists() for path in _ESSENTIALS)
 
 
-def _remove_others(generation: Generation, entry: Path) -> None:
+def _remove_others(recipe: Recipe, entry: Path) -> None:
     """Removes trees of older recipes and what an interrupted builder left, but nothing that is in use."""
-    for other in entry.parent.glob(f"{generation}-*"):
+    for other in entry.parent.glob(f"{recipe.name}-*"):
         if other == entry:
             continue
         stamp = other / _STAMP
