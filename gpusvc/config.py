@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from gpusvc import names
-from gpusvc.errors import PermissionDeniedError, UnknownModelError
+from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError
 from gpusvc.host_file import (
     BusyAction,
     HostConfig,
@@ -88,6 +89,7 @@ def model_names(paths: Paths) -> list[str]:
 
     Raises:
         PermissionDeniedError: the directory may not be read.
+        GpusvcError: it cannot be, for another reason.
     """
     return sorted(file.name.removesuffix(SUFFIX) for file in _model_files(paths) if _name_of(file) is not None)
 
@@ -141,6 +143,9 @@ def _model_files(paths: Paths) -> list[Path]:
         raise PermissionDeniedError(
             f"{paths.models_directory} may not be read.", hint="Run the command as root."
         ) from error
+    except OSError as error:  # too many open files, say: unknown is not empty
+        why = os.strerror(error.errno or 0)
+        raise GpusvcError(f"{paths.models_directory} cannot be read: {why}.") from error
     # Hidden files are those that editors put beside the ones they edit.
     return [file for file in files if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
 

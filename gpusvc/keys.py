@@ -19,7 +19,6 @@ import re
 import secrets
 import stat
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,7 +28,7 @@ from typing import Self
 from gpusvc import names, statefile
 from gpusvc.errors import ConfigError, GpusvcError, PermissionDeniedError, UsageError
 from gpusvc.paths import Paths, is_user_instance
-from gpusvc.reading import InvalidFileError, Problem, Table, did_you_mean
+from gpusvc.reading import InvalidFileError, Problem, Table, did_you_mean, parse
 
 # What a secret begins with, so that people and scanners of leaked secrets know it when they see it.
 PREFIX = "gpusvc-"
@@ -173,7 +172,7 @@ def read(file: Path) -> list[Key]:
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
             statefile.require_regular(stream.fileno())
             content = stream.read(_MAX_FILE_BYTES + 1)
-        values = tomllib.loads(content.decode())
+        values = parse(content)
     except FileNotFoundError:
         raise
     except OSError as error:

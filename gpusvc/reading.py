@@ -22,6 +22,9 @@ from gpusvc.quantity import format_duration, format_size, parse_duration, parse_
 # Far more than any configuration has, and little enough to read without a thought.
 MAX_FILE_BYTES = 1024 * 1024
 
+# Of the dots in a line. Python takes a time that grows with the square of a key's parts, and hours for a file of them.
+_MAX_DOTS = 1000
+
 Default = TypeVar("Default")
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -316,6 +319,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return f"Did you mean {by_folded[near[0]]!r}?" if near else None
 
 
+def parse(content: bytes) -> dict[str, Any]:
+    """What TOML says, in a time that its length bounds.
+
+    Raises:
+        ValueError: it is no TOML; UnicodeDecodeError and tomllib.TOMLDecodeError are such.
+        RecursionError: it is nested too deeply.
+    """
+    text = content.decode("utf-8")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.count(b".") > _MAX_DOTS:
+            raise ValueError(f"More than {_MAX_DOTS} dots in a line (at line {number})")
+    return tomllib.loads(text)
+
+
 def read_table(file: Path) -> Table:
     """The file's top table.
 
@@ -342,7 +359,7 @@ def read_table(file: Path) -> Table:
     if len(content) > MAX_FILE_BYTES:
         raise invalid("It is larger than 1 MiB, which no configuration is.")
     try:
-        return Table(file, tomllib.loads(content.decode("utf-8")))
+        return Table(file, parse(content))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise invalid(f"Line {line} is not UTF-8.", "Save the file as UTF-8.") from error

@@ -23,14 +23,21 @@ def read(file: Path, *, limit_bytes: int = MAX_BYTES) -> bytes:
     """
     # O_NONBLOCK means nothing for a regular file; none of these is ever a link.
     handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb", buffering=0) as stream:
-        require_regular(handle)
-        # Not what the file says of its size: it may grow meanwhile.
-        parts = []
-        left = limit_bytes + 1
-        while left and (part := stream.read(left)):
-            parts.append(part)
-            left -= len(part)
+    try:
+        return read_open(handle, limit_bytes=limit_bytes)
+    finally:
+        os.close(handle)
+
+
+def read_open(handle: int, *, limit_bytes: int = MAX_BYTES) -> bytes:
+    """What an open file says from here on; raises as read()."""
+    require_regular(handle)
+    # Not what the file says of its size: it may grow meanwhile.
+    parts = []
+    left = limit_bytes + 1
+    while left and (part := os.read(handle, left)):
+        parts.append(part)
+        left -= len(part)
     if not left:
         raise ValueError("it is too large")
     return b"".join(parts)

@@ -87,20 +87,24 @@ def _read(file: Path) -> Wish | None:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
-    with os.fdopen(handle, "rb") as stream:
-        try:
-            statefile.require_regular(handle)
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = stream.read(statefile.MAX_BYTES)
-        except (OSError, ValueError):
-            return None
-        else:
-            file.unlink(missing_ok=True)  # its owner is dead
-            return None
     try:
-        value = json.loads(text)
+        statefile.require_regular(handle)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _parse(handle)
+    except (OSError, ValueError):
+        return None
+    else:
+        file.unlink(missing_ok=True)  # its owner is dead
+        return None
+    finally:
+        os.close(handle)
+
+
+def _parse(handle: int) -> Wish | None:
+    try:
+        value = json.loads(statefile.read_open(handle))
         wanted = {str(uuid): int(size) for uuid, size in value["bytes"].items()}
         return Wish(str(value["model"]), wanted, tuple(map(str, value["victims"])))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # it has not said yet

@@ -9,13 +9,13 @@ from typing import Any
 from aiohttp import web
 
 from gpusvc.errors import GpusvcError
+from gpusvc.printable import escaped_json
 
 
 def answer(value: Any, *, status: int = 200) -> web.Response:
     """``value`` as JSON."""
-    return web.Response(
-        text=json.dumps(value, ensure_ascii=False) + "\n", status=status, content_type="application/json"
-    )
+    text = escaped_json(json.dumps(value, ensure_ascii=False)) + "\n"
+    return web.Response(text=text, status=status, content_type="application/json")
 
 
 def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -98,7 +99,8 @@ class Bus(Line):
         self._units: dict[str, list[asyncio.Future[None]]] = {}
 
     def connected(self, manager: Manager) -> None:
-        self._fd = manager.listen()
+        # One of our own: a connection that breaks closes its, which may be another's before the loop is told.
+        self._fd = os.dup(manager.listen())
         self._loop.add_reader(self._fd, self._drain)
 
     def ask(self, question: Callable[[Manager], _T]) -> _T:
@@ -154,6 +156,7 @@ class Bus(Line):
     def close(self) -> None:
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
+            os.close(self._fd)
             self._fd = -1
         super().close()
         jobs, self._jobs = self._jobs, {}

@@ -10,13 +10,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from gpusvc import eviction, inventory, names, standing
 from gpusvc import lease as leases
 from gpusvc.api import users
 from gpusvc.api.bus import Bus, LostError, Manager
 from gpusvc.api.cooldown import Cooldown
-from gpusvc.errors import BusyError, EngineError, GpusvcError, UnreleasedError
+from gpusvc.errors import BusyError, EngineError, GpusvcError, SystemdError, UnreleasedError
 from gpusvc.inventory import ModelState
 from gpusvc.log import log
 from gpusvc.paths import Paths
@@ -31,7 +32,12 @@ _LOOK_AGAIN_SECONDS = 1.0
 # How often the door of a model that is to be evicted is tried.
 _PAUSE_SECONDS = 0.05
 
+# systemd executes itself anew and the bus restarts within this time; meanwhile nobody answers.
+_ABSENT_SECONDS = 10.0
+
 _LOG_LINES = 15
+
+_T = TypeVar("_T")
 
 _UP = {ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING}
 _DOWN = {ActiveState.INACTIVE, ActiveState.FAILED}
@@ -214,16 +220,16 @@ class Jobs:
         service = names.service(name)
         began = time.time()
         while True:
-            unit = self._bus.ask(lambda manager: manager.unit(service))
+            unit = await self._patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
             if unit is not None and unit.active in _UP:
                 return self._where(name)
             if unit is not None and unit.active in _DOWN:
                 # systemd counts starts against its limit, those that went well too.
-                self._bus.ask(lambda manager: manager.reset_failed(service))
+                await self._patiently(lambda: self._bus.ask(lambda manager: manager.reset_failed(service)))
             start.is_ours = start.is_ours or unit is None or unit.active is not ActiveState.ACTIVATING
             try:
                 # It cancels nobody's stop: an operator's holds, and an eviction is for a start that waits for it.
-                result = await self._bus.enqueue("Start", service, replace=False)
+                result = await (await self._patiently(lambda: self._bus.enqueue("Start", service, replace=False)))
             except JobConflictError:
                 await self._bus.some_job_of(service, _LOOK_AGAIN_SECONDS)
                 continue
@@ -261,7 +267,7 @@ class Jobs:
             unit = manager.unit(service)
             return None if unit is None else manager.service_status(unit)
 
-        said = self._bus.ask(ask)
+        said = await self._patiently(lambda: self._bus.ask(ask))
         lines = list(await self._read_log(name, _LOG_LINES, began))
         reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
         # The launcher wrote its reason to the journal, too, and may have said more there than fits a status.
@@ -388,9 +394,27 @@ class Jobs:
         """The end of a job; asked for again where the connection was lost, as that changes nothing that is done."""
         while True:
             try:
-                return await self._bus.enqueue(verb, unit)
+                return await (await self._patiently(lambda: self._bus.enqueue(verb, unit)))
             except LostError:
                 continue
+
+    async def _patiently(self, question: Callable[[], _T]) -> _T:
+        """What the manager says, once it answers: it may be executing itself anew, or the bus be restarting.
+
+        Raises:
+            SystemdError: it did not answer for too long.
+            JobConflictError, PermissionDeniedError: it did.
+        """
+        until = time.monotonic() + _ABSENT_SECONDS
+        while True:
+            try:
+                return question()
+            except JobConflictError:
+                raise
+            except SystemdError:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(_PAUSE_SECONDS)
 
 
 def _busy(unit: Unit, *, is_idle: bool) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from gpusvc.errors import GpusvcError
+from gpusvc.printable import escaped_json
 
 # Followers at a time. One of a log has a journalctl(1) of his own.
 MAX_FOLLOWERS = 64
@@ -42,7 +43,7 @@ class Message:
         lines = [] if self.event is None else [f"event: {self.event}"]
         lines += [] if self.id is None else [f"id: {self.id}"]
         # JSON has no line breaks of its own.
-        lines.append(f"data: {json.dumps(self.data, ensure_ascii=False)}")
+        lines.append(f"data: {escaped_json(json.dumps(self.data, ensure_ascii=False))}")
         return ("\n".join(lines) + "\n\n").encode(errors="replace")
 
 
