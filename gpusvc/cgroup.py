@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -104,6 +105,14 @@ class Cgroup:
         except OSError:
             pass
         return None
+
+    def memory_events(self) -> Mapping[str, int]:
+        """What became of its memory so far, by the names of memory.events; empty if that is unknown."""
+        try:
+            rows = [line.split() for line in _read(f"{ROOT}{self.path}/memory.events").splitlines()]
+        except OSError:
+            return {}
+        return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal()}
 
     def kill(self) -> None:
         """SIGKILL every process in it and below, in one step of the kernel's.

@@ -152,6 +152,7 @@ class Counters:
         self._fd = os.open(file, _READ_AND_WRITE)
         records = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         if len(records) % _CHUNK_BYTES or (records and _HEAD.unpack_from(records)[0] not in (0, _MAGIC)):
+            log(5, f"The counts in {file} are those of another version of gpusvc, and begin anew.")
             self.close()
             file.unlink()
             self._fd = os.open(file, _READ_AND_WRITE | os.O_EXCL)

@@ -68,6 +68,11 @@ class Key:
     models: tuple[str, ...] = ()  # names, not aliases; empty: all
     rights: tuple[Right, ...] = (Right.USE,)
 
+    @property
+    def is_limited(self) -> bool:
+        """There are models that are not for it."""
+        return Right.ADMIN not in self.rights and (bool(self.models) or Right.USE not in self.rights)
+
     def may(self, right: Right) -> bool:
         return right in self.rights or Right.ADMIN in self.rights
 
@@ -79,13 +84,15 @@ class Key:
 class Keys:
     """The keys of some files, as a server sees them.
 
-    It fails closed: a file that vanishes, or turns out wrong, changes nothing until the server is started again.
+    It fails closed: a file that vanishes, or turns out wrong, changes nothing until the server is started again. One
+    that comes and is wrong lets nobody in.
     """
 
     def __init__(self, files: Sequence[Path], keys: Mapping[Path, tuple[Key, ...]]) -> None:
         self._files = tuple(files)
         self._kept = dict(keys)
         self._stamps: dict[Path, object] = {}
+        self._unread: set[Path] = set()  # which says nothing of the file: there may have been no descriptors
         self._by_digest: dict[bytes, Key] = {}
         self.configured = False
         """Whether there is a file of keys, so that a request needs one; it may be a file without any."""
@@ -132,14 +139,20 @@ class Keys:
         problem: InvalidFileError | None = None
         for file in self._files:
             stamp = _stamp(file)
-            if stamp is None or stamp == self._stamps.get(file):
+            is_new = stamp != self._stamps.get(file)
+            if stamp is None or (not is_new and file not in self._unread):
                 continue
+            self._unread.discard(file)
             try:
                 self._kept[file] = tuple(read(file))
             except FileNotFoundError:
                 continue
             except InvalidFileError as error:
-                problem = problem or error
+                if isinstance(error.__cause__, OSError):
+                    self._unread.add(file)
+                if is_new:
+                    problem = problem or error
+                self._kept.setdefault(file, ())  # nobody is let in by a file that was never right
             self._stamps[file] = stamp
         self._index()
         return problem

@@ -19,7 +19,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gpusvc import caller, events, footprint, lastwords, names, nodes, processes, proof, readiness, relay, unitlog, use
+from gpusvc import (
+    caller,
+    events,
+    footprint,
+    lastwords,
+    names,
+    nodes,
+    oom,
+    processes,
+    proof,
+    readiness,
+    relay,
+    unitlog,
+    use,
+)
 from gpusvc import lease as leases
 from gpusvc.admission import Admission
 from gpusvc.cgroup import Cgroup
@@ -125,7 +139,7 @@ class Launch:
         if self._caller is not None:
             return self._serve(cgroup, pidfd, None)
         where = self._load(cgroup, pidfd)
-        return self._serve(cgroup, pidfd, where) if where is not None else self._fail_to_start()
+        return self._serve(cgroup, pidfd, where) if where is not None else self._fail_to_start(cgroup)
 
     def _prove_last_run(self) -> None:
         """Nothing starts over the remains of the last run; usually there are none."""
@@ -289,10 +303,15 @@ class Launch:
                 except GpusvcError as error:
                     log(4, str(error))  # a full file system is no reason to end a model; the next time it may work
         self._notifier.stopping()  # what it leaves behind may take longer to go than the watchdog waits
+        killed = self._killer(cgroup)
         ended = _wait_status(self._parked.pid)
         if self._caller is None:
-            self._report_end(f"The engine ended {_manner(ended)}")
+            self._report_end(f"The engine ended {_manner(ended)}", killed)
+            if killed is not None and ended in (0, -signal.SIGTERM):
+                return -signal.SIGKILL  # of a part; systemd had the rest stopped, which must not look as if wanted
         else:
+            if killed is not None:
+                log(4, f"One of its processes was killed: {killed}.")
             log(6, f"The program ended {_manner(ended)}.")
             caller.tell(self._caller, ended)
         return ended
@@ -314,18 +333,25 @@ class Launch:
             return _ended(pidfd, _ROPE_SECONDS)  # systemd's SIGTERM comes first
         return pidfd in ready
 
-    def _fail_to_start(self) -> int:
+    def _fail_to_start(self, cgroup: Cgroup) -> int:
+        killed = self._killer(cgroup)
         ended = _wait_status(self._parked.pid)
-        self._report_end(f"The engine ended {_manner(ended)} before it was ready")
+        self._report_end(f"The engine ended {_manner(ended)} before it was ready", killed)
         return ended or 1
 
-    def _report_end(self, sentence: str) -> None:
+    def _killer(self, cgroup: Cgroup) -> str | None:
+        """Whom the kernel sent for want of memory; to be asked at once, as systemd is about to remove the group."""
+        return oom.account(cgroup.memory_events(), self._config.scope.get("MemoryMax"))
+
+    def _report_end(self, sentence: str, killed: str | None) -> None:
         words = lastwords.last_words(
             *unitlog.this_run(self._name, self._since), f"SYSLOG_IDENTIFIER={self._identifier()}"
         )
         # Some engines die of it without a word that anybody could recognise.
         died_full = self._was_full and not self._lease.ready
-        self._ran_out = bool(self._gpus) and (died_full or lastwords.tells_of_memory(words))
+        self._ran_out = bool(self._gpus) and killed is None and (died_full or lastwords.tells_of_memory(words))
+        if killed is not None:
+            sentence += f": {killed}"
         if self._ran_out:
             sentence += ": it ran out of VRAM"
             if self._is_second_try:

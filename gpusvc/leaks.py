@@ -5,7 +5,7 @@ Looks go in, what is to be done or said comes out. Nothing is done or said at th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from gpusvc.backoff import Backoff
@@ -18,8 +18,8 @@ _PATIENCE_SECONDS = 3.0
 # The driver lets go of the memory of the dead within this time, or is slow enough to be worth a word.
 _STRAY_SECONDS = 5.0
 
-# A proof that failed has been tried for all of its release_timeout already.
-_FIRST_PAUSE_SECONDS = 60.0
+# A proof that failed has been tried for all of its release_timeout already; one that was killed has not.
+_FIRST_PAUSE_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 1800.0
 
 
@@ -66,10 +66,27 @@ class Unattended:
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
         self._pauses: dict[str, Backoff] = {}
+        self._signs: dict[str, object] = {}
+        self._postponed: set[str] = set()
 
-    def due(self, now_seconds: float, models: Collection[str]) -> list[str]:
-        """Of these, which are all that there are, those to be looked into now."""
+    def due(
+        self, now_seconds: float, models: Collection[str], sign: Callable[[str], object] = lambda _: None
+    ) -> list[str]:
+        """Of these, which are all that there are, those to be looked into now.
+
+        Args:
+            now_seconds: by a clock that nobody sets.
+            models: their names.
+            sign: of a model, what is seen to be in the way of its proof. Where that changes, the proof is worth another
+                try soon, however long ago the last one failed.
+        """
         self._since = {model: self._since.get(model, now_seconds) for model in models}
+        before, self._signs = self._signs, {model: sign(model) for model in models}
+        self._postponed &= self._signs.keys()
+        for model in before.keys() & self._signs.keys():
+            if before[model] != self._signs[model]:
+                self._since[model] = now_seconds
+                self._pauses.pop(model, None)
         self._pauses = {
             model: self._pauses.get(model) or Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS) for model in models
         }
@@ -81,8 +98,9 @@ class Unattended:
 
     def is_new(self, model: str) -> bool:
         """Whether it was never postponed."""
-        return self._pauses[model].is_fresh
+        return model not in self._postponed
 
     def postpone(self, now_seconds: float, model: str) -> None:
         """All was done that can be done now."""
+        self._postponed.add(model)
         self._pauses[model].postpone(now_seconds)

@@ -229,7 +229,10 @@ class _Search:
             # Unified memory: NVML has no number to compare. Whoever is promised room there first, has it to himself.
             return not offer.claims
         need = self._request.needs.get(offer.gpu.uuid)
-        return free > 0 if need is None else free >= need
+        if need is None:
+            # What is promised to others that load there could be what this one takes.
+            return free > 0 and not any(claim.loading for claim in offer.claims)
+        return free >= need
 
     def _surplus(self) -> int:
         """How many models there would be too many."""
@@ -271,16 +274,27 @@ def refusal(request: Request, refused: Refusal, holders: Mapping[str, Sequence[s
     """
     known = sorted(set(request.needs.values()))
     need = " or ".join(format_size(size) for size in known) if known else "room"
+    hint = "`gpusvc gpus` shows who holds what; `gpusvc stop NAME` frees it."
     if refused.rule is not None:
         lines = [f"{request.model} may not start now: {refused.rule}."]
     elif not refused.offers:
         lines = [f"{request.model} needs {_gpus(request.count)}, and NVML shows none."]
+    elif _too_large(request, refused.offers):
+        lines = [f"{request.model} needs {need} on {_gpus(request.count)}, and none that it may have is that large."]
+        hint = "`gpusvc gpus` shows how large each is."
     else:
         lines = [
             f"{request.model} needs {need} on {_gpus(request.count)}, and this machine does not have that free now."
         ]
     lines += [_describe(offer, holders.get(offer.gpu.uuid, ())) for offer in refused.offers]
-    return PlacementError("\n".join(lines), hint="`gpusvc gpus` shows who holds what; `gpusvc stop NAME` frees it.")
+    return PlacementError("\n".join(lines), hint=hint)
+
+
+def _too_large(request: Request, offers: Sequence[Offer]) -> bool:
+    """Whether no GPU would do even if it were empty."""
+    usable = [offer.gpu for offer in offers if offer.obstacle is None]
+    totals = [(gpu.total_bytes, request.needs.get(gpu.uuid)) for gpu in usable]
+    return bool(totals) and all(total is not None and need is not None and need > total for total, need in totals)
 
 
 def _gpus(count: int) -> str:
@@ -327,10 +341,10 @@ def _rule(request: Request, residents: Sequence[Resident], host: HostConfig) -> 
 
 def standing(resident: Resident, now_seconds: float | None = None) -> str:
     """What a person wants to know of who is in the way; ``now_seconds`` by the clock of ``last_use``."""
-    if resident.loading:
-        return "loading"
     if resident.leaving:
         return "stopping"
+    if resident.loading:
+        return "loading"
     busy = "in use" if resident.busy else "idle"
     if not resident.busy and now_seconds is not None:
         busy = f"idle for {format_duration(max(0, round(now_seconds - resident.last_use)))}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpusvc import lease as leases
-from gpusvc import processes, use
+from gpusvc import names, processes, use
 from gpusvc.cgroup import Cgroup
 from gpusvc.config import load_model
 from gpusvc.errors import GpusvcError
@@ -34,14 +34,19 @@ class Holding:
     """Whether any process is in its control group."""
     attended: bool
     """Whether a launcher or a release is at it."""
+    ending: bool = False
+    """Whether its engine is dead, and its service still sees to the rest: what it leaves will be known in a moment."""
 
     @property
     def loading(self) -> bool:
         return self.attended and not self.lease.ready
 
     def claims(self, gpus: Sequence[Gpu]) -> list[Claim]:
-        """What it was promised and has not taken. A model that is ready has taken what it takes."""
-        if self.lease.ready and self.populated:
+        """What it was promised and has not taken. A model that is ready has taken what it takes.
+
+        One that ends keeps what came back already until its release is proven, and is worth waiting for.
+        """
+        if self.lease.ready and self.populated and not self.ending:
             return []
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         found = []
@@ -49,13 +54,17 @@ class Holding:
             gpu = by_uuid.get(leased.uuid)
             if gpu is None:
                 continue
-            if leased.reserved_bytes is not None:
-                outstanding = max(0, leased.reserved_bytes - (gpu.used_by(self.pids) or 0))
+            promised = leased.reserved_bytes
+            if promised is None and self.lease.ready:
+                promised = leased.used_bytes  # it did not say what it needs, but was seen to hold that
+            if promised is not None:
+                outstanding = max(0, promised - (gpu.used_by(self.pids) or 0))
             else:
                 # It did not say what it needs, so that until it is loaded all that is free may be its.
                 outstanding = (gpu.free_bytes or 0) if self.loading else 0
             if outstanding or self.loading:
-                found.append(Claim(self.lease.model, leased.uuid, outstanding, loading=self.loading))
+                waits = self.loading or self.ending
+                found.append(Claim(self.lease.model, leased.uuid, outstanding, loading=waits))
         return found
 
 
@@ -70,12 +79,14 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
         if lease is None:
             continue
         inside = Cgroup(lease.cgroup).pids() if lease.cgroup is not None else ()
+        service = Cgroup(f"{paths.control_group}/{names.service(name)}")
         found.append(
             Holding(
                 lease=lease,
                 pids=frozenset(inside) | {process.pid for process in lease.processes if _is_its(process)},
                 populated=bool(inside),
                 attended=leases.is_held(paths, name),
+                ending=lease.ready and lease.pid not in inside and service.populated(),
             )
         )
     return found
@@ -156,8 +167,8 @@ def residents(
                 # What cannot be looked at counts as in use.
                 busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
                 pinned=is_pinned(paths, lease.model, config),
-                loading=holding.loading,
-                leaving=lease.model in leaving or not (holding.populated or holding.loading),
+                loading=holding.loading or holding.ending,
+                leaving=lease.model in leaving or holding.ending or not (holding.populated or holding.loading),
                 exclusive=frozenset(config.exclusive) if config is not None else frozenset(),
             )
         )

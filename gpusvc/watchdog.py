@@ -151,7 +151,11 @@ class Watchdog:
         now = seen.now_seconds
         for stray in self._strays.news(now, seen.strays):
             _tell_leak(str(stray), stray.model, "a process", gpu=[stray.gpu_index], vram_bytes=stray.used_bytes)
-        due = self._unattended.due(now, seen.unattended)
+
+        def in_the_way(name: str) -> tuple[object, ...]:
+            return seen.problem, frozenset(stray for stray in seen.strays if stray.model == name)
+
+        due = self._unattended.due(now, seen.unattended, in_the_way)
         states = (
             self._systemd.states([unit(name) for name in due for unit in (names.service, names.proof)]) if due else {}
         )
@@ -163,7 +167,7 @@ class Watchdog:
             state, proof = states[names.service(name)], states[names.proof(name)]
             if state not in {"inactive", "failed"} or proof not in {"inactive", "failed"}:
                 continue  # somebody is at it, only not in the control group where services of ours are
-            if state == "failed" and is_new:
+            if state == "failed" and is_new and any(in_the_way(name)):
                 continue  # that its proof failed is what its own unit has just said
             if is_new:
                 left = "its lease" if name in seen.leases else "something of it"

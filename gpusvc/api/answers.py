@@ -39,4 +39,4 @@ def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:
 
 def code_of(kind: type[GpusvcError]) -> str:
     """A word for programs: ``unknown_model`` of UnknownModelError."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.removesuffix("Error")).lower()
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.strip("_").removesuffix("Error")).lower()

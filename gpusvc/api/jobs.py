@@ -340,16 +340,19 @@ class Jobs:
         if name in leases.holders(self._paths):
             raise _unreleased(name)
 
-    async def evict(self, name: str, *, patience_seconds: float, force: bool) -> bool:
+    async def evict(
+        self, name: str, *, patience_seconds: float, force: bool, is_wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
         """Stop ``name`` as soon as nobody uses it; newcomers wait meanwhile. False: it did not run.
 
         Args:
             name: the model.
             patience_seconds: how long to wait for who is inside.
             force: then evict it all the same.
+            is_wanted: whether anybody still waits for those who are inside, before whom the door is closed meanwhile.
 
         Raises:
-            InUseError: the time is up.
+            InUseError: the time is up, or nobody wants it any more.
             PinnedError: it is pinned.
             UnreleasedError: its VRAM is not proven free.
             SystemdError, PermissionDeniedError: it could not be stopped.
@@ -371,7 +374,7 @@ class Jobs:
                 busy = _busy(unit, is_idle=doors.close(name))
                 if busy is None or (is_late and force):
                     break
-                if is_late:
+                if is_late or not is_wanted():
                     raise InUseError(
                         f"{name} is {busy}{users.phrase(self._paths, name)}.",
                         hint="Try again later, or with force=1 to have it evicted all the same.",

@@ -114,7 +114,9 @@ class _Models:
         name = self._name(request)
         patience = self._patience(request.query.get("wait"))
         self._note(request, name, "evict")
-        work = self._service.jobs.evict(name, patience_seconds=patience, force=flag(request, "force"))
+        work = self._service.jobs.evict(
+            name, patience_seconds=patience, force=flag(request, "force"), is_wanted=lambda: not is_gone(request)
+        )
         was_up = await self._finish(work)
         return _done(request, {"name": name, "state": "stopped", "was_running": was_up})
 

@@ -124,6 +124,8 @@ def run(paths: Paths, arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except _ParserError as error:
         error.show()
+        if type(error).__name__ == "NoSuchOption" and "add" in arguments[:2]:
+            typer.echo("Options of the engine go behind --: gpusvc add NAME FILE.gguf -- -ngl 99", err=True)
         return int(error.exit_code)
     except BrokenPipeError:
         # Whoever reads has seen enough. What Python flushes at exit must not fail again.

@@ -29,6 +29,8 @@ def check(context: typer.Context, files: list[Path] = _FILES, *, as_json: bool =
         table.print_lines([str(problem) for problem in problems])
     elif files:
         typer.echo(f"{_count(len(files), 'file')} fine.")
+    elif not config.model_names(paths):
+        typer.echo("Nothing is wrong; there is no model yet.")
     else:
         typer.echo(f"{_count(len(config.model_names(paths)), 'model')} fine.")
     return 1 if problems else 0

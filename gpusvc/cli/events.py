@@ -23,7 +23,7 @@ _NAME: Any = typer.Argument(
     "", metavar="[NAME]", help="Only this model's, or an alias'.", show_default=False, autocompletion=complete_model
 )
 _FOLLOW: Any = typer.Option(False, "--follow", "-f", help="Go on with new events as they come.")
-_LINES: Any = typer.Option("", "--lines", "-n", metavar="N", help="Only the last N events, or all.")
+_LINES: Any = typer.Option("", "--lines", "-n", metavar="N", help="Only the last N events.  [default: all]")
 _SINCE: Any = typer.Option("", "--since", metavar="TIME", help="Only events since then, as in journalctl(1).")
 _JSON: Any = typer.Option(False, "--json", help="Print JSON; with --follow an object a line.")
 
@@ -37,7 +37,7 @@ def events(
     since: str = _SINCE,
     as_json: bool = _JSON,
 ) -> None:
-    """Show what happened: starts, evictions, releases, and what else hooks are told."""
+    """Show what happened: starts, evictions, releases and more."""
     from gpusvc import eventlog, inventory, lease
 
     paths = paths_of(context)

@@ -22,7 +22,10 @@ _GPU: Any = typer.Option("", "--gpu", metavar="N", help="All idle models on this
 _VRAM: Any = typer.Option("", "--vram", metavar="SIZE", help="As many idle models as it takes to have that much free.")
 _FORCE: Any = typer.Option(False, "--force", help="Evict also what is still in use once the wait is over.")
 _WAIT: Any = typer.Option(
-    "", "--wait", metavar="DURATION", help="How long to wait for who uses them.  [default: as gpusvc.toml has starts]"
+    "",
+    "--wait",
+    metavar="DURATION",
+    help="How long to wait for those who use them.  [default: as long as a start would]",
 )
 
 Value = TypeVar("Value")

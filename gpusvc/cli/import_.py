@@ -31,7 +31,9 @@ class Program(StrEnum):
     OLLAMA = "ollama"
 
 
-_PROGRAM: Any = typer.Argument(..., help="Whose configuration it is.", show_default=False)
+_PROGRAM: Any = typer.Argument(
+    ..., metavar="PROGRAM", help="llama-swap, llama-server, localai or ollama.", show_default=False
+)
 _PATH: Any = typer.Argument(..., metavar="PATH", help="Its file or directory.")
 _ONLY: Any = typer.Option([], "--only", metavar="NAME", help="This model, by the name it gets. May be said again.")
 _WRITE: Any = typer.Option(False, "--write", help="Write the files.")

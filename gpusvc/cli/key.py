@@ -13,6 +13,8 @@ from gpusvc.cli.arguments import JSON, complete_model, paths_of
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gpusvc.keys import Key
     from gpusvc.paths import Paths
 
@@ -76,12 +78,19 @@ def add(
 @app.command("list")
 def list_(context: typer.Context, *, as_json: bool = JSON) -> None:
     """Show all keys, and what they allow."""
-    keys = _read(paths_of(context))
+    from gpusvc.keys import file_of
+
+    paths = paths_of(context)
+    keys = _read(paths)
     if as_json:
         table.print_json([{"name": key.name, "rights": [*key.rights], "models": [*key.models] or None} for key in keys])
         return
     rows = [(key.name, ", ".join(key.rights), ", ".join(key.models) or "all") for key in keys]
     table.print_lines(table.table(("NAME", "RIGHTS", "MODELS"), rows))
+    if not keys and (file := file_of(paths)).exists():
+        typer.echo(
+            f"There is a file of keys without any: the gateway answers nobody.\n{_how_to_ask_for_none(file)}", err=True
+        )
 
 
 @app.command("rm")
@@ -103,11 +112,11 @@ def rm(context: typer.Context, names: list[str] = _NAMES) -> None:
             del known[name]
         is_last = not known
     if is_last:
-        typer.echo(
-            "That was the last key: the gateway answers nobody now.\n"
-            f"To have it ask for no key, remove {file} and restart gpusvc-gateway.",
-            err=True,
-        )
+        typer.echo(f"That was the last key: the gateway answers nobody now.\n{_how_to_ask_for_none(file)}", err=True)
+
+
+def _how_to_ask_for_none(file: Path) -> str:
+    return f"To have it ask for no key, remove {file} and restart gpusvc-gateway."
 
 
 def _read(paths: Paths) -> list[Key]:

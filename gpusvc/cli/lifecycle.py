@@ -16,6 +16,7 @@ from gpusvc.cli.arguments import NAMES, SOME_NAMES, paths_of
 from gpusvc.cli.progress import Progress
 from gpusvc.errors import EngineError, GpusvcError, SystemdError, UnreleasedError, UsageError
 from gpusvc.names import service
+from gpusvc.paths import is_user_instance
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
@@ -51,7 +52,10 @@ def start(context: typer.Context, names: list[str] = NAMES, *, everything: bool 
 
 
 def restart(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
-    """Stop models, prove their VRAM free, start them again, and wait until they are ready."""
+    """Stop models, prove their VRAM free, and start them again.
+
+    It returns when they are ready.
+    """
     from gpusvc import inventory
     from gpusvc.systemd import Manager
 
@@ -73,6 +77,8 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
         up = _up(manager)
         known = {*inventory.units(manager), *lease.holders(paths)}
         chosen = choose(names, lambda text: inventory.resolve(paths, text, also=known), up if everything else None)
+        if not chosen:
+            typer.echo("No model is running.")
         pending = {name: manager.enqueue("Stop", service(name)) for name in chosen if name in up}
         enqueued = frozenset(pending)
         with going_on(pending, "stopping", "`gpusvc ps` shows how far it is."):
@@ -88,7 +94,12 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
                     failures.append(UnreleasedError(text, hint=f"`gpusvc status {name}` shows it to root."))
                 case ModelState.STOPPED | ModelState.FAILED if name in enqueued:
                     typer.echo(f"{name} is stopped, and nothing of it is left.")
-                case ModelState.STOPPED | ModelState.FAILED:
+                case ModelState.FAILED:
+                    systemctl = "systemctl --user" if is_user_instance() else "systemctl"
+                    typer.echo(
+                        f"{name} is not running; it failed. `{systemctl} reset-failed {service(name)}` forgets that."
+                    )
+                case ModelState.STOPPED:
                     typer.echo(f"{name} is not running.")
                 case ModelState.STUCK:
                     text = model.text if model.text.startswith(name) else f"{name} is stuck. {model.text}"
@@ -99,7 +110,7 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
 
 
 def release(context: typer.Context, names: list[str] = SOME_NAMES, forget: bool = _FORGET) -> None:
-    """Prove that the VRAM of models that are stuck is free, and let others have it."""
+    """Prove the VRAM of stuck models free, and let others have it."""
     from gpusvc import inventory, lease
 
     paths = paths_of(context)

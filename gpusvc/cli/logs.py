@@ -14,7 +14,7 @@ from gpusvc.cli.arguments import NAME, paths_of
 from gpusvc.errors import GpusvcError
 
 _FOLLOW: Any = typer.Option(False, "--follow", "-f", help="Go on with new lines as they come.")
-_LINES: Any = typer.Option("", "--lines", "-n", metavar="N", help="Only the last N lines, or all.")
+_LINES: Any = typer.Option("", "--lines", "-n", metavar="N", help="Only the last N lines.  [default: all]")
 _SINCE: Any = typer.Option("", "--since", metavar="TIME", help="Only lines since then, as in journalctl(1).")
 
 

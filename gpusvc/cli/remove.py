@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli.arguments import NAME, paths_of
+from gpusvc.cli.arguments import SOME_NAMES, paths_of
 from gpusvc.errors import GpusvcError, SystemdError, UsageError
 from gpusvc.names import service
 
@@ -20,18 +20,30 @@ if TYPE_CHECKING:
 _YES: Any = typer.Option(False, "--yes", "-y", help="Do not ask.")
 
 
-def rm(context: typer.Context, name: str = NAME, *, yes: bool = _YES) -> None:
-    """Stop a model, prove its VRAM free, and remove its file.
+def rm(context: typer.Context, names: list[str] = SOME_NAMES, *, yes: bool = _YES) -> None:
+    """Stop models, prove their VRAM free, and remove their files.
 
-    The file stays if the proof fails. The model's weights are not touched.
+    A file stays if the proof fails. A model's weights are not touched.
     """
     from gpusvc import inventory, model_directory
+    from gpusvc.cli.lifecycle import choose, raise_all
 
     paths = paths_of(context)
-    name = inventory.resolve(paths, name)
+    chosen = choose(names, lambda text: inventory.resolve(paths, text), None)
     model_directory.require_writable(paths)
     if not yes:
-        _ask(paths, name)
+        for name in chosen:
+            _ask(paths, name)
+    failures: list[GpusvcError] = []
+    for name in chosen:
+        try:
+            _remove(context, paths, name)
+        except GpusvcError as error:
+            failures.append(error)
+    raise_all(failures)
+
+
+def _remove(context: typer.Context, paths: Paths, name: str) -> None:
     try:
         _end(context, paths, name)
     except GpusvcError as error:

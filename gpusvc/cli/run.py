@@ -64,7 +64,9 @@ def run(
     name: str = _NAME,
     user: str = _USER,
 ) -> int:
-    """Run a program as a model: others make room for it, it sees only its GPUs, and at its end they are proven free.
+    """Run a program as a model, on GPUs of its own.
+
+    Others make room for it, it sees no other GPUs, and at its end they are proven free.
 
     It has this terminal, and its exit status is this command's. Ctrl-C interrupts it; a second Ctrl-C, a hang-up or the
     end of this command stop it and all that it started.

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from gpusvc.systemd import Manager
     from gpusvc.watched import Watched
 
-_COUNT: Any = typer.Option(0, "--count", "-n", min=0, metavar="N", help="End after N looks.")
+_COUNT: Any = typer.Option(
+    0, "--count", "-n", min=0, metavar="N", help="End after N looks.  [default: never]", show_default=False
+)
 _INTERVAL: Any = typer.Option(1.0, "--interval", min=0.2, metavar="SECONDS", help="From one look to the next.")
 
 _MESSAGE_SECONDS = 4.0
@@ -43,7 +45,10 @@ _ARROWS = {b"\x1b[A": "up", b"\x1b[B": "down", b"\x1bOA": "up", b"\x1bOB": "down
 
 
 def top(context: typer.Context, *, count: int = _COUNT, interval: float = _INTERVAL) -> None:
-    """Watch the GPUs and models; on a terminal with keys to start, stop and pin, in a pipe as plain lines."""
+    """Watch the GPUs and models.
+
+    On a terminal there are keys to start, stop and pin; in a pipe it prints plain lines.
+    """
     from gpusvc.systemd import Manager
 
     paths = paths_of(context)

@@ -113,7 +113,7 @@ class Answer:
         Args:
             last_words: the last event of a stream; None: there is nothing that could be said.
         """
-        if last_words is None:
+        if last_words is None or self._framing is _Framing.LENGTH:  # beyond which they were another answer
             self._client.abort()
             return
         self.add(last_words)

@@ -7,6 +7,7 @@ closes its side while it waits for an answer is taken to be gone, as most server
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import socket
 import struct
@@ -23,8 +24,12 @@ from gpusvc.gateway.shared import Shared
 # SO_LINGER on, for no time: closing sends a reset.
 _RESET = struct.pack("ii", 1, 0)
 
-# The first byte of struct tcp_info: TCP_CLOSE and TCP_CLOSE_WAIT.
-_CLOSED_STATES = (7, 8)
+# Requests that were sent ahead and are answered at once, before others have their turn.
+_TURNS = 32
+
+# The first byte of struct tcp_info.
+_TCP_CLOSE = 7
+_TCP_CLOSE_WAIT = 8
 
 
 class Client(asyncio.Protocol):
@@ -36,6 +41,7 @@ class Client(asyncio.Protocol):
         "_chunks",
         "_deadline",
         "_exchange",
+        "_is_blocked",
         "_is_detached",
         "_is_lingering",
         "_is_processing",
@@ -72,6 +78,7 @@ class Client(asyncio.Protocol):
         self._awaits_body = False
         self._keeps_alive = False
         self._is_processing = self._is_lingering = self._is_detached = False
+        self._is_blocked = False  # the client does not take what was written
         self._is_reading = True
         self._served = 0
         self._deadline = shared.now + shared.limits.head_seconds
@@ -103,13 +110,14 @@ class Client(asyncio.Protocol):
             self._take_body(self._exchange, data)
         else:
             self._buffer += data
-            if len(self._buffer) > self._shared.limits.pipelined_bytes:
-                self.pause()
+            self._bound()
 
     def eof_received(self) -> bool:
         exchange = self._exchange
         if self._is_lingering or (exchange is None and not self._buffer):
             return False
+        if exchange is None and heads.END in self._buffer:
+            return False  # it is gone, while its requests had to wait for their turn
         if exchange is None:
             self._refuse(heads.malformed("it ends in the middle of its head"))
         elif self._awaits_body:
@@ -122,25 +130,34 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._on_closed(self)
+        self._buffer = b""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.cancel()
 
     def pause_writing(self) -> None:
+        self._is_blocked = True
         self._stall_deadline = self._shared.now + self._shared.limits.stall_seconds
         if self._exchange is not None:
             self._exchange.pause()
 
     def resume_writing(self) -> None:
+        self._is_blocked = False
         self._stall_deadline = math.inf
         if self._exchange is not None:
             self._exchange.resume()
+        elif not self._transport.is_closing() and not self._is_lingering:
+            self._deadline = self._shared.now + self._shared.limits.idle_seconds
+            self._process()
 
     # What the worker asks of it.
 
     def sweep(self, now: float) -> None:
         """Look whether something takes too long."""
-        if now >= self._stall_deadline or (not self._is_reading and self._is_gone()):
+        if self._is_detached:
+            if self._state() == _TCP_CLOSE:  # by a reset, which the tunnel does not hear of while it does not read
+                self.abort()
+        elif now >= self._stall_deadline or (not self._is_reading and self._state() in (_TCP_CLOSE, _TCP_CLOSE_WAIT)):
             self.abort()
         elif now >= self._deadline:
             self._be_late()
@@ -151,15 +168,16 @@ class Client(asyncio.Protocol):
         """Close, if that disturbs nobody; else the answer that is under way will be the last."""
         if self._exchange is None and not self._buffer and not self._is_lingering:
             if self._served:
-                self._transport.close()
+                self._close()
             else:  # it has come just now, and its request with it
                 self._deadline = min(self._deadline, self._shared.now + self._shared.limits.linger_seconds)
 
     def abort(self) -> None:
         """Close at once, by a reset: nothing else tells a client of HTTP/1.0 that an answer was not whole."""
-        connection = self._transport.get_extra_info("socket")
-        if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError, ValueError):  # it is closed, which a tunnel does without a word
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._transport.abort()
 
     # What the exchange asks of it.
@@ -194,8 +212,7 @@ class Client(asyncio.Protocol):
             self._end()
             return
         self._deadline = self._shared.now + self._shared.limits.idle_seconds
-        self.resume()
-        if self._buffer and not self._is_processing:
+        if not self._is_processing:
             self._process()
 
     def break_off(self) -> None:
@@ -204,6 +221,7 @@ class Client(asyncio.Protocol):
 
     def detach(self) -> tuple[asyncio.Transport, bytes]:
         self._is_detached = True
+        self._is_reading = True  # as the tunnel will have it
         early, self._buffer = self._buffer, b""
         self._deadline = self._stall_deadline = math.inf
         return self._transport, early
@@ -211,11 +229,31 @@ class Client(asyncio.Protocol):
     # Requests.
 
     def _process(self) -> None:
-        """Begin with the requests that are there, as long as each is answered at once."""
+        """Begin with the requests that are there, as long as each is answered at once, and its answer is taken."""
+        self.resume()
         self._is_processing = True
-        while self._exchange is None and self._buffer and not self._is_lingering and self._begin():
-            pass
+        turns = _TURNS
+        while self._is_free and self._begin():
+            turns -= 1
+            if not turns:
+                self._shared.loop.call_soon(self._go_on)
+                break
         self._is_processing = False
+        self._bound()
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether the next request may have its turn."""
+        return self._exchange is None and bool(self._buffer) and not self._is_blocked and not self._is_lingering
+
+    def _go_on(self) -> None:
+        if self._is_free and not self._transport.is_closing():
+            self._process()
+
+    def _bound(self) -> None:
+        """Read no more than so much ahead."""
+        if len(self._buffer) > self._shared.limits.pipelined_bytes:
+            self.pause()
 
     def _begin(self) -> bool:
         """Begin with the next request; False: it is not there."""
@@ -321,15 +359,25 @@ class Client(asyncio.Protocol):
 
     def _be_late(self) -> None:
         self._deadline = math.inf
+        if self._transport.is_closing():
+            self.abort()  # what was written last is not taken
+            return
+        if self._is_blocked and self._exchange is None and not self._is_lingering:
+            return  # it is not the client who has to say something, and there is a time for that
         late = Refusal(408, "The request did not come to its end in time.", code="request_timeout", close=True)
         if self._is_lingering:
-            self.abort()
+            self._close()
         elif self._exchange is not None:
             self._exchange.refuse(late)
         elif self._buffer:
             self._refuse(late)
         else:
-            self._transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """When all that was written has arrived, or does not in time."""
+        self._transport.close()
+        self._deadline = self._shared.now + self._shared.limits.stall_seconds
 
     def _end(self) -> None:
         """Close, when all that was written has arrived. Whoever still sends would get a reset instead of his answer, so
@@ -345,16 +393,25 @@ class Client(asyncio.Protocol):
             self.resume()
             self._deadline = self._shared.now + self._shared.limits.linger_seconds
         else:
-            self._transport.close()
+            self._close()
 
     def _throw_away(self, data: bytes) -> None:
         self._missing -= len(data)
         if self._missing < 0:
             self._transport.abort()
 
-    def _is_gone(self) -> bool:
+    @property
+    def _connection(self) -> socket.socket | None:
+        """If it is one of TCP."""
+        connection: socket.socket | None = self._transport.get_extra_info("socket")
+        return connection if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6) else None
+
+    def _state(self) -> int | None:
         """What the loop does not tell, as long as nothing is read: whether the other side is closed."""
-        connection = self._transport.get_extra_info("socket")
-        if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _CLOSED_STATES
+        connection = self._connection
+        if connection is None:
+            return None
+        try:
+            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except (OSError, ValueError):  # this side is
+            return None

@@ -11,6 +11,7 @@ It is over in one of four ways: the end of the answer, a refusal, an engine that
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import time
@@ -37,6 +38,15 @@ from gpusvc.quantity import format_duration
 from gpusvc.serving import Serving
 
 _RIGHTS = {Right.USE: keys.Right.USE, Right.METRICS: keys.Right.METRICS, Right.ADMIN: keys.Right.ADMIN}
+
+# What there may be more of in a moment.
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EAGAIN})
+
+# What may be done twice (RFC 9110, 9.2.2).
+_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS"})
+
+# A browser asks for a name and a password then; pages and their scripts are of the same origin.
+_FOR_BROWSERS = ((b"www-authenticate", b'Basic realm="gpusvc"'),)
 
 _JSON = ((b"content-type", b"application/json"),)
 
@@ -121,6 +131,8 @@ class Exchange:
         if self._is_over:
             return
         self._leave_engine()
+        if self._key is not None and self._key.is_limited:
+            refusal = refusal.in_brief()
         if self._answer.status:
             self._break_off(refusal)
             return
@@ -180,7 +192,14 @@ class Exchange:
         client, early = self._client.detach()
         if early:
             engine.write(early)
-        Tunnel(client, engine, on_progress=self._progress, on_end=self._finish)
+        Tunnel(
+            client,
+            engine,
+            loop=self._shared.loop,
+            patience_seconds=self._shared.limits.stall_seconds,
+            on_progress=self._progress,
+            on_end=self._finish,
+        )
 
     def on_body(self, data: bytes) -> None:
         if self._passage is not None:
@@ -235,7 +254,7 @@ class Exchange:
         route = self._route = routes.route(head.method, head.target)
         self._dialect, self._path = route.dialect, route.path
         if route.right is not Right.NONE and shared.keys.configured:
-            self._key = self._authorise(_RIGHTS[route.right])
+            self._key = self._authorise(route.right)
         target = route.target
         if target is Target.MODEL or target is Target.NAMED or target is Target.MANAGEMENT:
             limit = shared.settings().max_body_bytes
@@ -244,7 +263,7 @@ class Exchange:
         else:
             self._reply(self._own_answer(route))
 
-    def _authorise(self, right: keys.Right) -> keys.Key:
+    def _authorise(self, right: Right) -> keys.Key:
         key = self._shared.keys.authenticate(self._head.authorization, self._head.x_api_key)
         if key is None:
             raise Refusal(
@@ -252,8 +271,9 @@ class Exchange:
                 "No valid API key came with the request.",
                 hint="It belongs in the header Authorization, behind Bearer, or in X-Api-Key.",
                 code="invalid_api_key",
+                headers=_FOR_BROWSERS if right is Right.ADMIN else (),
             )
-        if not key.may(right):
+        if not key.may(_RIGHTS[right]):
             raise Refusal(403, f"The key {key.name} is not for this.", code="right_missing")
         return key
 
@@ -294,7 +314,7 @@ class Exchange:
 
     def _choose(self, serving: Serving, delivery: Delivery, *, is_edited: bool = True) -> None:
         if not self._may_use(serving.name):
-            raise Refusal(403, f"The API key is not for {serving.name}.", code="model_not_allowed")
+            raise Refusal(403, "The API key is not for this model.", code="model_not_allowed")  # an alias tells no name
         delivery.choose(serving if is_edited else None)
         self._serving = serving
         self._counters = self._shared.counters.of(serving.name)
@@ -364,6 +384,7 @@ class Exchange:
         if not self._is_promised:
             self._is_promised = self._is_stream = True
             self._answer.begin_stream()
+            self._head.refuse_coding()  # what the head of the answer did not say
         self._answer.add(replies.loading_comment(sentence))
         self._answer.flush()
 
@@ -375,8 +396,10 @@ class Exchange:
             return  # until more of the body is there
         passage, pool = self._passage, self._shared.pool
         address: Address = self._shared.api if passage is None else (passage.address, passage.port)
-        # One that idles may just be closed by the engine: it is for requests that could be sent again.
-        upstream = pool.take(address) if delivery.is_complete else None
+        # One that idles may just be closed by the engine: it is for requests that could be sent again. Nobody can tell
+        # then whether the API has done what it was told.
+        may_repeat = passage is not None or self._head.method in _IDEMPOTENT
+        upstream = pool.take(address) if delivery.is_complete and may_repeat else None
         if upstream is not None:
             self._transmit(upstream, delivery)
             return
@@ -396,6 +419,8 @@ class Exchange:
 
     def _be_rejected(self, error: OSError | TimeoutError) -> None:
         """There is nobody; nothing was sent yet."""
+        if error.errno in _EXHAUSTED:
+            raise error  # that is not the engine's fault
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it takes too long"
         serving, passage = self._serving, self._passage
         if serving is not None:
@@ -447,7 +472,9 @@ class Exchange:
     def _lose(self, upstream: Upstream, reason: str) -> None:
         """The connection broke."""
         delivery = self._delivery
-        if delivery is not None and upstream.is_used and not upstream.was_heard and delivery.rewind():
+        is_stale = upstream.is_used and not upstream.was_heard
+        is_harmless = is_stale and (self._head.method in _IDEMPOTENT or upstream.is_untaken())
+        if delivery is not None and is_harmless and delivery.rewind():
             self._start(self._connect_anew, upstream.address, delivery)
             return
         if self._serving is not None:
@@ -540,6 +567,16 @@ def _refusal_for(error: Exception) -> Refusal:
         return error
     if isinstance(error, GpusvcError):
         return Refusal(error.http_status, error.message, hint=error.hint)
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        why = os.strerror(error.errno)
+        log(4, f"A request is turned away: {why}.")
+        return Refusal(
+            503,
+            f"The gateway cannot take this request now: {why}.",
+            code="exhausted",
+            retry_after_seconds=1,
+            close=True,
+        )
     log(3, "".join(traceback.format_exception(error)))
     return Refusal(500, "The gateway failed.", hint="Its journal says how.", code="internal_error", close=True)
 

@@ -182,6 +182,15 @@ class RequestHead(_Head):
             raise Refusal(417, "Nothing but 100-continue can be expected.", code="expectation_failed")
         self.expects_continue = not self.is_http10
 
+    def note_only_type(self, value: bytes) -> None:
+        if self.content_type is not None:
+            raise _MalformedError("there is more than one Content-Type")
+        self.note_type(value)
+
+    def refuse_coding(self) -> None:
+        """Have the engine answer as it is, whatever the client could unpack."""
+        self.kept = [line for line in self.kept if not line.lower().startswith(b"accept-encoding:")]
+
     def note_te(self, value: bytes) -> None:
         self.takes_trailers = b"trailers" in value.lower()
 
@@ -472,7 +481,7 @@ _OF_REQUESTS: _Lines[RequestHead] = _Lines(
         b"content-length": RequestHead.note_length,
         b"transfer-encoding": RequestHead.note_coding,
         b"connection": RequestHead.note_connection,
-        b"content-type": RequestHead.note_type,
+        b"content-type": RequestHead.note_only_type,
         b"expect": RequestHead.note_expect,
         b"te": RequestHead.note_te,
         b"upgrade": _note("upgrade"),

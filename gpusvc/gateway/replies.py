@@ -37,6 +37,7 @@ class Refusal(GpusvcError):  # noqa: N818 - as in HTTP, where not all of these a
         retry_after_seconds: int | None = None,
         close: bool = False,
         headers: Headers = (),
+        brief: str | None = None,
     ) -> None:
         """
         Args:
@@ -49,6 +50,8 @@ class Refusal(GpusvcError):  # noqa: N818 - as in HTTP, where not all of these a
             retry_after_seconds: when to try again; None: that is left to the client.
             close: nothing more can be read from this connection.
             headers: more for the answer, with names in lower case.
+            brief: a sentence for whoever may not know of all models, instead of message and hint; None: they say
+                nothing of others.
         """
         super().__init__(message, hint=hint)
         self.status = status
@@ -58,6 +61,20 @@ class Refusal(GpusvcError):  # noqa: N818 - as in HTTP, where not all of these a
         self.retry_after_seconds = retry_after_seconds
         self.close = close
         self.headers = headers
+        self.brief = brief
+
+    def in_brief(self) -> Refusal:
+        """The same for whoever may not know of all models."""
+        if self.brief is None:
+            return self
+        return Refusal(
+            self.status,
+            self.brief,
+            kind=self.kind,
+            code=self.code,
+            retry_after_seconds=self.retry_after_seconds,
+            close=self.close,
+        )
 
 
 @dataclass(frozen=True, slots=True)

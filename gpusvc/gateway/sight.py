@@ -63,7 +63,9 @@ class Sight:
     def _read(self) -> Engine | None:
         try:
             lease = leases.read(self._paths, self._name)
-        except BrokenLeaseError:
+        except BrokenLeaseError as error:
+            if isinstance(error.__cause__, OSError):
+                self._stamp = None  # it says nothing of the file: there were no descriptors, or no memory
             return None
         if lease is None or not lease.ready or lease.address is None:
             return None

@@ -41,6 +41,8 @@ class Failure:
     retry_after_seconds: int | None = None
     log: tuple[str, ...] = ()
     """The engine's last lines."""
+    brief: str | None = None
+    """As Refusal has it: a reason may be who holds a GPU."""
 
     def refusal(self, *, show_logs: bool) -> Refusal:
         """A new one for each request that it is told to."""
@@ -54,6 +56,7 @@ class Failure:
             kind=self.kind,
             code=self.code,
             retry_after_seconds=self.retry_after_seconds,
+            brief=self.brief,
         )
 
 
@@ -141,6 +144,7 @@ def _read_answer(answer: bytes, name: str) -> Failure | None:
         code=_text(said.get("code")),
         retry_after_seconds=_seconds(fields.get("retry-after")),
         log=tuple(str(line) for line in log) if isinstance(log, list) else (),
+        brief=f"{name} did not start.",
     )
 
 

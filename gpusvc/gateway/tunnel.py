@@ -15,6 +15,8 @@ class Tunnel:
         client: asyncio.Transport,
         engine: asyncio.Transport,
         *,
+        loop: asyncio.AbstractEventLoop,
+        patience_seconds: float,
         on_progress: Callable[[int], None],
         on_end: Callable[[], None],
     ) -> None:
@@ -22,9 +24,13 @@ class Tunnel:
         Args:
             client: the one end.
             engine: the other.
+            loop: of both.
+            patience_seconds: how long one of them may take for what is on its way to it when the other is closed.
             on_progress: called at each piece, with the bytes of it that go to the client.
             on_end: called once, when both are closed.
         """
+        self._loop = loop
+        self._patience_seconds = patience_seconds
         self._on_progress = on_progress
         self._on_end = on_end
         self._open = 2
@@ -42,10 +48,13 @@ class Tunnel:
             for end in self._ends:
                 end.close()
 
-    def closed(self) -> None:
+    def closed(self, other: asyncio.Transport) -> None:
+        """One of the two is, and ``other`` is closing."""
         self._open -= 1
         if self._open == 0:
             self._on_end()
+        else:
+            self._loop.call_later(self._patience_seconds, other.abort)
 
 
 class _End(asyncio.Protocol):
@@ -91,4 +100,4 @@ class _End(asyncio.Protocol):
             self._other.close()  # what is on its way to it still arrives
         else:
             self._other.abort()
-        self._tunnel.closed()
+        self._tunnel.closed(self._other)

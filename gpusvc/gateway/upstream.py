@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,6 +22,9 @@ Address = tuple[str, int] | Path
 """Of an engine, or a socket in the file system."""
 
 _UNTIL_CLOSE = -1
+
+# tcpi_bytes_acked of struct tcp_info: what the other side's kernel took, and one more for the connection itself.
+_ACKED = struct.Struct("=120xQ")
 
 
 class Consumer(Protocol):
@@ -39,7 +44,7 @@ class Consumer(Protocol):
         """All that came at once was told: now is the time to pass it on."""
 
     def on_lost(self, upstream: Upstream, reason: str) -> None:
-        """There will be no end; ``reason`` goes on after "the engine"."""
+        """There will be no end; ``reason`` goes on after "the engine". It is aborted once this returns."""
 
     def on_writable(self) -> None:
         """``is_blocked`` was, and is no longer, set."""
@@ -58,6 +63,7 @@ class Upstream(asyncio.Protocol):
         "_missing",
         "_pool",
         "_reading",
+        "_sent_bytes",
         "_takes_upgrade",
         "_transport",
         "address",
@@ -83,6 +89,7 @@ class Upstream(asyncio.Protocol):
         """When the last byte came, or the request began; by the pool's clock."""
         self._consumer: Consumer | None = None
         self._buffer = b""
+        self._sent_bytes = 0  # of all requests
         self._reading = True
         self._chunks: Chunks | None = None
         self._missing = 0
@@ -102,10 +109,12 @@ class Upstream(asyncio.Protocol):
         self._takes_upgrade = takes_upgrade
         self._has_head = self.is_written = self.was_heard = False
         self.heard = self._pool.now
+        self._sent_bytes += len(data)
         self._transport.write(data)
 
     def write(self, data: bytes) -> None:
         """More of the request."""
+        self._sent_bytes += len(data)
         self._transport.write(data)
 
     def end(self) -> None:
@@ -129,6 +138,17 @@ class Upstream(asyncio.Protocol):
     def is_awaited(self) -> bool:
         """The next byte has to come from the engine."""
         return self.is_written and self._reading
+
+    def is_untaken(self) -> bool:
+        """Of one that is lost, whether it was closed before all of the request was there: then it was not acted on."""
+        connection = self._transport.get_extra_info("socket")
+        if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        try:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.size)
+        except (OSError, ValueError):
+            return False
+        return len(info) == _ACKED.size and int(_ACKED.unpack(info)[0]) <= self._sent_bytes
 
     def abort(self) -> None:
         """Nobody wants the rest: close at once, which is how the engine learns that it can stop."""
@@ -267,9 +287,9 @@ class Upstream(asyncio.Protocol):
 
     def _lose(self, reason: str) -> None:
         consumer, self._consumer = self._consumer, None
-        self._transport.abort()
         if consumer is not None:
             consumer.on_lost(self, reason)
+        self._transport.abort()
 
 
 class Pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from yaml import MappingNode, Node, SafeLoader, ScalarNode, YAMLError, load_all
+from yaml import MappingNode, MarkedYAMLError, Node, SafeLoader, ScalarNode, YAMLError, load_all
 from yaml.composer import ComposerError
 
 from gpusvc.errors import ConfigError
@@ -20,9 +20,16 @@ def parse(text: str, source: str) -> list[object]:
     try:
         return [document for document in load_all(text, _Loader) if document is not None]
     except YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"{source} is not valid YAML{_reason(error)}.") from error
     except (RecursionError, ValueError) as error:  # a number that Python does not take
         raise ConfigError(f"{source} cannot be read as YAML: {error}.") from error
+
+
+def _reason(error: YAMLError) -> str:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return f": {' '.join(str(error).split())}"
+    mark = error.problem_mark
+    return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
 
 
 class _Loader(SafeLoader):

@@ -592,6 +592,19 @@ def test_an_eviction_waits_for_who_uses_the_model_and_keeps_its_door_closed(api:
     api(scenario)
 
 
+def test_a_door_does_not_stay_closed_for_somebody_who_went_away(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        api.model("qwen", runs=True)
+        with use.enter(api.paths, "qwen", timeout_seconds=0):
+            evict = api.begin("/gpusvc/models/qwen/evict?wait=1h&force=1")
+            await until(lambda: not is_open(api, "qwen"))
+            evict.cancel()
+            await until(lambda: is_open(api, "qwen"))
+            assert api.systemd.asked == []
+
+    api(scenario)
+
+
 def test_a_model_in_use_is_not_evicted_and_its_users_are_named(api: Run) -> None:
     async def scenario(api: Api) -> None:
         api.model("qwen", runs=True)

@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/fleet.md",
     "docs/troubleshooting.md",
     "docs/security.md",
+    "docs/reliability.md",
 )
 ARCHITECTURE = ROOT / "docs/architecture.md"
 

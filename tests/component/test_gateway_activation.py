@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,13 +15,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import uvloop
 
 from gpusvc import lease as leases
-from gpusvc import use
+from gpusvc import statefile, use
 from gpusvc.gateway import entrance, starter
 from gpusvc.gateway.activation import Activation, Passage
 from gpusvc.gateway.replies import Refusal
@@ -241,6 +242,21 @@ def test_a_lease_that_makes_no_sense_is_nobodys_address(play: Play) -> None:
         world.prepare()
         world.paths.lease_file("qwen").write_text('{"version": 1, "ready": true}')
         assert world.activation.try_enter(QWEN) is None
+
+    play(scene)
+
+
+def test_a_lease_that_could_not_be_read_for_a_moment_is_read_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(_: Path) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def scene(world: World) -> None:
+        world.ready()
+        with monkeypatch.context() as patch:
+            patch.setattr(statefile, "read", exhausted)
+            assert world.activation.try_enter(QWEN) is None
+        (await world.enter()).close()
+        assert world.api.asked == []
 
     play(scene)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,39 @@ def test_what_is_sent_ahead_is_bounded(run: Run) -> None:
         await client.say(ASK)
         await rig.eventually(lambda: bool(rig.engine.requests))
         assert await client.say_until_stuck(ASK * 10_000) < IN_SOCKETS_BYTES
+
+    run(scenario)
+
+
+def test_answers_to_what_is_sent_ahead_wait_for_their_reader(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("large", f"description = {'x' * 500_000!r}\n")
+        client = await rig.client()
+        client.stop_reading()
+        number = 1000
+        await client.say(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * number)
+        (connection,) = rig.gateway._connections
+        await rig.eventually(lambda: connection._is_blocked)
+        await asyncio.sleep(0.1)
+        assert connection._transport.get_write_buffer_size() < IN_SOCKETS_BYTES
+        client.go_on_reading()
+        for _ in range(40):
+            assert len((await client.answer()).body) > 500_000
+        client.reset()
+        await rig.eventually(lambda: not rig.gateway._connections)
+
+    run(scenario)
+
+
+def test_many_requests_that_are_sent_ahead_let_others_have_their_turn(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        greedy, other = await rig.client(), await rig.client()
+        number = 2000
+        await greedy.say(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * number)
+        await other.get("/health")
+        assert rig.totals("").requests["2xx"] < number
+        for _ in range(number):
+            assert (await greedy.answer()).status == 200
 
     run(scenario)
 
@@ -395,6 +431,49 @@ def test_an_answer_may_take_longer_than_any_request(run: Run) -> None:
         assert (await client.ask()).status == 200
 
     run(scenario, limits=SLOW)
+
+
+@asynccontextmanager
+async def slow_reader(rig: Rig) -> AsyncIterator[tuple[socket.socket, asyncio.Transport]]:
+    """A client of whose answer little fits anywhere but into the gateway, and the gateway's side of its connection."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.setblocking(False)
+        await loop.sock_connect(reader, ("127.0.0.1", rig.port))
+        await rig.eventually(lambda: bool(rig.gateway._connections))
+        (connection,) = rig.gateway._connections
+        transport = connection._transport
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield reader, transport
+
+
+def test_a_last_answer_arrives_however_slowly_it_is_taken(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = whole(b"x" * 30_000)
+        async with slow_reader(rig) as (reader, transport):
+            # Some clients say more than their request.
+            reader.send(ASK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + b"\r\n")
+            await rig.eventually(lambda: transport.get_write_buffer_size() > 0)
+            await rig.eventually(transport.is_closing)  # it has lingered for long enough
+            text = b""
+            while piece := await asyncio.get_running_loop().sock_recv(reader, 65536):
+                text += piece
+            assert text.endswith(b"x" * 30_000)
+
+    run(scenario, limits=Limits(sweep_seconds=0.02, linger_seconds=0.1))
+
+
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"])
+def test_a_client_that_never_takes_its_last_answer_is_dropped(run: Run, more: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = whole(b"x" * 30_000)
+        async with slow_reader(rig) as (deaf, transport):
+            deaf.send(ASK.replace(b"\r\n\r\n", f"\r\n{more}\r\n".encode()))
+            await rig.eventually(lambda: transport.get_write_buffer_size() > 0)
+            await rig.eventually(lambda: not rig.gateway._connections)
+
+    run(scenario, limits=Limits(sweep_seconds=0.02, idle_seconds=0.2, stall_seconds=0.2))
 
 
 def test_a_client_that_reads_nothing_for_too_long_is_dropped(run: Run) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import errno
 import gzip
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from gpusvc import keys
 from gpusvc.gateway.limits import Limits
+from gpusvc.gateway.upstream import Address, Upstream
 from gpusvc.keys import Keys
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
@@ -323,6 +328,19 @@ def test_a_stream_whose_engine_dies_ends_with_an_error_event_and_no_end(run: Run
     run(scenario)
 
 
+def test_nothing_follows_a_stream_with_a_length(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        text = event("one")
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % (len(text) + 5)
+        rig.engine.answer = raw(head + text, then="close")
+        client = await rig.client()
+        await client.post(b'{"model": "qwen", "stream": true}')
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await client.answer()
+
+    run(scenario)
+
+
 def test_half_an_event_is_ended_before_the_error(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.engine.answer = raw(STREAM, chunk(b'data: {"cho'), then="close")
@@ -344,6 +362,25 @@ def test_a_stale_connection_costs_no_request(run: Run) -> None:
             (kept,) = [one for one in rig.engine.connections if not one.writer.transport.is_closing()]
             kept.reader.feed_eof()  # it stops reading, and so closes with the next request on its way
 
+        pool = rig.gateway._shared.pool
+        take = pool.take
+
+        def too_late(address: Address) -> Upstream | None:
+            taken = take(address)
+            if taken is not None:
+                for connection in rig.engine.connections:
+                    if not connection.writer.transport.is_closing():
+                        with socket.socket(fileno=os.dup(connection.writer.get_extra_info("socket").fileno())) as own:
+                            own.shutdown(socket.SHUT_RDWR)
+            return taken
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pool, "take", too_late)
+            before = len(rig.engine.requests)
+            for number in range(1, 4):
+                assert (await client.ask()).status == 200
+                assert len(rig.engine.requests) == before + number
+
         async def once(request: Request, connection: Connection) -> None:
             if len(connection.requests) > 1:  # of a connection that was kept
                 connection.reset()
@@ -352,7 +389,7 @@ def test_a_stale_connection_costs_no_request(run: Run) -> None:
 
         rig.engine.answer = once
         for _ in range(4):
-            assert (await client.ask()).body == b'{"fresh": true}'
+            assert (await client.get("/upstream/qwen/x")).body == b'{"fresh": true}'
 
     run(scenario)
 
@@ -362,8 +399,47 @@ def test_a_request_is_sent_again_only_once(run: Run) -> None:
         client = await rig.client()
         await client.ask()
         rig.engine.answer = raw(then="reset")
-        assert (await client.ask()).status == 502
+        assert (await client.get("/upstream/qwen/x")).status == 502
         assert len(rig.engine.requests) == 3
+
+    run(scenario)
+
+
+def test_an_engine_is_not_suspected_for_what_the_gateway_lacks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def exhausted(_: Address) -> Upstream:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        with monkeypatch.context() as patch:
+            patch.setattr(rig.gateway._shared.pool, "connect", exhausted)
+            answer = await client.ask()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert (await (await rig.client()).ask()).status == 200
+        assert rig.engine.open == 1  # it was not asked whether it is there
+        assert rig.api.requests == []
+
+    run(scenario)
+
+
+def test_what_an_engine_took_is_not_sent_again(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        await client.ask()
+        rig.engine.answer = raw(then="close")  # as one that a request kills
+        assert (await client.ask()).status == 502
+        assert len(rig.engine.requests) == 2
+
+    run(scenario)
+
+
+def test_what_the_api_is_told_to_do_is_told_once(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        assert (await client.get("/gpusvc/models")).status == 200
+        rig.api.answer = raw(then="close")
+        assert (await client.ask(b"", target="/gpusvc/models/qwen/restart")).status == 502
+        assert len(rig.api.requests) == 2
 
     run(scenario)
 
@@ -566,6 +642,43 @@ def test_a_start_that_fails_is_told_with_its_reason(run: Run) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("who", ["all", "some"])
+def test_a_key_for_some_models_is_told_nothing_of_others(run: Run, tmp_path: Path, who: str) -> None:
+    known, secrets = make_keys(tmp_path, all=(), some=("cold",))
+    own = f"Authorization: Bearer {secrets[who]}\r\n"
+
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.add_model("secret", 'aliases = ["gpt"]\n')
+        rig.api.answer = raw(FAILURE.replace(b"It did", b"GPU 0 is held by secret. It did"), then="close")
+        client = await rig.client()
+        answer = await client.ask(b'{"model": "cold"}', more=own)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "7")
+        assert (b"secret" in answer.body, b"CUDA error" in answer.body) == (who == "all", who == "all")
+        if who == "some":
+            assert b"cold did not start." in answer.body
+            answer = await client.ask(b'{"model": "gpt"}', more=own)
+            assert (answer.status, b"secret" in answer.body) == (403, False)
+
+    run(scenario, known=known)
+
+
+def test_a_browser_is_asked_for_a_key_to_the_page(run: Run, tmp_path: Path) -> None:
+    boss, secret = keys.make("boss", rights=(keys.Right.ADMIN,))
+    file = tmp_path / "keys.toml"
+    file.write_text(keys.text([boss]))
+
+    async def scenario(rig: Rig) -> None:
+        client = await rig.client()
+        challenges = [value for name, value in (await client.get("/")).fields if name == "www-authenticate"]
+        assert 'Basic realm="gpusvc"' in challenges
+        assert (await client.ask()).headers["www-authenticate"] == "Bearer"
+        basic = base64.b64encode(f":{secret}".encode()).decode()
+        assert (await client.get("/", f"Authorization: Basic {basic}\r\n")).status == 200
+
+    run(scenario, known=Keys.read([file]))
+
+
 def test_loading_events_keep_a_stream_alive_until_the_engine_takes_over(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.add_model("cold")
@@ -581,7 +694,7 @@ def test_loading_events_keep_a_stream_alive_until_the_engine_takes_over(run: Run
         rig.api.answer = start
         rig.engine.answer = raw(chunked([event("one"), b"data: [DONE]\n\n"]))
         client = await rig.client()
-        await client.post(b'{"model": "cold", "stream": true}')
+        await client.post(b'{"model": "cold", "stream": true}', more="Accept-Encoding: gzip\r\n")
         assert (await client.head()).headers["content-type"] == "text/event-stream"
         assert (await client.chunk()).startswith(b": Waiting")
         go_on.set()
@@ -589,6 +702,7 @@ def test_loading_events_keep_a_stream_alive_until_the_engine_takes_over(run: Run
         while piece := await client.chunk():
             text += piece
         assert text.endswith(event("one") + b"data: [DONE]\n\n")
+        assert "accept-encoding" not in rig.engine.requests[0].headers  # of a stream that has begun in clear
 
     run(scenario, loading_events=True)
 

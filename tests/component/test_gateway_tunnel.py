@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from gpusvc.gateway.limits import Limits
 from tests.component.rig import IN_SOCKETS_BYTES, Client, Rig, Run, run
 from tests.component.upstream import Connection, Request, echo_websocket, whole
 
@@ -95,6 +96,29 @@ def test_neither_is_read_faster_than_the_other_takes_it(run: Run) -> None:
         client.reset()
 
     run(scenario)
+
+
+def test_a_client_that_resets_its_connection_is_gone_although_its_engine_takes_nothing(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        switch = asyncio.Event()
+
+        async def deaf(_: Request, connection: Connection) -> None:
+            connection.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            await switch.wait()
+            await connection.say(b"HTTP/1.1 101 Go\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n")
+            await asyncio.Event().wait()
+
+        rig.engine.answer = deaf
+        client = await rig.client()
+        await client.say(f"GET /upstream/qwen/ws HTTP/1.1\r\nHost: localhost\r\n{UPGRADE}\r\n".encode())
+        await client.say_until_stuck(b"x" * 1_000_000)
+        switch.set()
+        await client.head()
+        client.reset()
+        await rig.eventually(lambda: not rig.is_used())
+        assert rig.totals().in_flight == 0
+
+    run(scenario, limits=Limits(sweep_seconds=0.02, stall_seconds=0.1))
 
 
 def test_an_engine_may_decline(run: Run) -> None:

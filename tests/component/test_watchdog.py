@@ -547,9 +547,9 @@ def test_a_lease_that_nobody_attends_to_has_its_release_proven(ticker: Ticker) -
     ticker.tick(6)
     assert ticker.jobs == [RELEASE]
     assert ticker.told() == ["leak qwen: qwen does not run, and its lease is left: its release is proven now."]
-    ticker.tick(50)
+    ticker.tick(15)
     assert ticker.jobs == [RELEASE]
-    ticker.tick(30)
+    ticker.tick(10)
     assert ticker.jobs == [RELEASE, RELEASE]
     assert len(ticker.told()) == 1
 
@@ -562,13 +562,23 @@ def test_a_lease_that_cannot_be_read_is_proven_too(ticker: Ticker) -> None:
     assert ticker.jobs == [RELEASE]
 
 
-def test_a_proof_that_has_just_failed_is_tried_again_a_minute_later(ticker: Ticker) -> None:
+def test_a_proof_that_has_just_failed_is_tried_again_a_while_later(ticker: Ticker) -> None:
+    ticker.fleet.add("qwen")
+    ticker.tick()
+    pid = ticker.fleet.holders["qwen"].pid
+    ticker.fleet.machine.gpus.change(0, ghosts={pid: GIB})
+    ticker.fleet.end("qwen", state="failed", release=False)
+    ticker.tick(15)
+    assert ticker.jobs == []
+    ticker.tick(15)
+    assert ticker.jobs == [RELEASE]
+
+
+def test_a_proof_that_failed_with_nothing_in_its_way_is_made_up_for_at_once(ticker: Ticker) -> None:
     ticker.fleet.add("qwen")
     ticker.tick()
     ticker.fleet.end("qwen", state="failed", release=False)
-    ticker.tick(50)
-    assert ticker.jobs == []
-    ticker.tick(20)
+    ticker.tick(6)
     assert ticker.jobs == [RELEASE]
 
 

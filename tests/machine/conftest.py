@@ -25,21 +25,23 @@ if TYPE_CHECKING:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "generations(*generations): the only Debian releases that this test is about")
+    config.addinivalue_line("markers", "sampled(*generations): on the other Debian releases it runs with --all only")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each generation, and what the test asks for with ``pytest.mark.generations``; a module stays with one worker."""
+    """Each generation, or what the test asks for with one of the marks above; a module stays with one worker."""
     if "generation" not in metafunc.fixturenames:
         return
-    mark = metafunc.definition.get_closest_marker("generations")
-    chosen = mark.args if mark else tuple(Generation)
+    only = metafunc.definition.get_closest_marker("generations")
+    sampled = metafunc.definition.get_closest_marker("sampled")
     module = metafunc.module.__name__
-    metafunc.parametrize(
-        "generation",
-        [pytest.param(one, id=str(one), marks=pytest.mark.xdist_group(f"{module}-{one}")) for one in chosen],
-        indirect=True,
-        scope="module",
-    )
+    chosen = []
+    for one in only.args if only else tuple(Generation):
+        marks = [pytest.mark.xdist_group(f"{module}-{one}")]
+        if sampled and only is None and one not in sampled.args:
+            marks.append(pytest.mark.slow)
+        chosen.append(pytest.param(one, id=str(one), marks=marks))
+    metafunc.parametrize("generation", chosen, indirect=True, scope="module")
 
 
 @dataclass(slots=True)
@@ -56,11 +58,16 @@ class Layers:
             built = [*(self.shared / "package").glob("*.deb")]
             return built[0] if built else build_package(self.shared / "package")
 
-    def boot(self, generation: Generation, *, installed: bool = True, bpf: bool = True) -> Host:
+    def prepared(self, generation: Generation, *, installed: bool = True) -> Host:
+        """Whose layer others are booted from."""
         key = (generation, installed)
         if key not in self._prepared:
             self._prepared[key] = prepare(generation, self.package() if installed else None)
-        host = Host(self._prepared[key].layer, tree.ensure(generation), name=f"{generation}-test")
+        return self._prepared[key]
+
+    def boot(self, generation: Generation, *, installed: bool = True, bpf: bool = True) -> Host:
+        layer = self.prepared(generation, installed=installed).layer
+        host = Host(layer, tree.ensure(generation), name=f"{generation}-test")
         if not bpf:
             host.system_calls = "~bpf"
         try:

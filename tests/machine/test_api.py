@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.fakegpu import GIB
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.conftest import Layers
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM, Generation.FORKY)
 
 SERVICE = "gpusvc-api.service"
 SOCKET = "/run/gpusvc/api.sock"

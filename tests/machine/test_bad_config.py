@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.machine.tree import Generation
+
 if TYPE_CHECKING:
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM)
 
 ENGINE = 'command = ["test-engine", "--port", "{port}"]\n'
 NO_GPU = "[gpu]\ncount = 0\n"

@@ -20,6 +20,8 @@ from tests.machine.tree import Generation
 if TYPE_CHECKING:
     from tests.machine.conftest import Layers
 
+pytestmark = pytest.mark.sampled(Generation.TRIXIE)
+
 SYSTEMD = {Generation.BOOKWORM: 252, Generation.TRIXIE: 257}
 GPU_0 = fakegpu.uuid_of(0)
 

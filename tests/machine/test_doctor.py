@@ -12,6 +12,8 @@ from tests.machine.tree import Generation
 if TYPE_CHECKING:
     from tests.machine.host import Host
 
+pytestmark = pytest.mark.sampled(Generation.TRIXIE)
+
 
 def doctor(machine: Host) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     """The exit status, and the findings by their subject."""

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.fakegpu import GIB
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.FORKY)
 
 # A program in the machine that uses a model over and over, as a gateway does: through the door, for a moment each time.
 CLIENT = """

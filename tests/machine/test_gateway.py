@@ -18,6 +18,8 @@ from tests.machine.tree import Generation
 if TYPE_CHECKING:
     from tests.machine.host import Host
 
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM, Generation.FORKY)
+
 GATEWAY = "gpusvc-gateway.service"
 SOCKET = "gpusvc-gateway.socket"
 URL = "http://127.0.0.1:8484"

@@ -16,9 +16,12 @@ import pytest
 from gpusvc.events import MESSAGE_IDS, Kind
 from tests.machine.host import REPOSITORY
 from tests.machine.test_isolation import itself
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.TRIXIE)
 
 EVIL, VICTIM = "evil", "victim"
 SERVICES = ("gpusvc-watchdog.service", "gpusvc-api.service", "gpusvc-gateway.service")

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.fakegpu import Return
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM)
 
 LIBRARY = "/usr/local/lib/libnvidia-ml.so.1"
 NO_LIBRARY = "There is no NVIDIA driver library (libnvidia-ml.so.1) on this machine."

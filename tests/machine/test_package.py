@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.fakegpu import GIB, NEVER
+from tests.machine import packages
 
 if TYPE_CHECKING:
     from tests.machine.conftest import Layers
@@ -29,18 +30,10 @@ def package(layers: Layers) -> Path:
 @pytest.fixture
 def newer_package(package: Path, tmp_path: Path) -> Path:
     """The same package with a higher version, as an upgrade to something new."""
-    contents = tmp_path / "contents"
-    _run("dpkg-deb", "--raw-extract", package, contents)
-    control = contents / "DEBIAN" / "control"
-    lines = control.read_text().splitlines()
-    control.write_text("".join(f"{line}+newer\n" if line.startswith("Version: ") else f"{line}\n" for line in lines))
-    target = tmp_path / "gpusvc_newer_all.deb"
-    _run("dpkg-deb", "--root-owner-group", "--build", contents, target)
-    return target
-
-
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    version = subprocess.run(
+        ["dpkg-deb", "--field", package, "Version"], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.strip()
+    return packages.newer(package, tmp_path, version=f"{version}+newer")
 
 
 def start(machine: Host, *, timeout: str = "10s") -> int:

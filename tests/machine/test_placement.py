@@ -8,9 +8,12 @@ import pytest
 
 from tests import fakegpu
 from tests.fakegpu import GIB
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.TRIXIE)
 
 # What nobody may evict is in the way for good.
 PINNED = "pinned = true\n"

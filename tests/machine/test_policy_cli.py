@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.fakegpu import GIB
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     import subprocess
 
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM)
 
 
 def start(machine: Host, name: str, vram: str = "8GiB", gpu: int = 0, *, keys: str = "", arguments: str = "") -> None:

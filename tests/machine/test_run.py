@@ -6,13 +6,18 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.machine.test_policy_cli import is_up, start
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
 
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM, Generation.FORKY)
 
 CUDA = ("env", "LD_PRELOAD=libfakecuda.so")
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.fakegpu import GIB, MIB
 from tests.machine.host import REPOSITORY
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.TRIXIE)
 
 EXAMPLES = REPOSITORY / "docs/examples"
 SCOPE = "model-qwen.scope"

@@ -17,10 +17,13 @@ import pytest
 from tests import fakegpu
 from tests.fakegpu import GIB, MIB, Return, Sample
 from tests.machine.test_start_stop import no_message_bus
+from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
     from tests.machine.conftest import Layers
     from tests.machine.host import Host
+
+pytestmark = pytest.mark.sampled(Generation.BOOKWORM, Generation.FORKY)
 
 WATCHDOG = "gpusvc-watchdog.service"
 

@@ -133,6 +133,7 @@ def test_how_long_a_connection_lives_is_as_the_client_says(first: str, lines: li
         [": a"],
         ["no colon"],
         ["Host: other"],
+        ["Content-Type: application/json", "Content-Type: multipart/form-data; boundary=x"],
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(lines: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import itertools
 import os
@@ -10,6 +11,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -229,6 +231,38 @@ def test_a_file_that_turns_wrong_is_told_once_and_changes_nothing(file: Path) ->
     assert len(said) == 1
 
 
+def test_a_file_that_comes_and_is_wrong_lets_nobody_in_until_it_is_right(file: Path) -> None:
+    said, report = reports()
+    served = Keys.read([file])
+    file.write_text("[")
+    served.refresh(report)
+    assert (served.configured, len(said)) == (True, 1)
+    assert served.authenticate(bearer(ALICES_SECRET), None) is None
+    file.unlink()
+    write(file, ALICE)
+    served.refresh(report)
+    assert served.authenticate(bearer(ALICES_SECRET), None) == ALICE
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, report = reports()
+    write(file, ALICE)
+    served = Keys.read([file])
+    write(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *_, **__: exhausted())
+        served.refresh(report)
+        served.refresh(report)
+    assert len(said) == 1
+    served.refresh(report)
+    assert served.authenticate(bearer(ALICES_SECRET), None) is None
+    assert len(said) == 1
+
+
+def exhausted() -> NoReturn:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def test_a_file_that_vanishes_does_not_open_the_door(file: Path) -> None:
     said, report = reports()
     write(file, ALICE)
@@ -308,6 +342,8 @@ def test_removing_the_last_key_tells_that_nobody_is_let_in(paths: Paths, capsys:
     assert cli.run(paths, ["key", "rm", "alice"]) == 0
     assert "answers nobody" in capsys.readouterr().err
     assert keys.read(keys.file_of(paths)) == []
+    assert cli.run(paths, ["key", "list"]) == 0
+    assert "answers nobody" in capsys.readouterr().err
 
 
 def test_before_the_package_made_its_group_no_key_is_made(

@@ -17,8 +17,8 @@ ROWS = {
     },
     "pure policy, and adapters of one foreign thing each": {
         "_vendor", "backoff", "caller", "cgroup", "counters", "eventlog", "events", "footprint", "gguf", "gpu", "judge",
-        "keys", "lastwords", "leaks", "lease", "meter", "nodes", "notify", "nvml", "placement", "processes", "progress",
-        "proof", "relay", "sockets", "systemd", "use", "verdicts", "waitlist", "weights",
+        "keys", "lastwords", "leaks", "lease", "meter", "nodes", "notify", "nvml", "oom", "placement", "processes",
+        "progress", "proof", "relay", "sockets", "systemd", "use", "verdicts", "waitlist", "weights",
         "about", "access", "model_directory", "revision", "unitlog",
     },
     "the parts that act, and what they look at together": {

@@ -197,6 +197,13 @@ def test_a_refusal_tells_what_is_free_and_who_has_the_rest() -> None:
     assert error.hint is not None
 
 
+def test_a_refusal_of_what_is_larger_than_any_gpu_does_not_speak_of_now() -> None:
+    error = refused([a_gpu(0), a_gpu(1)], request(40 * GIB))
+    told = "qwen needs 40.0 GiB on a GPU, and none that it may have is that large."
+    assert error.message.splitlines()[0] == told
+    assert error.hint == "`gpusvc gpus` shows how large each is."
+
+
 def test_a_refusal_without_any_gpu_says_so() -> None:
     assert refused([], request()).message == "qwen needs a GPU, and NVML shows none."
 

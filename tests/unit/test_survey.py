@@ -55,6 +55,18 @@ def test_what_is_taken_but_not_told_counts_as_not_taken() -> None:
     assert holding().claims([a_gpu(processes={100: None})]) == claimed(9 * GIB)
 
 
+def test_a_model_that_ends_keeps_what_came_back_already_and_is_waited_for() -> None:
+    ending = replace(holding(ready=True), ending=True)
+    assert ending.claims([a_gpu(processes={100: 4 * GIB})]) == claimed(5 * GIB)
+    assert replace(ending, populated=False).claims([a_gpu()]) == claimed(9 * GIB)
+
+
+def test_a_model_that_ended_keeps_what_it_was_seen_to_hold_if_it_did_not_say_what_it_needs() -> None:
+    ended = holding(reserved=None, ready=True, populated=False, attended=False)
+    seen = replace(ended.lease, gpus=(replace(ended.lease.gpus[0], used_bytes=5 * GIB),))
+    assert replace(ended, lease=seen).claims([a_gpu()]) == claimed(5 * GIB, loading=False)
+
+
 def test_a_ready_model_has_taken_what_it_takes() -> None:
     assert holding(ready=True).claims([a_gpu(processes={100: 4 * GIB})]) == []
 

@@ -110,8 +110,19 @@ def test_proofs_are_tried_less_and_less_often() -> None:
             tried.append(now)
     pauses = [after - before for before, after in pairwise(tried)]
     assert tried[0] == 3
-    assert pauses[:6] == [60, 120, 240, 480, 960, 1800]
-    assert set(pauses[6:]) == {1800}
+    assert pauses[:8] == [20, 40, 80, 160, 320, 640, 1280, 1800]
+    assert set(pauses[8:]) == {1800}
+
+
+def test_a_proof_is_tried_again_soon_after_what_was_in_its_way_changed() -> None:
+    unattended = Unattended()
+    tried: list[int] = []
+    for now in range(100):
+        for model in unattended.due(now, ["qwen"], lambda _: "a ghost" if now < 30 else "nothing"):  # noqa: B023
+            assert unattended.is_new(model) is (not tried)
+            unattended.postpone(now, model)
+            tried.append(now)
+    assert tried == [3, 23, 33, 53, 93]
 
 
 # What it tells
