@@ -546,6 +546,7 @@ def main() -> NoReturn:
                 launch = Launch(name, paths, parked, notifier, is_second_try=_SECOND_TRY in sys.argv)
                 ended = launch.run()
             except _TerminatedError:
+                notifier.status("Stopping: its processes have been told to end.")
                 ended = 0
                 wanted = False
             finally:

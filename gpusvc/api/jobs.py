@@ -29,6 +29,9 @@ ABANDONED_SECONDS = 5.0
 # A job that stands in the way tells when it ends; this is for the case that it ended unheard.
 _LOOK_AGAIN_SECONDS = 1.0
 
+# How long a job may take before it is seen to that it has not ended unheard.
+_HEARSAY_SECONDS = 2.0
+
 # How often the door of a model that is to be evicted is tried.
 _PAUSE_SECONDS = 0.05
 
@@ -162,7 +165,11 @@ class Jobs:
         self._cooldowns.pop(name, None)
         began = time.time()
         try:
-            result = await self._bus.enqueue("Restart", names.service(name))
+            job = self._bus.enqueue("Restart", names.service(name))
+            try:
+                result = await self._end_of(job, names.service(name))
+            except LostError:
+                return await self.start(name)
             return await self._outcome(name, result, began)
         finally:
             self._on_change()
@@ -229,7 +236,8 @@ class Jobs:
             start.is_ours = start.is_ours or unit is None or unit.active is not ActiveState.ACTIVATING
             try:
                 # It cancels nobody's stop: an operator's holds, and an eviction is for a start that waits for it.
-                result = await (await self._patiently(lambda: self._bus.enqueue("Start", service, replace=False)))
+                job = await self._patiently(lambda: self._bus.enqueue("Start", service, replace=False))
+                result = await self._end_of(job, service)
             except JobConflictError:
                 await self._bus.some_job_of(service, _LOOK_AGAIN_SECONDS)
                 continue
@@ -385,7 +393,7 @@ class Jobs:
                 lambda manager: eviction.begin(manager, name, reason="an operator wants it", forced=forced)
             )
             try:
-                await self._bus.ended(path)
+                await self._end_of(self._bus.ended(path), service)
             except LostError:
                 await self._finish("Stop", service)
         self._on_change()
@@ -397,9 +405,28 @@ class Jobs:
         """The end of a job; asked for again where the connection was lost, as that changes nothing that is done."""
         while True:
             try:
-                return await (await self._patiently(lambda: self._bus.enqueue(verb, unit)))
+                job = await self._patiently(lambda: self._bus.enqueue(verb, unit))
+                return await self._end_of(job, unit)
             except LostError:
                 continue
+
+    async def _end_of(self, job: asyncio.Future[JobResult], service: str) -> JobResult:
+        """How a job of ``service`` ended.
+
+        Raises:
+            LostError: that is not known. While systemd executes itself anew it tells nobody of the jobs that end.
+        """
+        try:
+            while not job.done():
+                await asyncio.wait({job}, timeout=_HEARSAY_SECONDS)
+                if job.done():
+                    break
+                unit = await self._patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
+                if not job.done() and (unit is None or unit.active in _UP | _DOWN):
+                    raise LostError(f"The service manager did not say how the job of {service} ended.")
+            return job.result()
+        finally:
+            job.cancel()
 
     async def _patiently(self, question: Callable[[], _T]) -> _T:
         """What the manager says, once it answers: it may be executing itself anew, or the bus be restarting.

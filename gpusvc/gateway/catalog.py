@@ -6,6 +6,7 @@ What it says of a model's state is what its lease says, as of now; whether a req
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from gpusvc.gateway.routes import Route
 from gpusvc.gpu import total
 from gpusvc.lease import BrokenLeaseError
 from gpusvc.log import log
+from gpusvc.names import is_name
 from gpusvc.paths import Paths
 from gpusvc.quantity import shown
 from gpusvc.serving import Serving
@@ -27,6 +29,9 @@ from gpusvc.watched import Watched
 
 # How old the view of the files may be. Nobody waits for less after saving one, and a look at a hundred costs 1 ms.
 FRESH_SECONDS = 0.25
+
+# A file that cannot be taken is looked at no more often than this, however many ask for it.
+_AGAIN_SECONDS = 0.02
 
 # Searching for the nearest name takes long where names are.
 _MAX_COMPARED = 100
@@ -86,6 +91,8 @@ class Catalog:
             self._refresh()
         if text is not None:
             serving = self._by_name.get(text)
+            if serving is None and self._is_new(text):
+                serving = self._by_name.get(text)
             if serving is None:
                 raise self._unknown(text, allowed)
             return serving
@@ -164,6 +171,17 @@ class Catalog:
         self._by_name = by_name | servings
         self._servings = servings
         self._deepest = max((name.count("/") for name in self._by_name), default=0)
+
+    def _is_new(self, text: str) -> bool:
+        """Whether there is a file of that name by now, and so a look at all: who adds a model asks for it next."""
+        now = self._now()
+        if now < self._due - FRESH_SECONDS + _AGAIN_SECONDS or not is_name(text):
+            return False
+        if not os.path.lexists(self._paths.model_file(text)):
+            return False
+        self._due = now
+        self._refresh()
+        return True
 
     def _unknown(self, text: str, allowed: Allowed) -> Refusal:
         from difflib import get_close_matches  # noqa: PLC0415 - not needed by most

@@ -307,6 +307,13 @@ class Exchange:
             name = self._head.model.decode(errors="replace")
         # A page that somebody only looks at loads nothing.
         guess = self._head.method == b"POST"
+        if name is None and self._head.method in {b"GET", b"HEAD"}:
+            raise Refusal(
+                404,
+                "There is nothing here that belongs to no model.",
+                hint="/ is the status page, /v1/models lists the models; ?model= or the header X-Model names one.",
+                code="not_found",
+            )
         try:
             return self._shared.catalog.resolve(name, allowed=self._may_use, guess=guess)
         except Refusal as refusal:

@@ -47,8 +47,10 @@ class Failure:
     def refusal(self, *, show_logs: bool) -> Refusal:
         """A new one for each request that it is told to."""
         message = self.message
-        if self.log and show_logs:
-            message = "\n".join([f"{message} The engine's last lines:", *self.log])
+        said = [line for line in self.log if line.strip() and line.strip() not in message]
+        if said and show_logs:
+            stop = "" if message.endswith((".", "!", "?")) else "."
+            message = "\n".join([f"{message}{stop} The last lines of its log:", *said])
         return Refusal(
             self.status,
             message,

@@ -355,7 +355,7 @@ def test_a_failed_start_is_told_to_everybody_with_the_engines_last_lines(play: P
         world.prepare()
         for refusal in await asyncio.gather(*(refused(world.enter()) for _ in range(3))):
             assert refusal.status == 503
-            assert refusal.message == "qwen did not start. The engine's last lines:\nloading\nCUDA error"
+            assert refusal.message == "qwen did not start. The last lines of its log:\nloading\nCUDA error"
             assert (refusal.hint, refusal.kind, refusal.code) == ("Look there.", "t", "c")
             assert refusal.retry_after_seconds == 20
         assert not world.in_use()
