@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.machine.test_policy_cli import start
+from tests.machine.test_policy_cli import in_use, start
 from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ def test_every_size_of_terminal_is_filled_and_none_overflows(machine: Host, colu
 @pytest.mark.generations(Generation.TRIXIE)
 def test_a_model_in_use_is_stopped_only_after_a_yes(machine: Host) -> None:
     start(machine, "busy")
-    user = machine.popen("gpusvc", "use", "busy", "--", "sleep", "1000")
-    with top(machine, 100, 30) as terminal:
+    with in_use(machine, "busy"), top(machine, 100, 30) as terminal:
         terminal.wait_for(shows("in use"))
         terminal.press("x")
         terminal.wait_for(shows("Stop it? y/n"))
@@ -155,5 +154,3 @@ def test_a_model_in_use_is_stopped_only_after_a_yes(machine: Host) -> None:
         terminal.wait_for(shows("Stop it? y/n"))
         terminal.press("y")
         terminal.wait_for(shows("stopped"))
-    user.terminate()
-    user.communicate()

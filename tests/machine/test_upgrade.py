@@ -232,12 +232,16 @@ def test_a_lease_of_another_version_on_a_disk_of_old_keeps_no_model_from_startin
     assert "cannot be read (ValueError: version 99)" in machine.messages("streamer")
 
 
-def test_keys_of_another_version_are_refused_and_change_nothing(upgrade: Upgrade) -> None:
+def test_keys_of_another_version_let_nobody_in_and_say_why(upgrade: Upgrade) -> None:
     machine = upgrade.machine
     machine.write("/etc/gpusvc/keys.toml", "version = 2\n", mode=0o640)
     machine.run("chgrp", "gpusvc-gateway", "/etc/gpusvc/keys.toml")
     machine.wait_until(
         lambda: "/etc/gpusvc/keys.toml: version" in machine.journal(GATEWAY, "-o", "cat"), "it is told", unit=GATEWAY
     )
-    assert version_served(machine) == NEWER
+    status = ("--silent", "--output", "/dev/null", "--write-out", "%{http_code}")
+    assert machine.run("curl", *status, f"{URL}/gpusvc/openapi.json").stdout == "401"
+    # A file that is gone again changes nothing by itself.
     machine.remove("/etc/gpusvc/keys.toml")
+    machine.run("systemctl", "restart", GATEWAY)
+    assert version_served(machine) == NEWER
