@@ -33,6 +33,8 @@ DOCUMENTS = sorted(
 UNTRIED = {
     ("README.md", "./demo"): "test_demo.py runs it, and this is a part of ./test",
     ("README.md", "packaging/build-deb"): "this machine has the package, built and installed in this way",
+    ("docs/reliability.md", "python -m tests.campaign"): "test_campaign.py has short ones, on machines of their own",
+    ("docs/reliability.md", "tests/bench/escapes"): "it compares ways to end an engine, and has no need of gpusvc",
     ("docs/rootless.md", "gpusvc --user add"): "test_rootless.py has a user with a service manager of his own",
     ("docs/rootless.md", "systemctl --user enable"): "likewise",
 }
