@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from gpusvc import toml
 from gpusvc.config import load_host, load_model
 from gpusvc.paths import Paths
 from gpusvc.quantity import format_duration, parse_duration
@@ -24,8 +23,6 @@ INHERITED = {
     "busy_timeout": "watchdog.busy_timeout",
     "busy_action": "watchdog.busy_action",
 }
-
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +67,11 @@ def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
         elif is_dataclass(value):
             yield from _values(value, f"{key}.")
         elif key.endswith("_seconds"):
-            yield key.removesuffix("_seconds"), _quoted(_duration(value))
+            yield key.removesuffix("_seconds"), toml.inline(_duration(value))
         elif key.endswith("_bytes"):
-            yield key.removesuffix("_bytes"), None if value is None else _quoted(_size(value))
+            yield key.removesuffix("_bytes"), None if value is None else toml.inline(_size(value))
         else:
-            yield key, None if value is None else _toml(value)
+            yield key, None if value is None else toml.inline(str(value) if isinstance(value, Path) else value)
 
 
 def _serving_values(serving: Serving) -> Iterator[tuple[str, str | None]]:
@@ -111,26 +108,3 @@ def _size(size: int) -> str:
         size //= 1024
         units.pop(0)
     return f"{size}{units[0]}"
-
-
-def _toml(value: object) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return repr(value)
-        case tuple() | list():
-            return f"[{', '.join(map(_toml, value))}]"
-        case Mapping():
-            return f"{{ {', '.join(f'{_key(key)} = {_toml(value[key])}' for key in value)} }}" if value else "{}"
-        case _:
-            return _quoted(str(value))
-
-
-def _key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _quoted(key)
-
-
-def _quoted(text: str) -> str:
-    # A JSON string is a TOML string, but for DEL.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

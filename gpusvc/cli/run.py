@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import select
@@ -84,8 +83,8 @@ def run(
             hint="Say it with sudo, or `gpusvc --user run` to have it as a model of yours.",
         )
     name = _free_name(paths, names.parse_name(name) if name else None, Path(program).name)
-    text = _model_file(paths, name, Path(program).absolute(), command[1:], user or _caller_name())
-    text += _gpu_table(gpus, devices, vram)
+    gpu = _gpu_table(gpus, devices, vram)
+    text = _model_file(paths, name, Path(program).absolute(), command[1:], user or _caller_name(), gpu)
     with _prepared(paths, name, text) as going:
         return going.see_through()
 
@@ -111,7 +110,9 @@ def _free_name(paths: Paths, wanted: str | None, program: str) -> str:
     return next(name for name in numbered if name not in taken and not paths.run_file(name).exists())
 
 
-def _model_file(paths: Paths, name: str, program: Path, arguments: list[str], user: str) -> str:
+def _model_file(paths: Paths, name: str, program: Path, arguments: list[str], user: str, gpu: dict[str, object]) -> str:
+    from gpusvc import toml
+
     values: dict[str, object] = {
         "description": f"{program.name}, run by {user}",
         "command": [str(program)],
@@ -123,27 +124,23 @@ def _model_file(paths: Paths, name: str, program: Path, arguments: list[str], us
         "health_timeout": 0,
         "idle_timeout": 0,
         "busy_timeout": 0,
+        "gpu": gpu,
     }
     try:
-        text = "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+        text = toml.document(values)
         text.encode()
     except UnicodeEncodeError:
         raise UsageError("An argument of the program is not UTF-8 text.") from None
     return text
 
 
-def _gpu_table(gpus: int, devices: list[str], vram: str) -> str:
+def _gpu_table(gpus: int, devices: list[str], vram: str) -> dict[str, object]:
     keys: dict[str, object] = {"count": gpus}
     if devices:
         keys["devices"] = devices
     if vram:
         keys["vram"] = vram
-    return "[gpu]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in keys.items())
-
-
-def _toml(value: object) -> str:
-    # JSON's strings are TOML's, but for one character that TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return keys
 
 
 def _socket(paths: Paths, name: str) -> Path:

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusvc.config import HostConfig, InvalidFileError, load_host, load_model
-from gpusvc.effective import DEFAULT, INHERITED, Setting, _duration, _size, _toml, effective
+from gpusvc.effective import DEFAULT, INHERITED, Setting, _duration, _size, effective
 from gpusvc.errors import UnknownModelError
 from gpusvc.host_file import read_host
 from gpusvc.model_file import read_model
 from gpusvc.paths import Paths
 from gpusvc.quantity import MAX_DURATION_SECONDS, MAX_SIZE_BYTES, parse_duration, parse_size
 from gpusvc.reading import Table
+from gpusvc.toml import inline
 
 BARE = f'user = "{pwd.getpwuid(os.geteuid()).pw_name}"\ncommand = ["/bin/sh"]\n'
 
@@ -157,4 +158,4 @@ def test_a_size_is_exact(size: int) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_string_is_toml(text: str) -> None:
-    assert tomllib.loads(f"x = {_toml({text: (text,)})}") == {"x": {text: [text]}}
+    assert tomllib.loads(f"x = {inline({text: (text,)})}") == {"x": {text: [text]}}
