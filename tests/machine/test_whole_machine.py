@@ -1,4 +1,4 @@
-"""What no container has: a reboot through the kernel and the firmware, a memory controller, an OOM killer."""
+"""What no container has: a clock to set, a kernel of its own, a memory controller, an OOM killer."""
 
 from __future__ import annotations
 
@@ -99,6 +99,26 @@ def feed(computer: Computer, path: str) -> str:
     return computer.journal(HUNGRY)
 
 
+def assert_answers(computer: Computer, model: str) -> None:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "the water"}]})
+    curl = ("curl", "-s", "-m", "200", "-d", body, "http://127.0.0.1:8484/v1/chat/completions")
+    answer = computer.run(*curl, check=False, timeout=240).stdout
+    assert "You said: the water" in answer, computer.journal("gpusvc-*.service")
+
+
+def is_active(computer: Computer, unit: str) -> bool:
+    return computer.property(unit, "ActiveState") == "active"
+
+
+def await_eviction(computer: Computer, model: str) -> None:
+    """By the watchdog, which has then looked at all others as well."""
+    unit = f"model@{model}.service"
+    computer.wait_until(lambda: not is_active(computer, unit), f"{model} was evicted", unit="gpusvc-watchdog.service")
+    computer.wait_until(
+        lambda: computer.property(unit, "ActiveState") == "inactive", f"{model} has been released", unit=unit
+    )
+
+
 def test_models_that_are_enabled_are_up_after_a_reboot(computer: Computer) -> None:
     gpu = '[gpu]\ndevices = [1]\nvram = "4GiB"\n'
     write_engine(computer, "qwen", gpu, "--vram", "4GiB")
@@ -114,10 +134,7 @@ def test_models_that_are_enabled_are_up_after_a_reboot(computer: Computer) -> No
     computer.wait_until(lambda: wanted.items() <= states().items(), "all are up", unit="model@*.service")
     assert computer.run("systemctl", "is-system-running").stdout == "running\n"
     assert "GPU 1" in computer.property("model@qwen.service", "StatusText")
-    body = json.dumps({"model": "qwen", "messages": [{"role": "user", "content": "the water"}]})
-    curl = ("curl", "-s", "-m", "200", "-d", body, "http://127.0.0.1:8484/v1/chat/completions")
-    answer = computer.run(*curl, check=False, timeout=240).stdout
-    assert "You said: the water" in answer, computer.journal("gpusvc-*.service")
+    assert_answers(computer, "qwen")
     units = ("model@qwen.service", "model@plain.service", "model@early.service")
     computer.run("systemctl", "disable", "--now", *units, timeout=120)
     assert "4.0 GiB of VRAM on GPU 1 came back" in computer.journal("model@qwen.service")
@@ -150,3 +167,31 @@ def test_the_limit_of_all_engines_is_not_taken_for_that_of_one(computer: Compute
     finally:
         computer.run("systemctl", "set-property", "--runtime", "gpusvc-models.slice", "MemoryMax=infinity")
     assert "memory ran out beyond its own limits" in said
+
+
+def test_whoever_sets_the_clock_makes_nobody_idle_and_nobody_stay(computer: Computer) -> None:
+    write_engine(computer, "fresh", 'idle_timeout = "1h"\n[gpu]\ncount = 0\n')
+    write_engine(computer, "used", 'idle_timeout = "5s"\n[gpu]\ncount = 0\n')
+    write_engine(computer, "decoy", 'idle_timeout = "5s"\n[gpu]\ncount = 0\n')
+    use = ("gpusvc", "use", "used", "--", "sleep", "infinity")
+    computer.run("systemctl", "start", "model@fresh.service", timeout=120)
+    computer.run("systemd-run", "--unit=user-of-used", *use)
+    computer.wait_until(lambda: is_active(computer, "model@used.service"), "used is up", unit="model@used.service")
+    offset = 0
+    try:
+        for days in (1, -2):
+            computer.run("systemctl", "start", "model@decoy.service", timeout=120)
+            computer.run("date", "--set", f"{days * 24} hours")
+            offset += days
+            await_eviction(computer, "decoy")
+            assert is_active(computer, "model@fresh.service"), computer.journal("gpusvc-watchdog.service")
+            assert is_active(computer, "model@used.service"), computer.journal("gpusvc-watchdog.service")
+            assert_answers(computer, "fresh")
+        # It was used for the last time tomorrow, and is idle today.
+        computer.run("systemctl", "stop", "user-of-used.service")
+        computer.run("touch", "-d", "tomorrow", "/run/gpusvc/models/used/use")
+        await_eviction(computer, "used")
+        computer.run("systemctl", "stop", "model@fresh.service", timeout=120)
+        assert "fresh is released" in computer.journal("model@fresh.service")
+    finally:
+        computer.run("date", "--set", f"{-offset * 24} hours")
