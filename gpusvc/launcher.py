@@ -64,11 +64,13 @@ if TYPE_CHECKING:
     from gpusvc.config import HostConfig, ModelConfig
     from gpusvc.gpu import Gpu
     from gpusvc.nvml import Nvml
+    from gpusvc.systemd import Scope
 
 # While anything happens, systemd is asked for this much more time; what is a failure is decided here, with a reason.
 _ROPE_SECONDS = 60.0
 
 _SCOPE_SECONDS = 30.0
+_ABSENT_SECONDS = 10.0  # systemd or the bus, while either starts anew
 _SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.1
 _READING_SECONDS = 1.0
@@ -174,25 +176,21 @@ class Launch:
         config = self._config
         allowed = self._allowed_nodes()
         self._wait_for(f"Making a scope for {self._where()}.")
-        with systemd.Manager() as manager:
-            job = manager.start_scope(
-                systemd.Scope(
-                    name=self._lease.scope,
-                    description=f"{config.description} (engine of {names.service(self._name)})",
-                    slice=names.SLICE,
-                    pids=(self._parked.pid,),
-                    binds_to=names.service(self._name),
-                    devices=None if is_user_instance() else allowed,
-                    stop_timeout_seconds=config.stop_timeout_seconds,
-                )
+        self._make(
+            systemd.Scope(
+                name=self._lease.scope,
+                description=f"{config.description} (engine of {names.service(self._name)})",
+                slice=names.SLICE,
+                pids=(self._parked.pid,),
+                binds_to=names.service(self._name),
+                devices=None if is_user_instance() else allowed,
+                stop_timeout_seconds=config.stop_timeout_seconds,
             )
-            result = manager.wait(job, _SCOPE_SECONDS)
-        if result is not systemd.JobResult.DONE:
-            raise SystemdError(f"systemd did not make {self._lease.scope}: its job is {result or 'not done in time'}.")
+        )
         if config.scope:
             systemd.set_properties(self._lease.scope, config.scope)
         cgroup = Cgroup.of_process(self._parked.pid)
-        if cgroup is None or not cgroup.path.endswith("/" + self._lease.scope):
+        if cgroup is None or not self._is_its_scope(cgroup):
             raise IsolationError(f"The engine is in {cgroup and cgroup.path}, not in {self._lease.scope}.")
         if not cgroup.directory.is_dir():
             raise IsolationError(
@@ -207,6 +205,33 @@ class Launch:
         )
         leases.write(self._paths, self._lease)
         return cgroup
+
+    def _make(self, scope: Scope) -> None:
+        """Have systemd make ``scope``. While it executes itself anew, or the bus restarts, nobody hears that it has."""
+        from gpusvc import systemd  # noqa: PLC0415  as above
+
+        until = time.monotonic() + _ABSENT_SECONDS
+        may_be_made = False
+        while True:
+            try:
+                with systemd.Manager() as manager:
+                    result = manager.wait(manager.start_scope(scope), _SCOPE_SECONDS)
+                if result is systemd.JobResult.DONE:
+                    return
+                raise SystemdError(f"systemd did not make {scope.name}: its job is {result or 'not done in time'}.")
+            except systemd.UnansweredError:
+                if time.monotonic() >= until:
+                    raise
+                may_be_made = True
+                time.sleep(_LONGEST_PAUSE_SECONDS)
+            except SystemdError:
+                cgroup = Cgroup.of_process(self._parked.pid)
+                if not may_be_made or cgroup is None or not self._is_its_scope(cgroup):
+                    raise
+                return
+
+    def _is_its_scope(self, cgroup: Cgroup) -> bool:
+        return cgroup.path.endswith("/" + self._lease.scope)
 
     def _start_engine(self) -> None:
         config, port = self._config, str(self._lease.port)

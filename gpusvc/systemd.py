@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from gpusvc.errors import ConfigError, PermissionDeniedError, SystemdError
 from gpusvc.paths import Paths, is_user_instance
@@ -43,6 +43,20 @@ DBus, DBusAddress, apply_signature, DBusBaseError = _import_pystemd()
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
+_JOB = b"org.freedesktop.systemd1.Job"
+
+# systemd executes itself anew within this time, and nobody answers meanwhile.
+_ABSENT_SECONDS = 10.0
+_PAUSE_SECONDS = 0.05
+
+# How long a job may take before it is seen to that it has not ended unheard.
+_HEARSAY_SECONDS = 2.0
+
+# Neither systemd nor the bus answers with one of these: whoever was asked is away; or the connection is gone.
+_AWAY = frozenset({errno.ETIMEDOUT})
+_DISCONNECTED = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED, errno.EPIPE})
+
+_T = TypeVar("_T")
 
 
 class JobResult(StrEnum):
@@ -79,6 +93,9 @@ class ActiveState(StrEnum):
         return cls.OTHER
 
 
+_UP = frozenset({ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING})
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A loaded unit, as one answer of the manager describes it."""
@@ -99,6 +116,14 @@ class ServiceStatus:
     since: float
 
 
+class UnansweredError(SystemdError):
+    """Nobody answered: systemd executes itself anew, or the bus restarts. Either is over in a moment."""
+
+
+class _AwayError(UnansweredError):
+    """Likewise, and the connection is whole."""
+
+
 class JobConflictError(SystemdError):
     """A job of the other kind is queued for the unit, and was not to be cancelled."""
 
@@ -110,6 +135,15 @@ class EndedJob:
     path: str
     unit: str
     result: JobResult
+
+
+@dataclass(slots=True)
+class _Queued:
+    """A job that this connection queued, and has not heard of since."""
+
+    verb: str
+    unit: str
+    looked_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +183,14 @@ class Manager:
 
     Raises:
         SystemdError: from every method, when the manager refuses or cannot be reached.
+        UnansweredError: likewise, when nobody answered.
         PermissionDeniedError: from every method that changes something, when the caller may not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_seconds: float = _ABSENT_SECONDS) -> None:
+        """``patience_seconds``: how long a manager that executes itself anew is asked again and again."""
+        self._patience_seconds = patience_seconds
+        self._queued: dict[str, _Queued] = {}
         self._ended: dict[str, EndedJob] = {}
         self._on_signal: Callable[..., None] | None = None
         # Whom signals are from; on a connection without a bus in between nobody has a name.
@@ -204,7 +242,7 @@ class Manager:
         self._subscribe()
         mode = "replace" if replace else "fail"
         path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, mode)
-        return path.decode()
+        return self._remember(path, verb, unit)
 
     def reset_failed(self, unit: str) -> None:
         """Forget that ``unit`` failed."""
@@ -212,7 +250,7 @@ class Manager:
 
     def kill(self, unit: str, signal: int) -> None:
         """Send ``signal`` to every process of ``unit``."""
-        self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", signal)
+        self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", signal, again=False)
 
     def thaw(self, unit: str) -> None:
         """Let the processes of ``unit`` go on, which somebody froze; nothing, if nobody did."""
@@ -240,7 +278,7 @@ class Manager:
         arguments += [(ord("a"), b"(sa(sv))"), (-1, None)]
         with _translated(f"make {scope.name}"):
             path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
-        return path.decode()
+        return self._remember(path, "Start", scope.name)
 
     def wait(self, job: str, timeout_seconds: float) -> JobResult | None:
         """How ``job``, which this connection queued, ended; None if it has not within the time."""
@@ -249,12 +287,14 @@ class Manager:
         poll.register(self._bus.get_fd(), select.POLLIN)
         while True:
             self._process()
-            if job in self._ended:
-                return self._ended.pop(job).result
+            result = self._ended.pop(job).result if job in self._ended else self._unheard(job)
+            if result is not None:
+                self._queued.pop(job, None)
+                return result
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            poll.poll(remaining * 1000)
+            poll.poll(min(remaining, _HEARSAY_SECONDS) * 1000)
 
     def listen(self) -> int:
         """For who cannot wait(): hear of the end of every job from now on. A file that is readable when drain() is due.
@@ -297,13 +337,54 @@ class Manager:
         )
 
     def _get(self, unit: Unit, interface: bytes, name: str, signature: str) -> Any:
-        with _translated(f"read {name} of {unit.name}"):
-            return self._bus.get_property(_NAME, unit.path.encode(), interface, name.encode(), signature.encode())
+        path = unit.path.encode()
+        return self._patiently(
+            f"read {name} of {unit.name}",
+            lambda: self._bus.get_property(_NAME, path, interface, name.encode(), signature.encode()),
+        )
 
-    def _call(self, doing: str, method: str, signature: str, *arguments: object) -> Any:
+    def _call(self, doing: str, method: str, signature: str, *arguments: object, again: bool = True) -> Any:
+        """``again``: it does no harm if it is heard twice."""
         encoded = apply_signature(signature.encode(), [_encode(argument) for argument in arguments])
-        with _translated(doing):
-            return self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body
+        return self._patiently(
+            doing, lambda: self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body, again=again
+        )
+
+    def _patiently(self, doing: str, question: Callable[[], _T], *, again: bool = True) -> _T:
+        """What the manager says, asked again while it is away."""
+        until = time.monotonic() + (self._patience_seconds if again else 0)
+        while True:
+            try:
+                with _translated(doing):
+                    return question()
+            except _AwayError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    def _remember(self, path: bytes, verb: str, unit: str) -> str:
+        self._queued[path.decode()] = _Queued(verb, unit, time.monotonic())
+        return path.decode()
+
+    def _unheard(self, job: str) -> JobResult | None:
+        """How a job ended of which nobody was told, as is the case while systemd executes itself anew."""
+        queued = self._queued.get(job)
+        if queued is None or time.monotonic() - queued.looked_at < _HEARSAY_SECONDS:
+            return None
+        queued.looked_at = time.monotonic()
+        try:
+            self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
+        except DBusBaseError as error:
+            if abs(error.errno) in _AWAY | _DISCONNECTED:
+                return None
+        else:
+            return None  # it goes on
+        unit = self.unit(queued.unit)
+        self._process()
+        if job in self._ended:
+            return self._ended.pop(job).result
+        is_up = unit is not None and unit.active in _UP
+        return JobResult.DONE if is_up is (queued.verb != "Stop") else JobResult.FAILED
 
     def _process(self) -> None:
         with _translated("hear from the service manager"):
@@ -386,6 +467,7 @@ def _translated(doing: str) -> Iterator[None]:
         hint = None
         if code in {errno.ENOENT, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.ENOTCONN} and "reach" in doing:
             hint = "gpusvc needs systemd as PID 1, and the D-Bus system bus."
-        raise SystemdError(
+        kind = _AwayError if code in _AWAY else UnansweredError if code in _DISCONNECTED else SystemdError
+        raise kind(
             f"Could not {doing}: {(said or errno.errorcode.get(code, str(code))).rstrip('.')}.", hint=hint
         ) from None

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 
@@ -50,7 +51,8 @@ async def service_of(paths: Paths) -> AsyncIterator[Service]:
         if of_service(job.unit) is not None:
             snapshots.forget()
 
-    bus = Bus(loop, Manager, on_end=job_ended)
+    # The loop waits with patience of its own.
+    bus = Bus(loop, partial(Manager, patience_seconds=0), on_end=job_ended)
     events = Events()
     jobs = Jobs(paths, bus, journal.last_words, on_change=snapshots.forget)
     streams = Streams()

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from gpusvc.errors import PermissionDeniedError, SystemdError
-from gpusvc.systemd import EndedJob, JobConflictError, JobResult, ServiceStatus, Unit
+from gpusvc.errors import SystemdError
+from gpusvc.systemd import EndedJob, JobResult, ServiceStatus, UnansweredError, Unit
 
 _T = TypeVar("_T")
 
@@ -57,9 +57,7 @@ class Line:
         for is_last in (self._manager is None, True):
             try:
                 return question(self.manager())
-            except (PermissionDeniedError, JobConflictError):
-                raise
-            except SystemdError:
+            except UnansweredError:
                 self.close()
                 if is_last:
                     raise

@@ -17,11 +17,11 @@ from gpusvc import lease as leases
 from gpusvc.api import users
 from gpusvc.api.bus import Bus, LostError, Manager
 from gpusvc.api.cooldown import Cooldown
-from gpusvc.errors import BusyError, EngineError, GpusvcError, SystemdError, UnreleasedError
+from gpusvc.errors import BusyError, EngineError, GpusvcError, UnreleasedError
 from gpusvc.inventory import ModelState
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.systemd import ActiveState, JobConflictError, JobResult, ServiceStatus, Unit
+from gpusvc.systemd import ActiveState, JobConflictError, JobResult, ServiceStatus, UnansweredError, Unit
 
 # How long a start on request goes on when nobody waits for it any more: clients try again.
 ABANDONED_SECONDS = 5.0
@@ -432,16 +432,14 @@ class Jobs:
         """What the manager says, once it answers: it may be executing itself anew, or the bus be restarting.
 
         Raises:
-            SystemdError: it did not answer for too long.
-            JobConflictError, PermissionDeniedError: it did.
+            UnansweredError: it did not answer for too long.
+            SystemdError, PermissionDeniedError: it did.
         """
         until = time.monotonic() + _ABSENT_SECONDS
         while True:
             try:
                 return question()
-            except JobConflictError:
-                raise
-            except SystemdError:
+            except UnansweredError:
                 if time.monotonic() >= until:
                     raise
                 await asyncio.sleep(_PAUSE_SECONDS)

@@ -324,9 +324,6 @@ class Campaign:
 
     def _do_systemd(self, step: Step) -> None:
         self._end_fault("processes")
-        if step.what == "daemon-reexec":
-            # Who is making a scope at that very moment gets no answer; the start fails, says so, and is tried again.
-            self._note(replace(step, model=EVERYBODY), Cause.START, lasts=2.0)
         self._systemctl(step.what)
 
     def _do_service(self, step: Step) -> None:

@@ -28,12 +28,12 @@ from gpusvc.api.openapi import document
 from gpusvc.api.service import Service
 from gpusvc.api.snapshots import Snapshots
 from gpusvc.api.streams import Streams
-from gpusvc.errors import NvmlUnavailableError, PermissionDeniedError, SystemdError
+from gpusvc.errors import NvmlUnavailableError, PermissionDeniedError
 from gpusvc.eventlog import Event
 from gpusvc.lease import Lease
 from gpusvc.nvml import Nvml
 from gpusvc.paths import Paths
-from gpusvc.systemd import ActiveState, EndedJob, JobConflictError, JobResult, ServiceStatus, Unit
+from gpusvc.systemd import ActiveState, EndedJob, JobConflictError, JobResult, ServiceStatus, UnansweredError, Unit
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class Connection:
 
     def _check(self) -> None:
         if self.is_broken:
-            raise SystemdError("Could not hear from the service manager: Connection reset by peer.")
+            raise UnansweredError("Could not hear from the service manager: Connection reset by peer.")
 
 
 class Api:

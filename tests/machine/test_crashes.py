@@ -180,6 +180,24 @@ def test_systemd_may_reload_itself(machine: Host, command: str, *, loads: bool) 
     assert machine.remains("qwen") == []
 
 
+def test_systemd_may_execute_itself_anew_again_and_again(machine: Host) -> None:
+    machine.write_model("qwen", arguments="--vram 2GiB", gpu=ONE_GPU, keys=SHORT_STOP)
+    storm = ("systemd-run", "--unit=storm", "sh", "-c", "while :; do systemctl daemon-reexec; sleep 0.5; done")
+    machine.run(*storm)
+    try:
+        for _ in range(5):
+            machine.run("gpusvc", "start", "qwen", timeout=60)
+            machine.run("gpusvc", "stop", "qwen", timeout=60)
+            assert machine.remains("qwen") == []
+    finally:
+        # What systemctl itself asks meanwhile, nobody may answer.
+        end = ("systemctl", "stop", "storm.service")
+        machine.wait_until(lambda: machine.run(*end, check=False).returncode == 0, "the storm is over")
+    said = told(machine)
+    assert "Scheduled restart job" not in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("command", ["daemon-reload", "daemon-reexec"])
 def test_other_gpus_stay_closed_when_systemd_reloads_itself(machine: Host, command: str) -> None:
     begin(machine)
