@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import os
 import select
+import signal
 import sys
 import time
 import types
@@ -52,8 +53,7 @@ _PAUSE_SECONDS = 0.05
 # How long a job may take before it is seen to that it has not ended unheard.
 _HEARSAY_SECONDS = 2.0
 
-# Neither systemd nor the bus answers with one of these: whoever was asked is away; or the connection is gone.
-_AWAY = frozenset({errno.ETIMEDOUT})
+# Neither systemd nor the bus answers with one of these.
 _DISCONNECTED = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED, errno.EPIPE})
 
 _T = TypeVar("_T")
@@ -122,6 +122,13 @@ class UnansweredError(SystemdError):
 
 class _AwayError(UnansweredError):
     """Likewise, and the connection is whole."""
+
+
+class _InterruptedError(UnansweredError):
+    """A signal came first; its handler has run by now."""
+
+
+_NO_ANSWER = {errno.ETIMEDOUT: _AwayError, errno.EINTR: _InterruptedError}
 
 
 class JobConflictError(SystemdError):
@@ -248,9 +255,9 @@ class Manager:
         """Forget that ``unit`` failed."""
         self._call(f"reset {unit}", "ResetFailedUnit", "s", unit)
 
-    def kill(self, unit: str, signal: int) -> None:
-        """Send ``signal`` to every process of ``unit``."""
-        self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", signal, again=False)
+    def kill(self, unit: str, number: int) -> None:
+        """Send the signal ``number`` to every process of ``unit``."""
+        self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", number, again=False)
 
     def thaw(self, unit: str) -> None:
         """Let the processes of ``unit`` go on, which somebody froze; nothing, if nobody did."""
@@ -276,7 +283,7 @@ class Manager:
             arguments += [(-1, None), (-1, None)]
         arguments.append((-1, None))
         arguments += [(ord("a"), b"(sa(sv))"), (-1, None)]
-        with _translated(f"make {scope.name}"):
+        with _translated(f"make {scope.name}"), _undisturbed():
             path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
         return self._remember(path, "Start", scope.name)
 
@@ -352,11 +359,16 @@ class Manager:
 
     def _patiently(self, doing: str, question: Callable[[], _T], *, again: bool = True) -> _T:
         """What the manager says, asked again while it is away."""
-        until = time.monotonic() + (self._patience_seconds if again else 0)
+        if not again:
+            with _translated(doing), _undisturbed():
+                return question()
+        until = time.monotonic() + self._patience_seconds
         while True:
             try:
                 with _translated(doing):
                     return question()
+            except _InterruptedError:
+                continue
             except _AwayError:
                 if time.monotonic() >= until:
                     raise
@@ -375,7 +387,7 @@ class Manager:
         try:
             self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
         except DBusBaseError as error:
-            if abs(error.errno) in _AWAY | _DISCONNECTED:
+            if abs(error.errno) in {*_NO_ANSWER, *_DISCONNECTED}:
                 return None
         else:
             return None  # it goes on
@@ -387,9 +399,11 @@ class Manager:
         return JobResult.DONE if is_up is (queued.verb != "Stop") else JobResult.FAILED
 
     def _process(self) -> None:
-        with _translated("hear from the service manager"):
-            while not self._bus.process().is_empty():
-                pass
+        with _translated("hear from the service manager"), _undisturbed():
+            # What libsystemd keeps to itself looks like nothing; and nobody polls for what it has read already.
+            nothing = 0
+            while nothing < 2:
+                nothing = nothing + 1 if self._bus.process().is_empty() else 0
 
     def _subscribe(self) -> None:
         """Hear of the end of jobs; before the first job is queued, so that none can end unheard."""
@@ -451,6 +465,18 @@ def _encode(value: object) -> Any:
 
 
 @contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait until this is over. One whose handler raises, as that of Ctrl-C does, must not arrive in a callback:
+    pystemd cannot pass that on, and what becomes of it is a SystemError. Nor may it cut off what cannot be said twice.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _translated(doing: str) -> Iterator[None]:
     try:
         yield
@@ -467,7 +493,7 @@ def _translated(doing: str) -> Iterator[None]:
         hint = None
         if code in {errno.ENOENT, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.ENOTCONN} and "reach" in doing:
             hint = "gpusvc needs systemd as PID 1, and the D-Bus system bus."
-        kind = _AwayError if code in _AWAY else UnansweredError if code in _DISCONNECTED else SystemdError
+        kind = _NO_ANSWER.get(code, UnansweredError if code in _DISCONNECTED else SystemdError)
         raise kind(
             f"Could not {doing}: {(said or errno.errorcode.get(code, str(code))).rstrip('.')}.", hint=hint
         ) from None

@@ -20,6 +20,9 @@ from tests.machine.container import MachineError
 from tests.machine.host import Host, build_package, prepare
 from tests.machine.tree import Generation
 
+# Of the journal, what is kept beside a replay. (Not --lines=: with --since= that is the oldest.)
+_JOURNAL_LINES = 3000
+
 
 def main() -> int:
     options = _parse_options()
@@ -92,7 +95,7 @@ def attempt(
         except (ViolationError, MachineError, OSError) as error:
             with suppress(MachineError):
                 file = Path(replays, f"campaign-{generation}-{time.time():.0f}.journal")
-                file.write_text(stage.journal(None, "--lines=1500"))
+                file.write_text("".join(stage.journal(None).splitlines(keepends=True)[-_JOURNAL_LINES:]))
             return done, error
         finally:
             campaign.close()

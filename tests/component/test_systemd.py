@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,8 @@ class Bus:
         self.called: list[str] = []
         self.active = b"active"
         self.has_job = True
-        self.news: list[tuple[bytes, ...]] = []
+        self.news: list[tuple[bytes, ...] | None] = []
+        self.during_callback: Callable[[bool], object] = lambda _: None
         self._fd = os.eventfd(0)
         self._on_signal: Callable[..., None] | None = None
 
@@ -47,11 +49,15 @@ class Bus:
         self._on_signal = heard
 
     def process(self) -> Any:
-        news, self.news = self.news, []
-        for body in news:
+        """As libsystemd: one message a call. None of it: there is one that it keeps to itself."""
+        body = self.news.pop(0) if self.news else None
+        if body is not None:
             assert self._on_signal is not None
-            self._on_signal(SimpleNamespace(body=body, process_reply=lambda _: None))
-        return SimpleNamespace(is_empty=lambda: not news)
+            try:
+                self._on_signal(SimpleNamespace(body=body, process_reply=self.during_callback))
+            except BaseException as error:
+                raise SystemError("returned a result with an exception set") from error
+        return SimpleNamespace(is_empty=lambda: body is None)
 
     def call_method(self, name: bytes, path: bytes, interface: bytes, method: bytes, arguments: object) -> Any:
         self._called(method.decode())
@@ -167,6 +173,40 @@ def test_news_that_come_with_the_answer_count(bus: Bus, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(bus, "call_method", answer)
     assert asked.wait(job, 60) is JobResult.TIMEOUT
+
+
+def test_a_call_that_a_signal_cut_off_is_made_again(bus: Bus) -> None:
+    bus.fails = [errno.EINTR]
+    assert [unit.name for unit in manager(patience_seconds=0).units(SERVICE)] == [SERVICE]
+
+
+def test_news_behind_what_libsystemd_keeps_to_itself_are_heard(bus: Bus) -> None:
+    asked = manager()
+    asked.listen()
+    ended = (b"7", JOB.encode(), SERVICE.encode(), b"done")
+    bus.news = [None, ended]
+    assert [(job.path, job.result) for job in asked.drain()] == [(JOB, JobResult.DONE)]
+
+
+class _ArrivedError(BaseException):
+    pass
+
+
+def test_a_signal_whose_handler_raises_waits_until_the_callback_is_over(bus: Bus) -> None:
+    def raises(*_: object) -> None:
+        raise _ArrivedError
+
+    asked = manager()
+    job = asked.enqueue("Start", SERVICE)
+    bus.news = [(b"7", JOB.encode(), SERVICE.encode(), b"done")]
+    bus.during_callback = lambda _: os.kill(os.getpid(), signal.SIGUSR1)
+    before = signal.signal(signal.SIGUSR1, raises)
+    try:
+        with pytest.raises(_ArrivedError):
+            asked.wait(job, 60)
+        assert asked.wait(job, 60) is JobResult.DONE
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_while_the_manager_is_away_a_job_is_neither_done_nor_failed(bus: Bus) -> None:
