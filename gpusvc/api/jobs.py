@@ -17,6 +17,7 @@ from gpusvc import lease as leases
 from gpusvc.api import users
 from gpusvc.api.bus import Bus, LostError, Manager
 from gpusvc.api.cooldown import Cooldown
+from gpusvc.api.shared import outcome
 from gpusvc.errors import BusyError, EngineError, GpusvcError, UnreleasedError
 from gpusvc.inventory import ModelState
 from gpusvc.log import log
@@ -190,7 +191,7 @@ class Jobs:
             start.given_up = None
         start.waiting += 1
         try:
-            return await asyncio.shield(start.task)
+            return await outcome(start.task)
         finally:
             start.waiting -= 1
             if not start.waiting and not start.is_wanted and not start.is_over:
@@ -331,9 +332,9 @@ class Jobs:
         chosen = {names.of_service(unit.name) for unit in units if unit.active not in _DOWN} - {None}
         running = sorted(name for name in chosen if name is not None)
         ended = await asyncio.gather(*(self.stop(name) for name in running), return_exceptions=True)
-        for outcome in ended:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        for end in ended:
+            if isinstance(end, BaseException):
+                raise end
         return running
 
     async def release(self, name: str) -> None:

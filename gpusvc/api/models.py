@@ -15,6 +15,7 @@ from gpusvc.api.caller import caller
 from gpusvc.api.endpoints import Endpoint, Parameter, flag
 from gpusvc.api.jobs import Ready
 from gpusvc.api.service import Service
+from gpusvc.api.shared import outcome
 from gpusvc.api.streams import is_gone
 from gpusvc.config import load_host
 from gpusvc.errors import GpusvcError, UsageError
@@ -170,7 +171,7 @@ class _Models:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(task)
+        return await outcome(task)
 
 
 def endpoints(service: Service) -> list[Endpoint]:

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar, cast
 
 from gpusvc import inventory, systemd
 from gpusvc.api.bus import Line, Manager
+from gpusvc.api.shared import outcome
 from gpusvc.config import model_names
 from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
 from gpusvc.gpu import Gpu
@@ -164,7 +165,7 @@ class _Fresh(Generic[_T]):
             task = self._task = loop.create_task(self._run())
             task.add_done_callback(self._done)
         # Whoever goes away takes nothing from the others.
-        return await asyncio.shield(self._task)
+        return await outcome(self._task)
 
     def forget(self) -> None:
         self._task = None
