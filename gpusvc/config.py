@@ -45,6 +45,7 @@ __all__ = [
     "check",
     "load_host",
     "load_model",
+    "load_sound_model",
     "model_names",
 ]
 
@@ -82,6 +83,14 @@ def load_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
         except FileNotFoundError:
             pass
     raise _unknown(paths, name)
+
+
+def load_sound_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig | None:
+    """The same; None: the file is gone or broken. A model that was started before runs on, with nothing special."""
+    try:
+        return load_model(paths, name, host)
+    except GpusvcError:
+        return None
 
 
 def model_names(paths: Paths) -> list[str]:

@@ -53,7 +53,7 @@ from gpusvc.events import Kind
 from gpusvc.gpu import total
 from gpusvc.lease import Lease, LeasedGpu
 from gpusvc.log import log
-from gpusvc.notify import Notifier
+from gpusvc.notify import ROPE_SECONDS, Notifier
 from gpusvc.paths import Paths, is_user_instance
 from gpusvc.progress import Reading, moved
 from gpusvc.quantity import MIB, format_amount, format_duration, shown
@@ -65,9 +65,6 @@ if TYPE_CHECKING:
     from gpusvc.gpu import Gpu
     from gpusvc.nvml import Nvml
     from gpusvc.systemd import Scope
-
-# While anything happens, systemd is asked for this much more time; what is a failure is decided here, with a reason.
-_ROPE_SECONDS = 60.0
 
 _SCOPE_SECONDS = 30.0
 _ABSENT_SECONDS = 10.0  # systemd or the bus, while either starts anew
@@ -145,7 +142,7 @@ class Launch:
 
     def _prove_last_run(self) -> None:
         """Nothing starts over the remains of the last run; usually there are none."""
-        released = release(self._paths, self._name, on_wait=self._wait_for)
+        released = release(self._paths, self._name, on_wait=self._notifier.waiting)
         if released is not None:
             released.tell()
 
@@ -157,7 +154,7 @@ class Launch:
             self._config,
             self._nvml,
             user=self._user,
-            on_wait=self._wait_for,
+            on_wait=self._notifier.waiting,
             clears=self._is_second_try,
         ).run()
         self._lease, self._gpus, self._is_guess = admitted.lease, admitted.gpus, admitted.is_guess
@@ -175,7 +172,7 @@ class Launch:
 
         config = self._config
         allowed = self._allowed_nodes()
-        self._wait_for(f"Making a scope for {self._where()}.")
+        self._notifier.waiting(f"Making a scope for {self._where()}.")
         self._make(
             systemd.Scope(
                 name=self._lease.scope,
@@ -283,7 +280,7 @@ class Launch:
                     f"and {what} on port {self._lease.port}."
                 )
             vram = "" if not self._gpus else f", {format_amount(reading.vram_bytes)} of VRAM so far"
-            self._wait_for(f"Loading on {self._where()}{vram}, {now - began:.0f} s.")
+            self._notifier.waiting(f"Loading on {self._where()}{vram}, {now - began:.0f} s.")
         return None
 
     def _listener(self, cgroup: Cgroup, pidfd: int) -> Listener | None:
@@ -355,7 +352,7 @@ class Launch:
             log(4, "Who ran this program is gone, so it is stopped.")
             with Manager() as manager:
                 manager.enqueue("Stop", names.service(self._name))
-            return _ended(pidfd, _ROPE_SECONDS)  # systemd's SIGTERM comes first
+            return _ended(pidfd, ROPE_SECONDS)  # systemd's SIGTERM comes first
         return pidfd in ready
 
     def _fail_to_start(self, cgroup: Cgroup) -> int:
@@ -465,10 +462,6 @@ class Launch:
             sentence += f" with {format_amount(total(used))} of VRAM"
         return f"{sentence}.{fence}"
 
-    def _wait_for(self, sentence: str) -> None:
-        self._notifier.status(sentence)
-        self._notifier.extend_timeout(_ROPE_SECONDS)
-
 
 def _resampled(leased: LeasedGpu, gpu: Gpu | None, pids: set[int]) -> LeasedGpu:
     if gpu is None or gpu.problem is not None or gpu.processes is None:
@@ -559,7 +552,10 @@ def _parse_name(text: str) -> str:
 
 def main() -> NoReturn:
     # Before anything is opened, so that the engine has nothing to inherit.
-    parked = ParkedEngine.fork()
+    try:
+        parked = ParkedEngine.fork()
+    except OSError as error:
+        _fail(Notifier(), error)
     notifier = Notifier()
     launch: Launch | None = None
     wanted = True
@@ -581,9 +577,7 @@ def main() -> NoReturn:
         if not wanted:
             _forgive(name)
     except OSError as error:
-        notifier.status(f"The launcher failed: {error}.")
-        events.emit(Kind.FAIL, f"The launcher failed: {error}.", model=sys.argv[1], reason="OSError", level=3)
-        sys.exit(1)
+        _fail(notifier, error)
     except GpusvcError as error:
         notifier.status(error.message)
         refused = isinstance(error, PlacementError)
@@ -602,6 +596,14 @@ def main() -> NoReturn:
     _end_as(ended)
 
 
+def _fail(notifier: Notifier, error: OSError) -> NoReturn:
+    """The machine has not enough of something."""
+    sentence = f"The launcher failed: {error}."
+    notifier.status(sentence)
+    events.emit(Kind.FAIL, sentence, model=sys.argv[1], reason="OSError", level=3)
+    sys.exit(1)
+
+
 def _forgive(name: str) -> None:
     """Take this start off the count of StartLimitBurst=, which is for what fails over and over by itself."""
     from gpusvc.systemd import Manager  # noqa: PLC0415  a refused start has not needed it yet
@@ -615,13 +617,8 @@ def _forgive(name: str) -> None:
 
 def _release(name: str, paths: Paths, notifier: Notifier) -> None:
     """What ExecStopPost= does in any case, done at once by whom it takes no time to load."""
-
-    def on_wait(sentence: str) -> None:
-        notifier.status(sentence)
-        notifier.extend_timeout(_ROPE_SECONDS)
-
     try:
-        released = release(paths, name, on_wait=on_wait, patience_seconds=_PATIENCE_SECONDS)
+        released = release(paths, name, on_wait=notifier.waiting, patience_seconds=_PATIENCE_SECONDS)
     except GpusvcError:
         return  # it tries again, for as long as it takes, and says what is in the way
     if released is not None:

@@ -12,6 +12,9 @@ from gpusvc.printable import printable
 # systemd takes no message longer than 4096 bytes, of which a character may be four.
 _MAX_SENTENCE = 900
 
+# While anything happens, systemd is asked for this much more time; what is a failure is decided here, with a reason.
+ROPE_SECONDS = 60.0
+
 
 class Notifier:
     """The socket that systemd gave this process; without one, everything here does nothing."""
@@ -24,6 +27,11 @@ class Notifier:
     def status(self, sentence: str) -> None:
         """What `systemctl status` shows. One line."""
         self._send("STATUS=" + _line(sentence))
+
+    def waiting(self, sentence: str) -> None:
+        """Likewise, of something that takes as long as it takes: the current state (start or stop) may go on."""
+        self.status(sentence)
+        self.extend_timeout(ROPE_SECONDS)
 
     def ready(self, sentence: str) -> None:
         self._send("READY=1\nSTATUS=" + _line(sentence))

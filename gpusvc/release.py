@@ -21,7 +21,7 @@ from gpusvc.errors import GpusvcError, NvmlError, UnreleasedError, UsageError
 from gpusvc.gpu import total
 from gpusvc.lease import BrokenLeaseError, Lease
 from gpusvc.log import log
-from gpusvc.notify import Notifier
+from gpusvc.notify import ROPE_SECONDS, Notifier
 from gpusvc.nvml import Nvml
 from gpusvc.paths import Paths
 from gpusvc.proof import Obstacle
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 _FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.5
 
-# How long systemd waits for the next word of ours before it gives up on us.
-_ROPE_SECONDS = 30.0
+# An operator's `gpusvc release` may be at it; it takes no longer than this one would.
+_PATIENCE_SECONDS = 30.0
 
 # Beyond the model's own stop_timeout, for PID 1 to send SIGKILL to all and to see them go.
 _KILL_GRACE_SECONDS = 5.0
@@ -219,15 +219,10 @@ def main() -> int:
         log(3, f"{shown(name)} cannot be a model's name.")
         return UsageError.exit_code
 
-    def on_wait(sentence: str) -> None:
-        notifier.status(sentence)
-        notifier.extend_timeout(_ROPE_SECONDS)
-
-    notifier.extend_timeout(_ROPE_SECONDS)
+    notifier.extend_timeout(ROPE_SECONDS)
     try:
-        # An operator's `gpusvc release` may be at it; it takes no longer than this one would.
-        with leases.hold(paths, name, patience_seconds=_ROPE_SECONDS):
-            released = release(paths, name, on_wait=on_wait)
+        with leases.hold(paths, name, patience_seconds=_PATIENCE_SECONDS):
+            released = release(paths, name, on_wait=notifier.waiting)
     except UsageError as error:
         log(4, str(error))  # somebody else is at it, so that there is nothing to be said of the release
         return error.exit_code

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpusvc import footprint, use
-from gpusvc.config import HostConfig, load_host, load_model
+from gpusvc.config import HostConfig, load_host, load_sound_model
 from gpusvc.errors import GpusvcError
 from gpusvc.gpu import total
 
 if TYPE_CHECKING:
-    from gpusvc.config import ModelConfig
     from gpusvc.gpu import Gpu
     from gpusvc.lease import Lease
     from gpusvc.paths import Paths
@@ -51,7 +50,7 @@ def of(paths: Paths, name: str, lease: Lease | None, readings: Sequence[Gpu] | N
         lease: what it holds, if anything.
         readings: of NVML, if there are any.
     """
-    config = _config(paths, name)
+    config = load_sound_model(paths, name, _host(paths))
     digest = lease.config_digest if lease is not None else "" if config is None else config.digest()
     types = {gpu.uuid: gpu.name for gpu in readings or ()}
     return Standing(
@@ -86,12 +85,8 @@ def _times(size: int | None, count: int) -> int | None:
     return None if size is None else size * count
 
 
-def _config(paths: Paths, name: str) -> ModelConfig | None:
+def _host(paths: Paths) -> HostConfig:
     try:
-        host = load_host(paths)
+        return load_host(paths)
     except GpusvcError:
-        host = HostConfig()  # nothing of it is shown here
-    try:
-        return load_model(paths, name, host)
-    except GpusvcError:
-        return None
+        return HostConfig()  # nothing of it is shown here

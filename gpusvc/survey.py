@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from gpusvc import lease as leases
 from gpusvc import names, processes, use
 from gpusvc.cgroup import Cgroup
-from gpusvc.config import load_model
-from gpusvc.errors import GpusvcError
+from gpusvc.config import load_sound_model
 from gpusvc.gpu import total
 from gpusvc.lease import BrokenLeaseError, Lease
 from gpusvc.placement import Claim, Resident, standing
@@ -156,7 +155,7 @@ def residents(
     found = []
     for holding in held:
         lease = holding.lease
-        config = _config(paths, host, lease.model)
+        config = load_sound_model(paths, lease.model, host)
         given = {leased.uuid: by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid}
         found.append(
             Resident(
@@ -178,13 +177,6 @@ def residents(
 def is_pinned(paths: Paths, name: str, config: ModelConfig | None) -> bool:
     """Whether it is never evicted: its file says so, or an operator did until the next boot."""
     return (config is not None and config.pinned) or paths.pin_file(name).exists()
-
-
-def _config(paths: Paths, host: HostConfig, name: str) -> ModelConfig | None:
-    try:
-        return load_model(paths, name, host)
-    except GpusvcError:
-        return None  # its file went or broke after its start: it runs on with nothing special about it
 
 
 def in_words(
