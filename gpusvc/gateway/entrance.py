@@ -42,6 +42,9 @@ _NEWS_SECONDS = 5.0
 # one is for the API to say, which also knows when somebody has started it by hand.
 _FAILURE_SECONDS = 1.0
 
+# What the API calls a start that somebody ended. That says nothing of the next one.
+_STOPPED = "stopped"
+
 # How often the API may call a model ready that is not to be seen, or does not answer, before it is given up.
 _DISAPPOINTMENTS = 5
 _FIRST_DISAPPOINTMENT_SECONDS = 0.1
@@ -368,7 +371,8 @@ class Entrance:
 
     def _refuse(self, failure: Failure) -> None:
         """Tell everybody who waits."""
-        self._failure, self._failed_seconds = failure, time.monotonic()
+        self._failure = failure if failure.code != _STOPPED else None
+        self._failed_seconds = time.monotonic()
         self._disappointments = 0
         waiters, self._waiters = self._waiters, deque()
         entered, self._entered = self._entered, 0

@@ -404,6 +404,19 @@ def test_after_a_failure_the_next_request_tries_again(play: Play, monkeypatch: p
     play(scene)
 
 
+def test_a_stop_during_a_start_is_no_failure_of_the_next_one(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(world: World) -> None:
+        async def behave() -> bytes:
+            return failed(code="stopped") if len(world.api.asked) < 2 else await world.starts()
+
+        world.api.behave = behave
+        assert (await refused(world.enter())).code == "stopped"
+        (await world.enter()).close()
+
+    monkeypatch.setattr(entrance, "_FAILURE_SECONDS", 60)
+    play(scene)
+
+
 @pytest.mark.parametrize(("status", "shown"), [(404, 404), (409, 409), (504, 504), (403, 503), (418, 503)])
 def test_what_is_the_gateways_own_matter_is_no_answer_to_a_client(play: Play, status: int, shown: int) -> None:
     """404: the model's file is gone; 409: an operator called the start off."""
