@@ -21,6 +21,8 @@ Each error carries a sentence for a person, a hint on what to do about it, and h
 
 from __future__ import annotations
 
+import re
+
 
 class GpusvcError(Exception):
     """One sentence for a person, and optionally a hint on what to do next."""
@@ -33,6 +35,11 @@ class GpusvcError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    @classmethod
+    def word(cls) -> str:
+        """A word for programs: ``unknown_model`` of UnknownModelError."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__.strip("_").removesuffix("Error")).lower()
 
     def __str__(self) -> str:
         if self.hint is None:

@@ -582,7 +582,7 @@ def main() -> NoReturn:
         notifier.status(error.message)
         refused = isinstance(error, PlacementError)
         kind = Kind.REFUSAL if refused else Kind.FAIL
-        events.emit(kind, str(error), model=sys.argv[1], reason=type(error).__name__, level=3)
+        events.emit(kind, str(error), model=sys.argv[1], reason=error.word(), level=3)
         status = _exit_status(error)
         if status != 1:
             _forgive(sys.argv[1])
@@ -600,7 +600,7 @@ def _fail(notifier: Notifier, error: OSError) -> NoReturn:
     """The machine has not enough of something."""
     sentence = f"The launcher failed: {error}."
     notifier.status(sentence)
-    events.emit(Kind.FAIL, sentence, model=sys.argv[1], reason="OSError", level=3)
+    events.emit(Kind.FAIL, sentence, model=sys.argv[1], reason="launcher", level=3)
     sys.exit(1)
 
 

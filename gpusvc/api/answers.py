@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from aiohttp import web
@@ -25,7 +24,7 @@ def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:
         "message": error.message,
         "hint": error.hint,
         "type": "invalid_request_error" if status < 500 else "server_error",
-        "code": code_of(type(error)),
+        "code": error.word(),
     }
     log = getattr(error, "log", None)
     if log is not None and with_log:
@@ -35,8 +34,3 @@ def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:
     if retry_after is not None:
         response.headers["Retry-After"] = str(retry_after)
     return response
-
-
-def code_of(kind: type[GpusvcError]) -> str:
-    """A word for programs: ``unknown_model`` of UnknownModelError."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.strip("_").removesuffix("Error")).lower()

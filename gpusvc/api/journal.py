@@ -74,7 +74,7 @@ class Events:
     """The events of all models. For the loop's thread alone.
 
     ``seen`` counts them by (kind, reason, model) since run() began, and ``loads`` the loads by model. The reason of an
-    eviction is ``idle``, ``pressure``, ``room``, ``operator`` or empty, and any other the name of an error, or empty.
+    eviction is ``idle``, ``pressure``, ``room``, ``operator`` or empty, and any other the word of an error, or empty.
     """
 
     def __init__(self) -> None:

@@ -79,7 +79,7 @@ def _options(
         False, "--user", callback=_choose_instance, is_eager=True, help="Your own models, instead of the system's."
     ),
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        False, "--version", "-V", callback=_print_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
     pass
@@ -118,6 +118,8 @@ def main() -> NoReturn:
 
 def run(paths: Paths, arguments: Sequence[str]) -> int:
     """Run one command; its errors go to stderr. The exit status."""
+    if arguments[:1] == ["help"]:  # as of git and cargo
+        arguments = [*arguments[1:], "--help"]
     try:
         # Not standalone: typer's parser prints nothing and exits nowhere.
         code = app(list(arguments), prog_name="gpusvc", obj=paths, standalone_mode=False)

@@ -92,8 +92,9 @@ def host(machine: Machine, tmp_path: Path) -> Host:
 # ---- usage ----
 
 
-def test_version_is_printed(host: Host) -> None:
-    done = host.gpusvc("--version")
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version_is_printed(host: Host, option: str) -> None:
+    done = host.gpusvc(option)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("gpusvc 0.")
 
@@ -104,6 +105,12 @@ def test_help_names_every_command_and_loads_no_rich(host: Host) -> None:
     lifecycle = ("start", "stop", "restart", "evict", "pin", "unpin", "use", "release")
     views = ("ps", "list", "status", "logs", "events", "gpus", "config", "check")
     assert [name for name in (*lifecycle, *views) if f"\n  {name} " not in done.stdout] == []
+
+
+@pytest.mark.parametrize("words", [[], ["start"], ["key", "add"]])
+def test_help_is_a_command_too(host: Host, words: list[str]) -> None:
+    asked, optioned = host.gpusvc("help", *words), host.gpusvc(*words, "--help")
+    assert (asked.returncode, asked.stdout, asked.stderr) == (0, optioned.stdout, "")
 
 
 @pytest.mark.parametrize(
