@@ -222,7 +222,7 @@ class Manager:
                 self._bus.open()
             except DBusBaseError as error:
                 raise SystemdError(
-                    f"Could not reach the service manager of this user: {os.strerror(abs(error.errno))}.",
+                    f"Could not reach the service manager of this user: {os.strerror(_code(error))}.",
                     hint="It runs while the user is logged in; `loginctl enable-linger` has it run from boot on.",
                 ) from None
 
@@ -387,7 +387,7 @@ class Manager:
         try:
             self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
         except DBusBaseError as error:
-            if abs(error.errno) in {*_NO_ANSWER, *_DISCONNECTED}:
+            if _code(error) in {*_NO_ANSWER, *_DISCONNECTED}:
                 return None
         else:
             return None  # it goes on
@@ -451,6 +451,11 @@ def set_properties(unit: str, properties: Mapping[str, str]) -> None:
         raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")
 
 
+def _code(error: Any) -> int:
+    """The errno of a DBusBaseError. pystemd 0.11 leaves it out of one class, of those that a signal cut off."""
+    return errno.EINTR if error.errno is None else abs(error.errno)
+
+
 def _encode(value: object) -> Any:
     """``value`` with each string in it as the bytes that pystemd wants."""
     match value:
@@ -481,7 +486,7 @@ def _translated(doing: str) -> Iterator[None]:
     try:
         yield
     except DBusBaseError as error:
-        code = abs(error.errno)
+        code = _code(error)
         # sd-bus gives EACCES both for a flat refusal and for "would have to ask for a password" (sd-bus-errors(3)).
         if code in {errno.EACCES, errno.EPERM}:
             raise PermissionDeniedError(f"You may not {doing}.", hint="Try again as root, or with sudo.") from None
