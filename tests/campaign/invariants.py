@@ -87,8 +87,9 @@ def _size(snapshot: Snapshot, lease: Held, gpu: int) -> int:
     if lease.ready and living:
         holders = snapshot.vram.get(gpu, {})
         return sum(holders.get(process.pid, 0) for process in living)
-    known = (given.used_bytes, given.reserved_bytes) if lease.ready else (given.reserved_bytes, given.used_bytes)
-    return next((size for size in known if size is not None), 0)
+    if lease.ready:  # and dead; what it had asked for may have been given away, even where nobody could see how much
+        return given.used_bytes or 0
+    return next((size for size in (given.reserved_bytes, given.used_bytes) if size is not None), 0)
 
 
 # Releases
