@@ -83,6 +83,9 @@ _FULL_BYTES = 64 * MIB
 _USER_GROUP = "gpusvc"
 _SECOND_TRY = "--second-try"
 
+# A word to end that was swallowed costs a stop so long. It is far more than passes between it and _is_ending().
+_SAID_AGAIN_SECONDS = 1.0
+
 # How long this process waits for the driver to let go before it leaves that to ExecStopPost=.
 _PATIENCE_SECONDS = 2.0
 
@@ -536,7 +539,16 @@ class _TerminatedError(BaseException):
 
 def _terminate(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Code of others may swallow it, wherever it happens to be raised. So it is said again until it is heard.
+    signal.signal(signal.SIGALRM, _terminate)
+    signal.setitimer(signal.ITIMER_REAL, _SAID_AGAIN_SECONDS)
     raise _TerminatedError
+
+
+def _is_ending() -> None:
+    """It was heard, or the end has come without it: no signal disturbs it from here on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM})
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _parse_name(text: str) -> str:
@@ -571,7 +583,7 @@ def main() -> NoReturn:
                 ended = 0
                 wanted = False
             finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is ending already
+                _is_ending()
                 parked.abandon()
                 _release(name, paths, notifier)
         if not wanted:

@@ -24,6 +24,19 @@ from gpusvc.errors import ConfigError, PermissionDeniedError, SystemdError
 from gpusvc.paths import Paths, is_user_instance
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait until this is over. One whose handler raises, as that of Ctrl-C does, must not arrive in a callback:
+    pystemd cannot pass that on, and what becomes of it is a SystemError; nor while Cython sets up a module, which may
+    swallow it. Nor may it cut off what cannot be said twice.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _import_pystemd() -> tuple[Any, Any, Any, Any]:
     # pystemd's own __init__ brings lxml and its unit proxies: 7 MB and half the start-up time of every launcher, for
     # an introspection that is not used here. Its D-Bus part is whole without them, so the package is entered past it.
@@ -33,8 +46,9 @@ def _import_pystemd() -> tuple[Any, Any, Any, Any]:
         package.__path__ = list(spec.submodule_search_locations)
         package.__spec__ = spec
         sys.modules["pystemd"] = package
-    from pystemd.dbusexc import DBusBaseError  # noqa: PLC0415
-    from pystemd.dbuslib import DBus, DBusAddress, apply_signature  # noqa: PLC0415
+    with _undisturbed():
+        from pystemd.dbusexc import DBusBaseError  # noqa: PLC0415
+        from pystemd.dbuslib import DBus, DBusAddress, apply_signature  # noqa: PLC0415
 
     return DBus, DBusAddress, apply_signature, DBusBaseError
 
@@ -467,18 +481,6 @@ def _encode(value: object) -> Any:
             return [_encode(item) for item in value]
         case _:
             return value
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Signals wait until this is over. One whose handler raises, as that of Ctrl-C does, must not arrive in a callback:
-    pystemd cannot pass that on, and what becomes of it is a SystemError. Nor may it cut off what cannot be said twice.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
