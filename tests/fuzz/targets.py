@@ -1,0 +1,296 @@
+"""What must hold for any bytes: of each parser an error that it declares or a result, the same however it is cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpusvc import config, eventlog, gguf, keys, weights
+from gpusvc import lease as leases
+from gpusvc.errors import GpusvcError
+from gpusvc.gateway import head
+from gpusvc.gateway.chunks import BadChunkError, Chunks
+from gpusvc.gateway.fields import FieldScanner, find_model
+from gpusvc.gateway.head import BadAnswerError
+from gpusvc.gateway.limits import Limits
+from gpusvc.gateway.multipart import FormScanner, boundary_of
+from gpusvc.gateway.replies import Refusal
+from gpusvc.host_file import HostConfig
+from gpusvc.lease import BrokenLeaseError, Lease, LeasedGpu
+from gpusvc.paths import Paths
+from gpusvc.printable import printable
+
+# Longer than anything that a parser treats in another way for its length alone, but for what counts in mebibytes.
+LONGEST_BYTES = 1 << 14
+
+_BOUNDARY = b"x"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parser.
+
+    ``check`` raises AssertionError, or whatever else, for input that breaks a promise, and says whether the parser took
+    it. It takes ``seeds``.
+    """
+
+    check: Callable[[bytes], bool]
+    seeds: Sequence[bytes]
+
+
+def _cut(data: bytes) -> tuple[bytes, Sequence[bytes]]:
+    """The input but for its first byte, and that in pieces as the first byte says."""
+    size = data[0] % 32 + 1 if data else 1
+    rest = data[1:]
+    return rest, [rest[at : at + size] for at in range(0, len(rest), size)]
+
+
+def fields(data: bytes) -> bool:
+    """The scanner of JSON bodies: read alike in pieces, and as json.loads() reads what that accepts."""
+    body, pieces = _cut(data)
+    whole, cut = FieldScanner(), FieldScanner()
+    whole.feed(body, past_model=True)
+    for piece in pieces:
+        cut.feed(piece, past_model=True)
+    seen = [(one.model, one.stream, one.problem, one.members, one.closed) for one in (whole, cut)]
+    assert seen[0] == seen[1]
+    assert find_model(body) in (None, whole.model)
+    try:
+        members = json.loads(body.decode("utf-8-sig"), object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(members, list) or not body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return False
+    first = next((value for name, value in members if name == "model"), None)
+    if whole.problem is None and whole.settled:
+        assert whole.model == first
+    return whole.model is not None
+
+
+def form(data: bytes) -> bool:
+    """The scanner of forms: read alike in pieces."""
+    body, pieces = _cut(data)
+    whole, cut = FormScanner(_BOUNDARY), FormScanner(_BOUNDARY)
+    whole.feed(body)
+    for piece in pieces:
+        cut.feed(piece)
+    seen = [(one.model, one.stream, one.problem, one.model_span, one.closed) for one in (whole, cut)]
+    assert seen[0] == seen[1]
+    if whole.model is not None and whole.model_span is not None:
+        start, end = whole.model_span
+        assert body[start:end].decode() == whole.model
+    boundary_of(b"multipart/form-data; " + body)
+    return whole.model is not None
+
+
+def request(data: bytes) -> bool:
+    """A request's head: refused, or without anything that another server could read in another way."""
+    try:
+        read = head.read_request(data + b"\r\n\r\n", Limits())
+    except Refusal:
+        return False
+    assert b"\n" not in read.method + read.target
+    assert b"\0" not in read.target
+    return True
+
+
+def response(data: bytes) -> bool:
+    """An answer's head: refused, or a status."""
+    try:
+        read = head.read_response(data + b"\r\n\r\n", Limits())
+    except BadAnswerError:
+        return False
+    assert 100 <= read.status <= 999
+    return True
+
+
+def chunks(data: bytes) -> bool:
+    """Chunked bodies: read alike in pieces."""
+    body, pieces = _cut(data)
+    results: list[object] = []
+    for parts in ([body], pieces):
+        reader, payload, left = Chunks(), b"", b""
+        try:
+            for part in parts:
+                if reader.ended:
+                    left += part
+                    continue
+                payload += reader.feed(part)
+                left += reader.left if reader.ended else b""
+        except BadChunkError:
+            results.append(None)
+            continue
+        results.append((reader.ended, payload if reader.ended else b"", left, list(reader.trailers)))
+    assert results[0] == results[1]
+    return results[0] is not None
+
+
+def metadata(data: bytes) -> bool:
+    """The head of a GGUF file, and what is estimated from it."""
+    with tempfile.TemporaryDirectory(dir=_FAST) as directory:
+        file = Path(directory, "model.gguf")
+        file.write_bytes(data)
+        with contextlib.suppress(ValueError):
+            gguf.read_metadata(file)
+        return weights.estimate(["llama-server", "-m", str(file), "-c", "4096"], {}) is not None
+
+
+def safetensors(data: bytes) -> bool:
+    """The configuration of a model of Hugging Face's beside its weights."""
+    with tempfile.TemporaryDirectory(dir=_FAST) as name:
+        directory = Path(name)
+        (directory / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+        (directory / "config.json").write_bytes(data)
+        return weights.estimate(["vllm", "serve", str(directory)], {}) is not None
+
+
+def model_file(data: bytes) -> bool:
+    """A model's file: a configuration, or one error that can be shown."""
+    with tempfile.TemporaryDirectory(dir=_FAST) as name:
+        paths = _paths(Path(name))
+        paths.model_file("qwen").write_bytes(data)
+        config.check(paths)
+        return _is_taken(lambda: config.load_model(paths, "qwen", HostConfig()))
+
+
+def key_file(data: bytes) -> bool:
+    """The keys of clients."""
+    with tempfile.TemporaryDirectory(dir=_FAST) as name:
+        paths = _paths(Path(name))
+        keys.file_of(paths).write_bytes(data)
+        return _is_taken(lambda: keys.read(keys.file_of(paths)))
+
+
+def lease(data: bytes) -> bool:
+    """A lease, which decides what is killed."""
+    with tempfile.TemporaryDirectory(dir=_FAST) as name:
+        paths = _paths(Path(name))
+        paths.lease_file("qwen").write_bytes(data)
+        try:
+            held = leases.read(paths, "qwen")
+        except BrokenLeaseError:
+            return False
+        assert held is not None
+        assert held.model == "qwen"
+        assert held.cgroup is None or held.cgroup.endswith(f"/{held.scope}")
+        return True
+
+
+def event(data: bytes) -> bool:
+    """A line of the journal: an event whose sentence steers no terminal, or none."""
+    found = eventlog.parse(data)
+    if found is not None:
+        assert printable(found.message).isprintable()
+    return found is not None
+
+
+def _is_taken(read: Callable[[], object]) -> bool:
+    """What is not has an error that can be shown."""
+    problem = None
+    try:
+        read()
+    except GpusvcError as error:
+        problem = str(error)
+    assert problem is None or all(printable(line).isprintable() for line in problem.split("\n"))
+    return problem is None
+
+
+def _paths(directory: Path) -> Paths:
+    paths = Paths(config=directory / "etc", runtime=directory / "run", state=directory / "lib")
+    for made in (paths.models_directory, paths.lease_directory("qwen")):
+        made.mkdir(parents=True)
+    return paths
+
+
+# Thousands of files a second are for no disk.
+_FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+# Good input.
+
+_FORM = b"""\x05--x\r
+Content-Disposition: form-data; name="model"\r
+\r
+qwen\r
+--x\r
+Content-Disposition: form-data; name="file"; filename="a"\r
+\r
+RIFF\r
+--x--\r
+"""
+
+_POST = b"""POST /v1/chat/completions?x=1 HTTP/1.1\r
+Host: a:1\r
+Content-Length: 2\r
+Authorization: Bearer k"""
+
+_GET = b"""GET / HTTP/1.1\r
+Host: a\r
+Connection: keep-alive, x\r
+X: y\r
+Transfer-Encoding: chunked\r
+Expect: 100-continue"""
+
+_GGUF = (
+    b"GGUF\x03\0\0\0" + bytes(8) + b"\x02" + bytes(7)
+    + b"\x14" + bytes(7) + b"general.architecture" + b"\x08\0\0\0" + b"\x05" + bytes(7) + b"llama"
+    + b"\x11" + bytes(7) + b"llama.block_count" + b"\x04\0\0\0" + b"\x20\0\0\0"
+)  # fmt: skip
+
+_CONFIG_JSON = b"""{"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+"hidden_size": 2048, "torch_dtype": "bfloat16", "max_position_embeddings": 32768}"""
+
+_MODEL = b"""command = ["/bin/sh", "{port}"]
+user = "root"
+aliases = ["a/b"]
+idle_timeout = "1h"
+[gpu]
+count = 1
+vram = "9GiB"
+[filter]
+set = { n = 1 }
+[scope]
+MemoryMax = "1G"
+"""
+
+_KEYS = b"""["somebody"]
+sha256 = "%b"
+rights = ["use"]
+models = ["a"]
+""" % (b"0" * 64)
+
+_LEASE = json.dumps(
+    Lease(
+        "qwen", 20000, (LeasedGpu(0, "GPU-1", 1, 0),), 1.5, ready=True, pid=7,
+        cgroup="/gpusvc.slice/gpusvc-models.slice/model-qwen.scope",
+    ).to_json()
+).encode()  # fmt: skip
+
+_EVENT = b"""{"__REALTIME_TIMESTAMP": "1", "__CURSOR": "s=1;i=2", "MESSAGE": "qwen is evicted.", "PRIORITY": "6",
+"GPUSVC_EVENT": "evict", "GPUSVC_MODEL": "qwen", "GPUSVC_GPU": "0"}"""
+
+TARGETS: Mapping[str, Target] = {
+    "fields": Target(
+        fields,
+        [
+            b'\x07{"model":"qwen","stream":true,"messages":[{"role":"user","content":"say \\"hi\\""}]}',
+            b'\x01\xef\xbb\xbf{ "m\\u006fdel" : "a/b" , "x":[1,-2.5e3,{"model":null}] }',
+        ],
+    ),
+    "form": Target(form, [_FORM]),
+    "request": Target(request, [_POST, _GET]),
+    "response": Target(
+        response,
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close", b"HTTP/1.1 502 \r\nTransfer-Encoding: chunked"],
+    ),
+    "chunks": Target(chunks, [b"\x03" + b"5\r\nhello\r\n0;x=y\r\nA: b\r\n\r\nGET /", b"\x000\r\n\r\n"]),
+    "metadata": Target(metadata, [_GGUF]),
+    "safetensors": Target(safetensors, [_CONFIG_JSON]),
+    "model_file": Target(model_file, [_MODEL]),
+    "key_file": Target(key_file, [_KEYS]),
+    "lease": Target(lease, [_LEASE]),
+    "event": Target(event, [_EVENT]),
+}
