@@ -1,63 +1,22 @@
-"""One worker's gateway: what it is made of, who is connected, and how it ends. It knows no process and no signal."""
+"""One worker's gateway: who is connected, and how it ends. It knows no process and no signal."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
 
-from gpusvc.counters import Counters
-from gpusvc.gateway.activation import Activation
-from gpusvc.gateway.catalog import Catalog
 from gpusvc.gateway.client import Client
-from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.shared import Shared
-from gpusvc.host_file import HostGateway
-from gpusvc.keys import Keys
 
 
 class Gateway:
     """For one event loop; ``protocol`` is for its create_server()."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        settings: Callable[[], HostGateway],
-        keys: Keys,
-        catalog: Catalog,
-        activation: Activation,
-        counters: Counters,
-        api: Path,
-        limits: Limits | None = None,
-        names: tuple[str, ...] = (),
-    ) -> None:
-        """
-        Args:
-            loop: whose thread alone may use this.
-            settings: as they are now.
-            keys: who may; somebody else keeps them up to date.
-            catalog: of the models.
-            activation: the way into them.
-            counters: what is counted of each.
-            api: the management API's socket.
-            limits: of each connection.
-            names: more names of this machine.
-        """
-        self._shared = Shared(
-            loop,
-            settings=settings,
-            keys=keys,
-            catalog=catalog,
-            activation=activation,
-            counters=counters,
-            api=api,
-            limits=limits or Limits(),
-            names=names,
-        )
+    def __init__(self, shared: Shared) -> None:
+        """``shared`` is what all of its connections have in common; its loop's thread alone may use this."""
+        self._shared = shared
         self._connections: set[Client] = set()
         self._all_gone = asyncio.Event()
-        self._timer = loop.call_later(self._shared.limits.sweep_seconds, self._sweep)
+        self._timer = shared.loop.call_later(shared.limits.sweep_seconds, self._sweep)
 
     def protocol(self) -> Client:
         """For one more connection."""

@@ -23,6 +23,7 @@ from gpusvc.gateway import listening
 from gpusvc.gateway.activation import Activation
 from gpusvc.gateway.catalog import Catalog
 from gpusvc.gateway.gateway import Gateway
+from gpusvc.gateway.shared import Shared
 from gpusvc.gateway.tls import Certificate
 from gpusvc.gateway.workers import Superior
 from gpusvc.host_file import HostGateway
@@ -129,14 +130,16 @@ class Service:
         api = self._paths.runtime / "api.sock"
         activation = Activation(loop, self._paths, api, self._get_settings)
         gateway = Gateway(
-            loop,
-            settings=self._get_settings,
-            keys=self._settings.keys,
-            catalog=Catalog(self._paths),
-            activation=activation,
-            counters=counters,
-            api=api,
-            names=(socket.gethostname(),),
+            Shared(
+                loop,
+                settings=self._get_settings,
+                keys=self._settings.keys,
+                catalog=Catalog(self._paths),
+                activation=activation,
+                counters=counters,
+                api=api,
+                names=(socket.gethostname(),),
+            )
         )
         try:
             await self._serve(loop, gateway)

@@ -31,9 +31,21 @@ class Shared:
         activation: Activation,
         counters: Counters,
         api: Path,
-        limits: Limits,
-        names: tuple[str, ...],
+        limits: Limits | None = None,
+        names: tuple[str, ...] = (),
     ) -> None:
+        """
+        Args:
+            loop: whose thread alone may use this.
+            settings: as they are now.
+            keys: who may; somebody else keeps them up to date.
+            catalog: of the models.
+            activation: the way into them.
+            counters: what is counted of each.
+            api: the management API's socket.
+            limits: of each connection.
+            names: more names of this machine.
+        """
         self.loop = loop
         self.settings = settings
         self.keys = keys
@@ -41,8 +53,8 @@ class Shared:
         self.activation = activation
         self.counters = counters
         self.api = api
-        self.limits = limits
-        self.pool = Pool(loop, limits)
+        self.limits = limits or Limits()
+        self.pool = Pool(loop, self.limits)
         self.is_draining = False
         """No connection is kept for another request."""
         self.now = loop.time()

@@ -21,6 +21,7 @@ from gpusvc.gateway.catalog import Catalog
 from gpusvc.gateway.gateway import Gateway
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.origin import Guard
+from gpusvc.gateway.shared import Shared
 from gpusvc.gateway.upstream import Upstream
 from gpusvc.host_file import HostGateway
 from tests.component.gateways import ServedGateway
@@ -72,13 +73,15 @@ async def _measure(root: Path) -> list[tuple[str, float]]:
     catalog, counters = Catalog(paths), Counters(file_of(directory(paths), 0))
     activation = Activation(loop, paths, root / "api.sock", lambda: settings)
     gateway = Gateway(
-        loop,
-        settings=lambda: settings,
-        keys=known,
-        catalog=catalog,
-        activation=activation,
-        counters=counters,
-        api=root / "api.sock",
+        Shared(
+            loop,
+            settings=lambda: settings,
+            keys=known,
+            catalog=catalog,
+            activation=activation,
+            counters=counters,
+            api=root / "api.sock",
+        )
     )
     try:
         whole = list(_whole(gateway, secret.encode()))

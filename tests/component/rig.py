@@ -23,6 +23,7 @@ from gpusvc.gateway.activation import Activation
 from gpusvc.gateway.catalog import Catalog
 from gpusvc.gateway.gateway import Gateway
 from gpusvc.gateway.limits import Limits
+from gpusvc.gateway.shared import Shared
 from gpusvc.host_file import HostGateway
 from gpusvc.keys import Keys
 from gpusvc.lease import Lease
@@ -221,14 +222,16 @@ class Rig:
         activation = Activation(loop, self.paths, api, lambda: self.settings)
         counted = Counters(counters.file_of(counters.directory(self.paths), 0))
         self.gateway = Gateway(
-            loop,
-            settings=lambda: self.settings,
-            keys=known,
-            catalog=Catalog(self.paths),
-            activation=activation,
-            counters=counted,
-            api=api,
-            limits=self.limits,
+            Shared(
+                loop,
+                settings=lambda: self.settings,
+                keys=known,
+                catalog=Catalog(self.paths),
+                activation=activation,
+                counters=counted,
+                api=api,
+                limits=self.limits,
+            )
         )
         self.server = await loop.create_server(self.gateway.protocol, "127.0.0.1", 0)
         self.port = self.server.sockets[0].getsockname()[1]
