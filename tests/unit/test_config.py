@@ -7,7 +7,6 @@ import pwd
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,6 @@ USER = pwd.getpwuid(os.geteuid()).pw_name
 HEAD = f'user = "{USER}"\n'
 HINT = "A name is letters, digits, ':', '_', '.' or '-', and begins with a letter or digit; see aliases for others."
 BARE = HEAD + 'command = ["/bin/sh"]\n'
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    made = Paths(config=tmp_path / "etc", runtime=tmp_path / "run", state=tmp_path / "lib")
-    made.models_directory.mkdir(parents=True)
-    return made
 
 
 def write(paths: Paths, name: str, text: str | bytes) -> Path:
@@ -552,19 +544,6 @@ def test_an_absent_file_that_was_asked_for_is_a_problem(paths: Paths) -> None:
         f"{paths.host_file}: There is no such file.",
         f"{file}: There is no such file.",
     ]
-
-
-@pytest.fixture
-def as_nobody() -> Iterator[None]:
-    """The test without root's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(pwd.getpwnam("nobody").pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.usefixtures("as_nobody")

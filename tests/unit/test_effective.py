@@ -24,13 +24,6 @@ from gpusvc.toml import inline
 BARE = f'user = "{pwd.getpwuid(os.geteuid()).pw_name}"\ncommand = ["/bin/sh"]\n'
 
 
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    made = Paths(config=tmp_path / "etc", runtime=tmp_path / "run", state=tmp_path / "lib")
-    made.models_directory.mkdir(parents=True)
-    return made
-
-
 def settings(paths: Paths, name: str | None = None) -> dict[str, Setting]:
     return {setting.key: setting for setting in effective(paths, name)}
 

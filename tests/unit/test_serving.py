@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +11,6 @@ from gpusvc.errors import UnknownModelError
 from gpusvc.paths import Paths
 from gpusvc.reading import InvalidFileError
 from gpusvc.serving import Serving, load_serving
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    made = Paths(config=tmp_path / "etc", runtime=tmp_path / "run", state=tmp_path / "lib")
-    made.models_directory.mkdir(parents=True)
-    return made
 
 
 def test_what_the_machine_lacks_does_not_matter(paths: Paths) -> None:
@@ -41,19 +31,6 @@ def test_what_counts_here_must_be_right(paths: Paths, text: str) -> None:
 def test_a_model_without_a_file_is_unknown(paths: Paths, name: str) -> None:
     with pytest.raises(UnknownModelError):
         load_serving(paths, name)
-
-
-@pytest.fixture
-def as_nobody() -> Iterator[None]:
-    """The test without root's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(pwd.getpwnam("nobody").pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.usefixtures("as_nobody")
