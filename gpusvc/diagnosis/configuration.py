@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 
-from gpusvc import config, engines, lease, sockets
-from gpusvc.config import ModelConfig
+from gpusvc import config, engines, keys, lease, sockets
 from gpusvc.diagnosis.finding import Finding, error, note, ok, warning
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
@@ -14,6 +15,7 @@ from gpusvc.paths import Paths
 def findings(paths: Paths) -> Iterator[Finding]:
     yield from _files(paths)
     yield from _ports(paths)
+    yield _keys(paths)
     yield _engines()
 
 
@@ -35,7 +37,11 @@ def _ports(paths: Paths) -> Iterator[Finding]:
     """Ports that a model insists on, and somebody else has."""
     try:
         host = config.load_host(paths)
-        models = [model for name in config.model_names(paths) if (model := _load(paths, name, host)) is not None]
+        models = [
+            model
+            for name in config.model_names(paths)
+            if (model := config.load_sound_model(paths, name, host)) is not None
+        ]
         taken = {listener.port for listener in sockets.listeners()}
     except (GpusvcError, OSError):
         return
@@ -55,11 +61,26 @@ def _ports(paths: Paths) -> Iterator[Finding]:
         yield ok("ports", "No model insists on a port.")
 
 
-def _load(paths: Paths, name: str, host: config.HostConfig) -> ModelConfig | None:
+def _keys(paths: Paths) -> Finding:
+    file = keys.file_of(paths)
     try:
-        return config.load_model(paths, name, host)
-    except GpusvcError:
-        return None
+        status = file.stat()
+        # Who asks may read less than root; the gateway is another one again.
+        known = keys.read(file) if os.access(file, os.R_OK) else None
+        group = keys.group()
+    except FileNotFoundError:
+        return ok("keys", "The gateway asks for no key: whoever reaches it may use all models.")
+    except GpusvcError as problem:
+        return error("keys", problem.message, fix=problem.hint)
+    except OSError as problem:
+        return error("keys", f"{file} cannot be looked at: {os.strerror(problem.errno or 0)}.")
+    by_group = status.st_gid == group and status.st_mode & stat.S_IRGRP
+    if not by_group and not status.st_mode & stat.S_IROTH:
+        evidence = f"{file} belongs to the group {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}."
+        fix = f"`chown root:{keys.GROUP} {file}` and `chmod 640 {file}`"
+        return error("keys", "The gateway may not read its keys, so that it lets in nobody who has one.", evidence, fix)
+    number = "" if known is None else f" {len(known)}"
+    return ok("keys", f"The gateway can read its{number} key{'' if known is not None and len(known) == 1 else 's'}.")
 
 
 def _engines() -> Finding:

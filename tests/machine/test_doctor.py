@@ -50,12 +50,19 @@ def test_what_is_wrong_is_named_with_its_evidence_and_its_cure(machine: Host) ->
     machine.run("mv", "/usr/share/polkit-1/rules.d/50-gpusvc.rules", "/root/")
     machine.remove("/dev/nvidia1")
     machine.write("/etc/gpusvc/models/broken.toml", 'comand = ["true"]\n')
+    machine.run("gpusvc", "key", "add", "somebody")
+    machine.run("chmod", "600", "/etc/gpusvc/keys.toml")
     status, findings = doctor(machine)
     assert status == 1
     assert "no idle model is evicted" in findings["units"][0]["sentence"]
     assert "50-gpusvc.rules is missing" in findings["polkit"][0]["evidence"]
     assert "/dev/nvidia1" in next(each["sentence"] for each in findings["nodes"] if each["level"] == "error")
     assert any("command" in (each["fix"] or "") for each in findings["files"])
+    assert "may not read its keys" in findings["keys"][0]["sentence"]
+    assert "mode 0600" in findings["keys"][0]["evidence"]
+    machine.run("sh", "-c", findings["keys"][0]["fix"].replace("`", "").replace(" and ", " && "))
+    assert levels(doctor(machine)[1]["keys"]) == {"ok"}
+    machine.remove("/etc/gpusvc/keys.toml")
     machine.run("mv", "/root/50-gpusvc.rules", "/usr/share/polkit-1/rules.d/")
     machine.run("systemctl", "start", "gpusvc-watchdog.service")
     machine.make_gpu_nodes(2)
