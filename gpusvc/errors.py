@@ -14,6 +14,8 @@ Each error carries a sentence for a person, a hint on what to do about it, and h
     ├── NvmlError               exit 1, HTTP 503   NVML failed: what it would have said is unknown
     │   └── NvmlUnavailableError                   there is no library or no driver
     ├── SystemdError            exit 1, HTTP 502   the service manager refused, or could not be reached
+    │   ├── UnansweredError                        nobody answered: it executes itself anew, or the bus restarts
+    │   └── JobConflictError                       a job of the other kind is queued, and was not to be cancelled
     └── UnreleasedError         exit 1, HTTP 503   a model's VRAM could not be proven free
 
 ``permanent`` says that trying again cannot help until somebody changes something; systemd does not retry such a start.
@@ -94,6 +96,14 @@ class NvmlUnavailableError(NvmlError):
 
 class SystemdError(GpusvcError):
     http_status = 502
+
+
+class UnansweredError(SystemdError):
+    pass
+
+
+class JobConflictError(SystemdError):
+    pass
 
 
 class UnreleasedError(GpusvcError):

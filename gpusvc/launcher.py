@@ -46,6 +46,7 @@ from gpusvc.errors import (
     NvmlError,
     PlacementError,
     SystemdError,
+    UnansweredError,
     UnknownModelError,
     UsageError,
 )
@@ -219,7 +220,7 @@ class Launch:
                 if result is systemd.JobResult.DONE:
                     return
                 raise SystemdError(f"systemd did not make {scope.name}: its job is {result or 'not done in time'}.")
-            except systemd.UnansweredError:
+            except UnansweredError:
                 if time.monotonic() >= until:
                     raise
                 may_be_made = True

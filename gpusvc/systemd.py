@@ -1,4 +1,4 @@
-"""The service manager, as it answers on D-Bus; the only importer of pystemd.
+"""The service manager, as it answers on D-Bus.
 
 Everything here is about units in general. What a model is, and which properties its scope needs, is for others to know.
 Interface: org.freedesktop.systemd1(5).
@@ -6,54 +6,27 @@ Interface: org.freedesktop.systemd1(5).
 
 from __future__ import annotations
 
-import errno
-import importlib.util
 import os
 import select
-import signal
-import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self, TypeVar
 
-from gpusvc.errors import ConfigError, PermissionDeniedError, SystemdError
+from gpusvc.dbus import (
+    DBus,
+    DBusAddress,
+    DBusBaseError,
+    apply_signature,
+    code_of,
+    encode,
+    patiently,
+    translated,
+    undisturbed,
+)
+from gpusvc.errors import ConfigError, SystemdError, UnansweredError
 from gpusvc.paths import Paths, is_user_instance
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Signals wait until this is over. One whose handler raises, as that of Ctrl-C does, must not arrive in a callback:
-    pystemd cannot pass that on, and what becomes of it is a SystemError; nor while Cython sets up a module, which may
-    swallow it. Nor may it cut off what cannot be said twice.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _import_pystemd() -> tuple[Any, Any, Any, Any]:
-    # pystemd's own __init__ brings lxml and its unit proxies: 7 MB and half the start-up time of every launcher, for
-    # an introspection that is not used here. Its D-Bus part is whole without them, so the package is entered past it.
-    spec = importlib.util.find_spec("pystemd") if "pystemd" not in sys.modules else None
-    if spec is not None and spec.submodule_search_locations is not None:
-        package = types.ModuleType("pystemd")
-        package.__path__ = list(spec.submodule_search_locations)
-        package.__spec__ = spec
-        sys.modules["pystemd"] = package
-    with _undisturbed():
-        from pystemd.dbusexc import DBusBaseError  # noqa: PLC0415
-        from pystemd.dbuslib import DBus, DBusAddress, apply_signature  # noqa: PLC0415
-
-    return DBus, DBusAddress, apply_signature, DBusBaseError
-
-
-DBus, DBusAddress, apply_signature, DBusBaseError = _import_pystemd()
 
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
@@ -62,13 +35,9 @@ _JOB = b"org.freedesktop.systemd1.Job"
 
 # systemd executes itself anew within this time, and nobody answers meanwhile.
 _ABSENT_SECONDS = 10.0
-_PAUSE_SECONDS = 0.05
 
 # How long a job may take before it is seen to that it has not ended unheard.
 _HEARSAY_SECONDS = 2.0
-
-# Neither systemd nor the bus answers with one of these.
-_DISCONNECTED = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED, errno.EPIPE})
 
 _T = TypeVar("_T")
 
@@ -128,25 +97,6 @@ class ServiceStatus:
     result: str
     exit_status: int
     since: float
-
-
-class UnansweredError(SystemdError):
-    """Nobody answered: systemd executes itself anew, or the bus restarts. Either is over in a moment."""
-
-
-class _AwayError(UnansweredError):
-    """Likewise, and the connection is whole."""
-
-
-class _InterruptedError(UnansweredError):
-    """A signal came first; its handler has run by now."""
-
-
-_NO_ANSWER = {errno.ETIMEDOUT: _AwayError, errno.EINTR: _InterruptedError}
-
-
-class JobConflictError(SystemdError):
-    """A job of the other kind is queued for the unit, and was not to be cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +170,7 @@ class Manager:
             self._open_user()
             return
         self._bus = DBus()
-        with _translated("reach the service manager"):
+        with translated("reach the service manager"):
             self._bus.open()
 
     def _open_user(self) -> None:
@@ -236,7 +186,7 @@ class Manager:
                 self._bus.open()
             except DBusBaseError as error:
                 raise SystemdError(
-                    f"Could not reach the service manager of this user: {os.strerror(_code(error))}.",
+                    f"Could not reach the service manager of this user: {os.strerror(code_of(error))}.",
                     hint="It runs while the user is logged in; `loginctl enable-linger` has it run from boot on.",
                 ) from None
 
@@ -279,7 +229,7 @@ class Manager:
 
     def version(self) -> str:
         """The release of systemd, as it spells it."""
-        with _translated("read the version of the service manager"):
+        with translated("read the version of the service manager"):
             return bytes(self._bus.get_property(_NAME, _PATH, _MANAGER, b"Version", b"s")).decode()
 
     def reload(self) -> None:
@@ -293,11 +243,11 @@ class Manager:
         arguments.append((ord("a"), b"(sv)"))
         for name, signature, value in scope.properties():
             arguments += [(ord("r"), b"sv"), (ord("s"), name.encode()), (ord("v"), signature.encode())]
-            arguments += apply_signature(signature.encode(), [_encode(value)])
+            arguments += apply_signature(signature.encode(), [encode(value)])
             arguments += [(-1, None), (-1, None)]
         arguments.append((-1, None))
         arguments += [(ord("a"), b"(sa(sv))"), (-1, None)]
-        with _translated(f"make {scope.name}"), _undisturbed():
+        with translated(f"make {scope.name}"), undisturbed():
             path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
         return self._remember(path, "Start", scope.name)
 
@@ -359,34 +309,23 @@ class Manager:
 
     def _get(self, unit: Unit, interface: bytes, name: str, signature: str) -> Any:
         path = unit.path.encode()
-        return self._patiently(
+        return patiently(
             f"read {name} of {unit.name}",
             lambda: self._bus.get_property(_NAME, path, interface, name.encode(), signature.encode()),
+            patience_seconds=self._patience_seconds,
         )
 
     def _call(self, doing: str, method: str, signature: str, *arguments: object, again: bool = True) -> Any:
         """``again``: it does no harm if it is heard twice."""
-        encoded = apply_signature(signature.encode(), [_encode(argument) for argument in arguments])
-        return self._patiently(
-            doing, lambda: self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body, again=again
-        )
+        encoded = apply_signature(signature.encode(), [encode(argument) for argument in arguments])
 
-    def _patiently(self, doing: str, question: Callable[[], _T], *, again: bool = True) -> _T:
-        """What the manager says, asked again while it is away."""
-        if not again:
-            with _translated(doing), _undisturbed():
-                return question()
-        until = time.monotonic() + self._patience_seconds
-        while True:
-            try:
-                with _translated(doing):
-                    return question()
-            except _InterruptedError:
-                continue
-            except _AwayError:
-                if time.monotonic() >= until:
-                    raise
-            time.sleep(_PAUSE_SECONDS)
+        def call() -> Any:
+            return self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body
+
+        if again:
+            return patiently(doing, call, patience_seconds=self._patience_seconds)
+        with translated(doing), undisturbed():
+            return call()
 
     def _remember(self, path: bytes, verb: str, unit: str) -> str:
         self._queued[path.decode()] = _Queued(verb, unit, time.monotonic())
@@ -399,12 +338,13 @@ class Manager:
             return None
         queued.looked_at = time.monotonic()
         try:
-            self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
-        except DBusBaseError as error:
-            if _code(error) in {*_NO_ANSWER, *_DISCONNECTED}:
-                return None
-        else:
+            with translated(f"look at a job of {queued.unit}"):
+                self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
             return None  # it goes on
+        except UnansweredError:
+            return None
+        except SystemdError:
+            pass  # there is no such job any more
         unit = self.unit(queued.unit)
         self._process()
         if job in self._ended:
@@ -413,7 +353,7 @@ class Manager:
         return JobResult.DONE if is_up is (queued.verb != "Stop") else JobResult.FAILED
 
     def _process(self) -> None:
-        with _translated("hear from the service manager"), _undisturbed():
+        with translated("hear from the service manager"), undisturbed():
             # What libsystemd keeps to itself looks like nothing; and nobody polls for what it has read already.
             nothing = 0
             while nothing < 2:
@@ -432,7 +372,7 @@ class Manager:
 
         # pystemd keeps a bare pointer to the callback: this attribute is what keeps it alive.
         self._on_signal = job_removed
-        with _translated("listen to the service manager"):
+        with translated("listen to the service manager"):
             self._bus.match_signal(self._sender, _PATH, _MANAGER, b"JobRemoved", job_removed)
         self._call("subscribe to the service manager", "Subscribe", "")
 
@@ -463,44 +403,3 @@ def set_properties(unit: str, properties: Mapping[str, str]) -> None:
         raise SystemdError(f"Could not set the properties of {unit}: {error}.") from None
     if done.returncode != 0:
         raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")
-
-
-def _code(error: Any) -> int:
-    """The errno of a DBusBaseError. pystemd 0.11 leaves it out of one class, of those that a signal cut off."""
-    return errno.EINTR if error.errno is None else abs(error.errno)
-
-
-def _encode(value: object) -> Any:
-    """``value`` with each string in it as the bytes that pystemd wants."""
-    match value:
-        case str():
-            return value.encode()
-        case tuple():
-            return tuple(_encode(item) for item in value)
-        case list():
-            return [_encode(item) for item in value]
-        case _:
-            return value
-
-
-@contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except DBusBaseError as error:
-        code = _code(error)
-        # sd-bus gives EACCES both for a flat refusal and for "would have to ask for a password" (sd-bus-errors(3)).
-        if code in {errno.EACCES, errno.EPERM}:
-            raise PermissionDeniedError(f"You may not {doing}.", hint="Try again as root, or with sudo.") from None
-        said = error.err_message
-        said = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-        # libsystemd has no errno for systemd's own errors: they are told by name.
-        if "TransactionIsDestructive" in str(error.err_name):
-            raise JobConflictError(f"Could not {doing}: {said.rstrip('.')}.") from None
-        hint = None
-        if code in {errno.ENOENT, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.ENOTCONN} and "reach" in doing:
-            hint = "gpusvc needs systemd as PID 1, and the D-Bus system bus."
-        kind = _NO_ANSWER.get(code, UnansweredError if code in _DISCONNECTED else SystemdError)
-        raise kind(
-            f"Could not {doing}: {(said or errno.errorcode.get(code, str(code))).rstrip('.')}.", hint=hint
-        ) from None

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from gpusvc.errors import SystemdError
-from gpusvc.systemd import EndedJob, JobResult, ServiceStatus, UnansweredError, Unit
+from gpusvc.errors import SystemdError, UnansweredError
+from gpusvc.systemd import EndedJob, JobResult, ServiceStatus, Unit
 
 _T = TypeVar("_T")
 

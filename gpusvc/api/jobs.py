@@ -18,11 +18,18 @@ from gpusvc.api import users
 from gpusvc.api.bus import Bus, LostError, Manager
 from gpusvc.api.cooldown import Cooldown
 from gpusvc.api.shared import outcome
-from gpusvc.errors import BusyError, EngineError, GpusvcError, UnreleasedError
+from gpusvc.errors import (
+    BusyError,
+    EngineError,
+    GpusvcError,
+    JobConflictError,
+    UnansweredError,
+    UnreleasedError,
+)
 from gpusvc.inventory import ModelState
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.systemd import ActiveState, JobConflictError, JobResult, ServiceStatus, UnansweredError, Unit
+from gpusvc.systemd import ActiveState, JobResult, ServiceStatus, Unit
 
 # How long a start on request goes on when nobody waits for it any more: clients try again.
 ABANDONED_SECONDS = 5.0

@@ -28,12 +28,12 @@ from gpusvc.api.openapi import document
 from gpusvc.api.service import Service
 from gpusvc.api.snapshots import Snapshots
 from gpusvc.api.streams import Streams
-from gpusvc.errors import NvmlUnavailableError, PermissionDeniedError
+from gpusvc.errors import JobConflictError, NvmlUnavailableError, PermissionDeniedError, UnansweredError
 from gpusvc.eventlog import Event
 from gpusvc.lease import Lease
 from gpusvc.nvml import Nvml
 from gpusvc.paths import Paths
-from gpusvc.systemd import ActiveState, EndedJob, JobConflictError, JobResult, ServiceStatus, UnansweredError, Unit
+from gpusvc.systemd import ActiveState, EndedJob, JobResult, ServiceStatus, Unit
 
 T = TypeVar("T")
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from gpusvc import systemd
-from gpusvc.errors import SystemdError
-from gpusvc.systemd import DBusBaseError, JobResult, Manager, UnansweredError
+from gpusvc import dbus, systemd
+from gpusvc.dbus import DBusBaseError
+from gpusvc.errors import SystemdError, UnansweredError
+from gpusvc.systemd import JobResult, Manager
 
 SERVICE = "model@qwen.service"
 JOB = "/org/freedesktop/systemd1/job/7"
@@ -90,7 +91,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
     played = Bus()
     monkeypatch.setattr(systemd, "DBus", lambda: played)
     monkeypatch.setattr(systemd, "is_user_instance", lambda: False)
-    monkeypatch.setattr(systemd, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(dbus, "_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(systemd, "_HEARSAY_SECONDS", 0.01)
     yield played
     played.close()

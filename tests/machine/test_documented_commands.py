@@ -35,6 +35,7 @@ UNTRIED = {
     ("README.md", "packaging/build-deb"): "this machine has the package, built and installed in this way",
     ("docs/reliability.md", "python -m tests.campaign"): "test_campaign.py has short ones, on machines of their own",
     ("docs/reliability.md", "tests/bench/escapes"): "it compares ways to end an engine, and has no need of gpusvc",
+    ("docs/reliability.md", "pip install atheris"): "test_fuzz_targets.py tries its targets, without the fuzzer",
     ("docs/rootless.md", "gpusvc --user add"): "test_rootless.py has a user with a service manager of his own",
     ("docs/rootless.md", "systemctl --user enable"): "likewise",
 }

@@ -16,10 +16,10 @@ ROWS = {
         "printable", "quantity", "reading", "resource_control", "serving", "statefile", "toml", "watched",
     },
     "pure policy, and adapters of one foreign thing each": {
-        "_vendor", "backoff", "caller", "cgroup", "counters", "eventlog", "events", "footprint", "gguf", "gpu", "judge",
-        "keys", "lastwords", "leaks", "lease", "meter", "nodes", "notify", "nvml", "oom", "placement", "processes",
-        "progress", "proof", "relay", "sockets", "systemd", "use", "verdicts", "waitlist", "weights",
-        "about", "access", "model_directory", "revision", "unitlog",
+        "_vendor", "about", "access", "backoff", "caller", "cgroup", "counters", "dbus", "eventlog", "events",
+        "footprint", "gguf", "gpu", "judge", "keys", "lastwords", "leaks", "lease", "meter", "model_directory", "nodes",
+        "notify", "nvml", "oom", "placement", "processes", "progress", "proof", "relay", "revision", "sockets",
+        "systemd", "unitlog", "use", "verdicts", "waitlist", "weights",
     },
     "the parts that act, and what they look at together": {
         "admission", "connection", "departures", "diagnosis", "engine", "eviction", "hooks", "importing", "inventory",
@@ -36,7 +36,7 @@ IMPORTERS = {
     "prometheus_client": "api",
     "psutil": "processes",
     "pynvml": "nvml",
-    "pystemd": "systemd",
+    "pystemd": "dbus",
     "sdnotify": "notify",
     "typer": "cli",
     "click": "cli",
