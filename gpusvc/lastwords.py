@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 
+from gpusvc import unitlog
 from gpusvc.printable import printable
 
 # In the words of CUDA's and HIP's runtimes, PyTorch, llama.cpp and vLLM.
@@ -35,11 +36,10 @@ def last_words(*matches: str, lines: int = 30) -> list[str]:
         # The engine is dead, but journald may have its last lines still in the socket; root may have it read on.
         sync = subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
         deadline = time.monotonic() + (_UNSYNCED_SECONDS if sync.returncode else 0.0)
-        command = ["journalctl", *matches, f"--lines={lines}", "--output=cat", "--no-pager"]
+        command = ["journalctl", *matches, *unitlog.newest(lines)]
         while True:
             done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
-            lines_said = done.stdout.decode(errors="replace").splitlines()
-            words = [printable(line, width=_MAX_WIDTH) for line in lines_said if line.strip()]
+            words = [printable(line, width=_MAX_WIDTH) for line in unitlog.messages(done.stdout.splitlines())]
             if words or time.monotonic() >= deadline:
                 return words
             time.sleep(_PAUSE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -29,6 +30,13 @@ class _HttpError(GpusvcError):
 
 class _InternalError(GpusvcError):
     pass
+
+
+class _ExhaustedError(GpusvcError):
+    """It would have worked on a machine with a process, a file descriptor or a page to spare."""
+
+    http_status = 503
+    retry_after_seconds = 5
 
 
 def application(service: Service) -> web.Application:
@@ -74,5 +82,14 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
     except (ConnectionError, TimeoutError):
         raise  # the client's, or of a stream to it
     except Exception as error:  # one request must not take the others along
+        if _is_want(error):
+            return refusal(_ExhaustedError(f"This machine has too little of something: {error}.", hint="Try again."))
         log(3, f"{request.method} {request.path} failed: {type(error).__name__}: {error}.")
         return refusal(_InternalError("Something went wrong here.", hint="The journal of gpusvc-api has more."))
+
+
+def _is_want(error: Exception) -> bool:
+    """Whether the machine has not enough of something that programs need."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+    return isinstance(error, RuntimeError) and "new thread" in str(error)  # Python has no class for that

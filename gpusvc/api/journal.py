@@ -181,12 +181,10 @@ async def log_of(name: str, lines: int, *, follow: bool) -> AsyncIterator[AsyncI
 
 async def last_words(name: str, lines: int, since: float) -> list[str]:
     """The engine's and the launcher's last lines since then (seconds since the epoch), oldest first; none if unread."""
-    shown = [f"--lines={lines}", "--output=cat", "--no-pager", "--quiet", f"--since=@{since:.6f}"]
     try:
-        found = await read(["journalctl", *unitlog.own_lines(name), *shown])
+        return unitlog.messages(await read(["journalctl", *unitlog.own_lines(name), *unitlog.newest(lines, since)]))
     except GpusvcError:
         return []
-    return [line.decode(errors="replace") for line in found if line.strip()]
 
 
 async def _entries(lines: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
@@ -221,6 +219,8 @@ async def _journalctl(command: list[str]) -> AsyncIterator[AsyncIterator[bytes]]
         )
     except OSError as error:
         raise GpusvcError(f"journalctl cannot be run: {error.strerror}.") from None
+    except RuntimeError as error:  # up to Python 3.11 a thread waits for each child, and there may be none to have
+        raise GpusvcError(f"journalctl cannot be run: {error}.") from None
     try:
         yield _lines_of(child)
     finally:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli import table
+from gpusvc.cli import journal, table
 from gpusvc.cli.arguments import complete_model, paths_of
 from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.printable import escaped_json, printable
@@ -43,8 +43,7 @@ def events(
     paths = paths_of(context)
     model = inventory.resolve(paths, name, also=lease.holders(paths)) if name else None
     options = ["--follow"] if follow else []
-    options += [f"--lines={lines}"] if lines else []
-    options += [f"--since={since}"] if since else []
+    options += journal.window(eventlog.command(model=model), lines, since)
     found = _read(eventlog.command(*options, model=model))
     if as_json and not follow:
         table.print_json([event.to_json() for event in found])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from gpusvc import unitlog
 
 
@@ -15,14 +18,29 @@ def last_lines(name: str, lines: int, *, since: float | None = None) -> list[str
     """
     import subprocess  # noqa: PLC0415  most commands ask nobody
 
-    options = [f"--lines={lines}", "--output=cat", "--no-pager", "--quiet"]
-    if since is not None:
-        options.append(f"--since=@{since:.6f}")
     try:
         # Lines written a moment ago may be in journald's socket still; only root may ask it to read on.
         subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
-        command = ["journalctl", *unitlog.own_lines(name), *options]
+        command = ["journalctl", *unitlog.own_lines(name), *unitlog.newest(lines, since)]
         done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
+    return unitlog.messages(done.stdout.splitlines())
+
+
+def window(command: Sequence[str], lines: str, since: str) -> list[str]:
+    """Options for ``command``, a journalctl(1), to show only the last ``lines`` since then; either may be empty.
+
+    With both, systemd 252 shows the first lines since then instead. So the place of the oldest of them is looked up.
+    """
+    import subprocess  # noqa: PLC0415  as above
+
+    options = ([f"--lines={lines}"] if lines else []) + ([f"--since={since}"] if since else [])
+    if len(options) < 2:
+        return options
+    backwards = ["--reverse", "--output=json", "--output-fields=MESSAGE_ID", "--no-pager", "--quiet"]
+    try:
+        done = subprocess.run([*command, *options, *backwards], check=False, capture_output=True)  # noqa: S603
+        return [f"--cursor={json.loads(done.stdout.splitlines()[-1])['__CURSOR']}"]
+    except (OSError, IndexError, ValueError, KeyError):
+        return options  # what is wrong is for journalctl to say

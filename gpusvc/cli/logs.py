@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from gpusvc import unitlog
+from gpusvc.cli import journal
 from gpusvc.cli.arguments import NAME, paths_of
 from gpusvc.errors import GpusvcError
 
@@ -27,9 +28,7 @@ def logs(
     paths = paths_of(context)
     name = inventory.resolve(paths, name, also=lease.holders(paths))
     options = ["--follow"] if follow else []
-    options += [f"--lines={lines}"] if lines else []
-    options += [f"--since={since}"] if since else []
-    command = unitlog.command(name, *options)
+    command = unitlog.command(name, *options, *journal.window(unitlog.command(name), lines, since))
     sys.stdout.flush()
     try:
         os.execvp(command[0], command)  # noqa: S606

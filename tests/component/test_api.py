@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -504,6 +505,28 @@ def test_what_systemd_refuses_is_no_failure_of_the_model(api: Run) -> None:
         await api.asked("Start", "qwen")
         api.systemd.ready("qwen")
         assert (await start)[0] == 200
+
+    api(scenario)
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (RuntimeError("can't start new thread"), (503, "exhausted")),
+        (OSError(errno.EMFILE, "Too many open files"), (503, "exhausted")),
+        (RuntimeError("a bug"), (500, "internal")),
+    ],
+)
+def test_what_a_machine_lacks_for_now_is_no_bug(
+    api: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, answer: tuple[int, str]
+) -> None:
+    async def scenario(api: Api) -> None:
+        async def fail(_: str) -> None:
+            raise error
+
+        api.model("qwen")
+        monkeypatch.setattr(api.service.jobs, "start", fail)
+        assert code(await api.post("/gpusvc/models/qwen/start")) == answer
 
     api(scenario)
 

@@ -201,8 +201,18 @@ def test_logs_hand_their_options_to_journalctl(host: Host, tmp_path: Path) -> No
     stub = tmp_path / "journalctl"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
-    done = host.gpusvc("logs", "qwen", "-f", "-n", "5", "--since", "today", PATH=f"{tmp_path}:/usr/bin:/bin")
-    assert done.stdout.split("\n")[:4] == ["--unit=model@qwen.service", "--follow", "--lines=5", "--since=today"]
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = host.gpusvc("logs", "qwen", "-f", "-n", "5", PATH=path)
+    assert done.stdout.split("\n") == ["--unit=model@qwen.service", "--follow", "--lines=5", ""]
+    # With both, and an answer to where that begins.
+    answer = """case "$*" in *--reverse*) echo '{"__CURSOR": "s=1"}'; exit;; esac"""
+    stub.write_text(f'#!/bin/sh\n{answer}\nprintf "%s\\n" "$@"\n')
+    done = host.gpusvc("logs", "qwen", "-n", "5", "--since", "today", PATH=path)
+    assert done.stdout.split("\n") == ["--unit=model@qwen.service", "--cursor=s=1", ""]
+    # And without one, which is for journalctl to explain.
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    done = host.gpusvc("logs", "qwen", "-n", "5", "--since", "today", PATH=path)
+    assert done.stdout.split("\n") == ["--unit=model@qwen.service", "--lines=5", "--since=today", ""]
 
 
 # ---- configuration ----

@@ -253,6 +253,25 @@ def test_gpusvc_logs_shows_the_engines_words_and_gpusvcs(machine: Host) -> None:
     assert "Ready after" in shown
 
 
+def test_of_many_lines_the_last_ones_are_shown(machine: Host) -> None:
+    command = '["/bin/sh", "-c", "seq -f line-%g 60; exit 3"]'
+    machine.write("/etc/gpusvc/models/talker.toml", f"command = {command}\n[gpu]\ncount = 0\n")
+    machine.override("talker", "Restart=no")
+    failed = machine.run("gpusvc", "start", "talker", check=False)
+    assert failed.returncode == 1
+    assert "line-60" in failed.stderr
+    assert "line-1\n" not in failed.stderr
+    url = "http://localhost/gpusvc/models/talker"
+    told = json.loads(machine.run("curl", "-s", "--unix-socket", "/run/gpusvc/api.sock", url).stdout)
+    assert "line-60" in told["log"]
+    assert "line-1" not in told["log"]
+    for what in (("logs", "talker"), ("events", "talker")):
+        everything = machine.run("gpusvc", *what).stdout.splitlines()
+        newest = machine.run("gpusvc", *what, "--lines=1", "--since=-1h").stdout.splitlines()
+        assert newest == everything[-len(newest) :], what
+        assert newest != everything, what
+
+
 def test_gpusvc_gpus_names_the_model_that_holds_one(machine: Host) -> None:
     machine.write_model("qwen", arguments="--vram 2GiB", gpu='count = 1\nvram = "3GiB"')
     machine.start("qwen")
