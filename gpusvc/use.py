@@ -238,21 +238,25 @@ def prepare(paths: Paths, name: str, gid: int) -> None:
     """
     directory = paths.lease_directory(name)
     before = os.getegid()
+    # From the first moment on they are as they should be: users may be waiting for them.
+    mask = os.umask(0o022)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o755)
         os.setegid(gid)
+        os.umask(0o007)
         for file in ("door", "use"):
             fd = os.open(directory / file, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
             try:
                 os.fchown(fd, -1, gid)
-                os.fchmod(fd, 0o660)  # whatever the umask said
+                os.fchmod(fd, 0o660)
                 os.utime(fd)
             finally:
                 os.close(fd)
     except OSError as error:
         raise GpusvcError(f"The locks of {directory} cannot be made: {os.strerror(error.errno or 0)}.") from error
     finally:
+        os.umask(mask)
         os.setegid(before)
 
 

@@ -36,10 +36,9 @@ OWN_UNITS = (
 
 _UNIT_OF = {who: f"gpusvc-{who}.service" for who in ("watchdog", "gateway", "api")}
 
-# Those of the test's engine are its own.
-_JOURNAL = """journalctl -q --no-pager -o cat --since="@$1" | grep -A25 "^Traceback" |
-    awk '/^Traceback/ { if (text && text !~ /test-engine/) print text; text = "" } { text = text "\\n" $0 }
-         END { if (text && text !~ /test-engine/) print text }' | head -n 120"""
+# Those of the test's engine are its own, and come in the midst of others'.
+_JOURNAL = """journalctl -q --no-pager -o short-unix --since="@$1" | grep -v "^[^ ]* [^ ]* test-engine\\[" |
+    sed "s/^[^ ]* [^ ]* [^ ]*: //" | grep -A25 "^Traceback" | head -n 120"""
 
 
 # How a Python that is only just loading its modules may end, by what was done.

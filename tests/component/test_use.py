@@ -322,6 +322,24 @@ def test_a_new_start_counts_as_use_and_keeps_the_files_that_others_hold(paths: P
     assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o660}
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0])
+def test_the_locks_are_open_to_users_from_the_first_moment_on(
+    paths: Paths, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As they are while nobody has put anything right yet.
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    monkeypatch.setattr(os, "fchmod", lambda *_: None)
+    before = os.umask(umask)
+    try:
+        use.prepare(paths, "gemma", os.getegid())
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    directory = paths.lease_directory("gemma")
+    assert directory.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o660}
+
+
 def test_a_model_that_never_started_is_unused_and_has_no_door(paths: Paths) -> None:
     assert use.is_used(paths, "gemma") is False
     assert use.last_use(paths, "gemma") is None
