@@ -203,7 +203,7 @@ def test_a_signal_whose_handler_raises_waits_until_the_callback_is_over(bus: Bus
     asked = manager()
     job = asked.enqueue("Start", SERVICE)
     bus.news = [(b"7", JOB.encode(), SERVICE.encode(), b"done")]
-    bus.during_callback = lambda _: os.kill(os.getpid(), signal.SIGUSR1)
+    bus.during_callback = lambda _: signal.raise_signal(signal.SIGUSR1)  # to this thread
     before = signal.signal(signal.SIGUSR1, raises)
     try:
         with pytest.raises(_ArrivedError):
