@@ -101,9 +101,10 @@ class Admission:
 
     def _decide(self, stack: ExitStack) -> tuple[Plan | Refusal, Admitted | None]:
         """Plan with what is true at this moment, and write the plan down."""
+        held = survey.holdings(self._paths, but=self._config.name)
         gpus = self._nvml.snapshot() if self._nvml is not None else ()
         ahead = waitlist.ahead(self._paths, self._ticket)
-        scene = survey.scene(self._paths, self._host, gpus, ahead, but=self._config.name, drained=self._doors.drained)
+        scene = survey.scene(self._paths, self._host, held, gpus, ahead, drained=self._doors.drained)
         request = self._request(gpus)
         outcome = placement.plan(request, gpus, scene.claims, scene.residents, self._host)
         if isinstance(outcome, Refusal):

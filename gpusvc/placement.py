@@ -41,6 +41,8 @@ class Claim:
     gpu_uuid: str
     bytes: int
     loading: bool
+    is_open: bool = False
+    """It did not say what it takes: until it is loaded, whatever is free there, or becomes so, may be its."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class _Search:
         limit = self._host.gpu.max_active
         if limit and there + 1 > limit:
             return False
+        if any(claim.is_open for claim in offer.claims):
+            return False  # what victims leave would be its as well
         if free is None:
             # Unified memory: NVML has no number to compare. Whoever is promised room there first, has it to himself.
             return not offer.claims

@@ -63,7 +63,8 @@ class Holding:
                 outstanding = (gpu.free_bytes or 0) if self.loading else 0
             if outstanding or self.loading:
                 waits = self.loading or self.ending
-                found.append(Claim(self.lease.model, leased.uuid, outstanding, loading=waits))
+                is_open = promised is None and self.loading
+                found.append(Claim(self.lease.model, leased.uuid, outstanding, loading=waits, is_open=is_open))
         return found
 
 
@@ -107,23 +108,22 @@ class Scene:
 def scene(
     paths: Paths,
     host: HostConfig,
+    held: Sequence[Holding],
     gpus: Sequence[Gpu],
     ahead: Sequence[Wish],
     *,
-    but: str | None = None,
     drained: Collection[str] = (),
 ) -> Scene:
-    """What there is besides the model ``but``, under the placement lock.
+    """What there is, under the placement lock.
 
     Args:
         paths: where their files are.
         host: the policy.
+        held: what models hold, looked at before NVML was read: of one that is ready that shows all that it takes.
         gpus: a reading of NVML.
         ahead: what is promised to those who wait for longer.
-        but: the model that is not counted.
         drained: those whose doors the caller holds closed, with nobody inside.
     """
-    held = holdings(paths, but=but)
     claims = [claim for holding in held for claim in holding.claims(gpus)]
     claims += [Claim(wish.model, uuid, size, loading=True) for wish in ahead for uuid, size in wish.bytes.items()]
     starting = (name for holding in held if holding.loading for name in holding.lease.evicting)

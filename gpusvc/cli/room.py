@@ -109,7 +109,8 @@ class Room:
         host = _without_limits(self._host, named=named)
         with waitlist.placement_lock(self._paths):
             ahead = waitlist.ahead(self._paths, self._ticket)
-            scene = survey.scene(self._paths, host, gpus, ahead, drained=doors.drained)
+            held = survey.holdings(self._paths)
+            scene = survey.scene(self._paths, host, held, gpus, ahead, drained=doors.drained)
             outcome = placement.plan(request, gpus, scene.claims, scene.residents, host)
             plan = outcome if isinstance(outcome, Plan) else outcome.after_drain
             if not isinstance(outcome, Plan) and plan is None and (is_late or not outcome.loading):

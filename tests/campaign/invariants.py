@@ -81,8 +81,8 @@ def overcommitted(snapshot: Snapshot) -> Iterator[str]:
 
 def _size(snapshot: Snapshot, lease: Held, gpu: int) -> int:
     given = next((given for given in lease.gpus if given.index == gpu), None)
-    if given is None:
-        return 0
+    if given is None or given.reserved_bytes is None:
+        return 0  # it was promised nothing, and takes what somebody leaves
     living = [process for process in snapshot.processes if process.model == lease.model]
     if lease.ready and living:
         holders = snapshot.vram.get(gpu, {})

@@ -287,6 +287,20 @@ def test_an_idle_one_goes_before_a_busy_one_is_waited_for() -> None:
     assert victims(outcome_of([busy, resident("idle", last_use=2, gpu0=8)], need=12 * GIB)) == ("idle",)
 
 
+def test_what_victims_would_leave_may_be_taken_by_a_load_of_unknown_size() -> None:
+    other = replace(claim(0, 8 * GIB), is_open=True)
+    one = plan(request(16 * GIB), [a_gpu(0)], [other], [resident("idle", gpu0=16)], HOST)
+    assert isinstance(one, Refusal)
+    assert (one.after_drain, one.loading) == (None, ("other",))
+    two = plan(request(16 * GIB), [a_gpu(0), a_gpu(1)], [other], [resident("idle", gpu0=16, gpu1=16)], HOST)
+    assert isinstance(two, Plan)
+    assert [gpu.index for gpu in two.gpus] == [1]
+    # One that said what it takes leaves the rest to others.
+    said = plan(request(16 * GIB), [with_free(0, 8 * GIB)], [claim(0, 7 * GIB)], [resident("idle", gpu0=16)], HOST)
+    assert isinstance(said, Plan)
+    assert said.victims == ("idle",)
+
+
 def test_a_loading_one_is_waited_for() -> None:
     outcome = outcome_of([replace(resident("loading", gpu0=20), loading=True)])
     assert isinstance(outcome, Refusal)
@@ -442,7 +456,13 @@ def cases(draw: st.DrawFn) -> Case:
             memory = None if kind == "unified" else 48 * GIB
             gpus.append(a_gpu(index, total=memory, uncounted=held[index] + draw(_SIZES) // 8, mig=kind == "mig"))
     claims = [
-        Claim(model=f"c{n}", gpu_uuid=uuid_of(draw(st.integers(0, 4))), bytes=draw(_SIZES), loading=draw(st.booleans()))
+        Claim(
+            model=f"c{n}",
+            gpu_uuid=uuid_of(draw(st.integers(0, 4))),
+            bytes=draw(_SIZES),
+            loading=draw(st.booleans()),
+            is_open=draw(st.booleans()),
+        )
         for n in range(draw(st.integers(0, 2)))
     ]
     selectors = st.sampled_from(["0", "1", "2", "*4090*", "*5090*", uuid_of(3)])

@@ -33,8 +33,8 @@ def holding(
     return Holding(lease=lease, pids=frozenset(pids), populated=populated, attended=attended)
 
 
-def claimed(size: int, *, loading: bool = True) -> list[Claim]:
-    return [Claim("qwen", uuid_of(0), size, loading=loading)]
+def claimed(size: int, *, loading: bool = True, is_open: bool = False) -> list[Claim]:
+    return [Claim("qwen", uuid_of(0), size, loading=loading, is_open=is_open)]
 
 
 def test_a_loading_model_claims_what_it_has_not_taken_yet() -> None:
@@ -86,8 +86,8 @@ def test_a_load_that_nobody_attends_any_more_is_not_loading() -> None:
 
 
 def test_a_load_of_unknown_size_may_want_all_that_is_free() -> None:
-    assert holding(reserved=None).claims([a_gpu(processes={200: 4 * GIB})]) == claimed(20 * GIB)
-    assert holding(reserved=None).claims([a_gpu(total=None)]) == claimed(0)
+    assert holding(reserved=None).claims([a_gpu(processes={200: 4 * GIB})]) == claimed(20 * GIB, is_open=True)
+    assert holding(reserved=None).claims([a_gpu(total=None)]) == claimed(0, is_open=True)
 
 
 def test_a_stuck_model_of_unknown_size_claims_no_more_than_nvml_shows_taken() -> None:
