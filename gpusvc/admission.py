@@ -101,8 +101,7 @@ class Admission:
 
     def _decide(self, stack: ExitStack) -> tuple[Plan | Refusal, Admitted | None]:
         """Plan with what is true at this moment, and write the plan down."""
-        held = survey.holdings(self._paths, but=self._config.name)
-        gpus = self._nvml.snapshot() if self._nvml is not None else ()
+        held, gpus = survey.look(self._paths, self._read_gpus, but=self._config.name)
         ahead = waitlist.ahead(self._paths, self._ticket)
         scene = survey.scene(self._paths, self._host, held, gpus, ahead, drained=self._doors.drained)
         request = self._request(gpus)
@@ -120,6 +119,9 @@ class Admission:
         lease = self._lease(outcome, request, {holding.lease.port for holding in scene.held})
         leases.write(self._paths, lease)
         return outcome, Admitted(lease, outcome.gpus, self._is_guess)
+
+    def _read_gpus(self) -> Sequence[Gpu]:
+        return self._nvml.snapshot() if self._nvml is not None else ()
 
     def _queue(self, stack: ExitStack, request: Request, refused: Refusal) -> None:
         """Have a ticket, and say on it what this start waits for."""

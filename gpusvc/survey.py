@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from gpusvc.paths import Paths
     from gpusvc.processes import Process
     from gpusvc.waitlist import Wish
+
+# Where models come and go all the time, the last look has to do.
+_LOOKS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,33 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
     return found
 
 
+def look(
+    paths: Paths, read_gpus: Callable[[], Sequence[Gpu]], *, but: str | None = None
+) -> tuple[list[Holding], Sequence[Gpu]]:
+    """What models hold and what NVML says, of one moment.
+
+    One that gets ready in between had taken less when NVML was read than it has, and has no claim any more; one that
+    dies in between has given its bytes back to NVML, and keeps them until its release is proven.
+
+    Args:
+        paths: where the leases are.
+        read_gpus: reads NVML.
+        but: the model that is not counted.
+    """
+    before = holdings(paths, but=but)
+    for _ in range(_LOOKS):
+        gpus = read_gpus()
+        held = holdings(paths, but=but)
+        if _states(held) == _states(before):
+            break
+        before = held
+    return held, gpus
+
+
+def _states(held: Sequence[Holding]) -> list[object]:
+    return [(h.lease.model, h.lease.created, h.lease.ready, h.populated, h.attended, h.ending) for h in held]
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """All that a placement has to know of the others."""
@@ -119,8 +149,8 @@ def scene(
     Args:
         paths: where their files are.
         host: the policy.
-        held: what models hold, looked at before NVML was read: of one that is ready that shows all that it takes.
-        gpus: a reading of NVML.
+        held: what models hold.
+        gpus: a reading of NVML, of the same moment; see look().
         ahead: what is promised to those who wait for longer.
         drained: those whose doors the caller holds closed, with nobody inside.
     """

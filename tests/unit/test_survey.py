@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from gpusvc import survey
 from gpusvc.lease import Lease, LeasedGpu
+from gpusvc.paths import Paths
 from gpusvc.placement import Claim, Resident
 from gpusvc.processes import Process
 from gpusvc.survey import Holding, Scene, in_words
@@ -35,6 +37,35 @@ def holding(
 
 def claimed(size: int, *, loading: bool = True, is_open: bool = False) -> list[Claim]:
     return [Claim("qwen", uuid_of(0), size, loading=loading, is_open=is_open)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [holding(ready=True), holding(populated=False), holding(attended=False), replace(holding(), ending=True), None],
+    ids=["ready", "dead", "alone", "ending", "gone"],
+)
+def test_what_changes_while_nvml_is_read_is_looked_at_again(
+    changed: Holding | None, paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([[holding()], *[[changed] if changed is not None else []] * 2])
+    monkeypatch.setattr(survey, "holdings", lambda *_, but: next(looks))
+    readings = iter([[a_gpu(0)], [a_gpu(0, uncounted=GIB)]])
+    held, gpus = survey.look(paths, lambda: next(readings))
+    assert held == ([changed] if changed is not None else [])
+    assert gpus == [a_gpu(0, uncounted=GIB)]
+
+
+def test_what_stays_as_it_is_is_looked_at_once(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its processes may come and go.
+    looks = iter([[holding()], [holding(pids=(100, 101))]])
+    monkeypatch.setattr(survey, "holdings", lambda *_, but: next(looks))
+    assert survey.look(paths, lambda: [a_gpu(0)]) == ([holding(pids=(100, 101))], [a_gpu(0)])
+
+
+def test_where_nothing_ever_stays_the_last_look_counts(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = (holding(ready=number % 2 == 0) for number in range(100))
+    monkeypatch.setattr(survey, "holdings", lambda *_, but: [next(turns)])
+    assert survey.look(paths, lambda: [a_gpu(0)])[1] == [a_gpu(0)]
 
 
 def test_a_loading_model_claims_what_it_has_not_taken_yet() -> None:
