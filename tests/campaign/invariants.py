@@ -89,7 +89,7 @@ def _size(snapshot: Snapshot, lease: Held, gpu: int) -> int:
         return sum(holders.get(process.pid, 0) for process in living)
     if lease.ready:  # and dead; what it had asked for may have been given away, even where nobody could see how much
         return given.used_bytes or 0
-    return next((size for size in (given.reserved_bytes, given.used_bytes) if size is not None), 0)
+    return given.reserved_bytes
 
 
 # Releases
