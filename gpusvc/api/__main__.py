@@ -14,19 +14,19 @@ from functools import partial
 
 from aiohttp import web
 
-from gpusvc.api import journal
-from gpusvc.api.application import application
-from gpusvc.api.bus import Bus
-from gpusvc.api.jobs import Jobs
-from gpusvc.api.journal import Events
-from gpusvc.api.service import Service
-from gpusvc.api.snapshots import Snapshots
-from gpusvc.api.streams import Streams
+from gpusvc.api.backend import journal
+from gpusvc.api.backend.bus import Bus
+from gpusvc.api.backend.jobs import Jobs
+from gpusvc.api.backend.journal import Events
+from gpusvc.api.backend.service import Service
+from gpusvc.api.backend.snapshots import Snapshots
+from gpusvc.api.backend.streams import Streams
+from gpusvc.api.routes.application import application
 from gpusvc.log import log
 from gpusvc.names import of_service
-from gpusvc.notify import Notifier
 from gpusvc.paths import Paths
-from gpusvc.systemd import EndedJob, Manager
+from gpusvc.systemd.manager import EndedJob, Manager
+from gpusvc.systemd.notify import Notifier
 
 # sd_listen_fds(3)
 _FIRST_FD = 3

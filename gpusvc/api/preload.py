@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 from gpusvc import names
-from gpusvc.config import model_names
+from gpusvc.config.files import model_names
+from gpusvc.config.serving import load_serving
 from gpusvc.errors import GpusvcError
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.serving import load_serving
 
 
 def preloaded(paths: Paths) -> list[str]:
@@ -30,7 +30,7 @@ def main() -> int:
         chosen = preloaded(Paths.here())
         if not chosen:
             return 0
-        from gpusvc.systemd import Manager  # noqa: PLC0415  most machines preload nothing
+        from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most machines preload nothing
 
         with Manager() as manager:
             for name in chosen:

@@ -18,7 +18,7 @@ sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 import typer  # noqa: E402
 
 from gpusvc import __version__  # noqa: E402
-from gpusvc.cli import (  # noqa: E402
+from gpusvc.cli.commands import (  # noqa: E402
     add,
     check,
     doctor,
@@ -33,10 +33,10 @@ from gpusvc.cli import (  # noqa: E402
     remove,
     settings,
     show,
-    top,
     use,
 )
-from gpusvc.cli import run as running  # noqa: E402
+from gpusvc.cli.commands import run as running  # noqa: E402
+from gpusvc.cli.top import top  # noqa: E402
 from gpusvc.errors import GpusvcError  # noqa: E402
 from gpusvc.paths import USER_INSTANCE, Paths, is_user_instance  # noqa: E402
 from gpusvc.printable import printable  # noqa: E402

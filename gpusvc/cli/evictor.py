@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gpusvc.cli.lifecycle import going_on, raise_all
+from gpusvc.cli.commands.lifecycle import going_on, raise_all
 from gpusvc.cli.progress import Progress
 from gpusvc.errors import BusyError, GpusvcError, NvmlError, UsageError
 from gpusvc.quantity import format_size
 
 if TYPE_CHECKING:
-    from gpusvc.devices import DeviceSelector
-    from gpusvc.eviction import Doors
-    from gpusvc.gpu import Gpu
-    from gpusvc.inventory import ModelStatus
+    from gpusvc.gpu.reading import Gpu
+    from gpusvc.gpu.selector import DeviceSelector
     from gpusvc.paths import Paths
-    from gpusvc.systemd import Manager
+    from gpusvc.placement.eviction import Doors
+    from gpusvc.status.inventory import ModelStatus
+    from gpusvc.systemd.manager import Manager
 
 PAUSE_SECONDS = 0.05
 
@@ -48,8 +48,8 @@ class Evictor:
 
     def clear(self, selector: DeviceSelector) -> None:
         """Evict what is idle on the GPUs that ``selector`` means; the rest is named."""
-        from gpusvc import inventory
-        from gpusvc.inventory import ModelState
+        from gpusvc.status import inventory
+        from gpusvc.status.inventory import ModelState
 
         readings = _snapshot()
         uuids = {gpu.uuid for gpu in matching(readings, selector)}
@@ -71,7 +71,7 @@ class Evictor:
 
     def evict(self, names: Sequence[str]) -> list[GpusvcError]:
         """Evict each as soon as nobody uses it; what failed."""
-        from gpusvc.eviction import Doors
+        from gpusvc.placement.eviction import Doors
 
         deadline = time.monotonic() + self._patience_seconds
         failures: list[GpusvcError] = []
@@ -101,8 +101,9 @@ class Evictor:
 
     def _evict(self, doors: Doors, name: str, *, is_late: bool) -> str | None:
         """Evict ``name``, if that may be now; None: it is gone, else what it is instead."""
-        from gpusvc import names, standing
-        from gpusvc.systemd import ActiveState
+        from gpusvc import names
+        from gpusvc.status import standing
+        from gpusvc.systemd.manager import ActiveState
 
         unit = self._manager.unit(names.service(name))
         if unit is None or unit.active in {ActiveState.INACTIVE, ActiveState.FAILED}:
@@ -132,7 +133,8 @@ class Evictor:
             UnreleasedError: its VRAM is not proven free.
             SystemdError, PermissionDeniedError: it could not be stopped.
         """
-        from gpusvc import eviction, inventory
+        from gpusvc.placement import eviction
+        from gpusvc.status import inventory
 
         if busy is not None:
             self._progress.clear()
@@ -169,7 +171,7 @@ def matching(readings: Sequence[Gpu], selector: DeviceSelector | None) -> list[G
 
 
 def _snapshot() -> tuple[Gpu, ...]:
-    from gpusvc.nvml import Nvml
+    from gpusvc.gpu.nvml import Nvml
 
     with Nvml() as nvml:
         return nvml.snapshot()

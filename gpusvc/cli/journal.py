@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from gpusvc import unitlog
+from gpusvc.journal import units as unitlog
 
 
 def last_lines(name: str, lines: int, *, since: float | None = None) -> list[str]:

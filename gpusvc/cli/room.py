@@ -19,14 +19,14 @@ from gpusvc.paths import is_user_instance
 from gpusvc.quantity import format_amount, format_size
 
 if TYPE_CHECKING:
-    from gpusvc.config import HostConfig
-    from gpusvc.devices import DeviceSelector
-    from gpusvc.eviction import Doors
-    from gpusvc.gpu import Gpu
+    from gpusvc.config.files import HostConfig
+    from gpusvc.gpu.reading import Gpu
+    from gpusvc.gpu.selector import DeviceSelector
     from gpusvc.paths import Paths
-    from gpusvc.placement import Plan
-    from gpusvc.systemd import Manager
-    from gpusvc.waitlist import Ticket
+    from gpusvc.placement.eviction import Doors
+    from gpusvc.placement.plan import Plan
+    from gpusvc.placement.waitlist import Ticket
+    from gpusvc.systemd.manager import Manager
 
 # Whom the room is for, where others see it.
 _WHO = "gpusvc evict"
@@ -61,8 +61,8 @@ class Room:
             BusyError: it could be if models were not in use.
             UnreleasedError, SystemdError, PermissionDeniedError: as of an eviction.
         """
-        from gpusvc.eviction import Doors, in_use
-        from gpusvc.nvml import Nvml
+        from gpusvc.gpu.nvml import Nvml
+        from gpusvc.placement.eviction import Doors, in_use
 
         if os.geteuid() and not is_user_instance():
             raise PermissionDeniedError("Only root sees who holds what for whom.", hint="Try again with sudo.")
@@ -102,8 +102,9 @@ class Room:
         self, stack: ExitStack, gpus: Sequence[Gpu], size: int, doors: Doors, *, named: bool, is_late: bool
     ) -> tuple[Plan | None, bool]:
         """Who has to go, and whether none of them is in use; None: that is not known before others have loaded."""
-        from gpusvc import placement, survey, waitlist
-        from gpusvc.placement import Plan, Request
+        from gpusvc.placement import plan as placement
+        from gpusvc.placement import survey, waitlist
+        from gpusvc.placement.plan import Plan, Request
 
         request = Request(model=_WHO, count=1, needs={gpu.uuid: size for gpu in gpus})
         host = _without_limits(self._host, named=named)

@@ -6,12 +6,12 @@ import os
 import sys
 
 from gpusvc.errors import GpusvcError
-from gpusvc.gateway import listening
-from gpusvc.gateway.service import Service, Settings
-from gpusvc.gateway.workers import Superior, Workers
+from gpusvc.gateway.process import listening
+from gpusvc.gateway.process.service import Service, Settings
+from gpusvc.gateway.process.workers import Superior, Workers
 from gpusvc.log import log
-from gpusvc.notify import Notifier
 from gpusvc.paths import Paths
+from gpusvc.systemd.notify import Notifier
 
 # sysexits.h; systemd does not try again: somebody has to change something first.
 _EX_CONFIG = 78

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 
-from gpusvc.devices import DeviceSelector
+from gpusvc.config.model import OWNED_VARIABLES
+from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.importing.draft import Draft, Notes
-from gpusvc.model_file import OWNED_VARIABLES
 
 _PORT = ("--port",)
 _SPLIT = ("-tp", "--tensor-parallel-size", "--tp-size", "--tp", "--tensor-parallel")

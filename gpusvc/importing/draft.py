@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpusvc import toml
+from gpusvc.config import toml
 
 # The order of a model's file; a key that is not here comes after these.
 _ORDER = (

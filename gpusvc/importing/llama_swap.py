@@ -12,14 +12,14 @@ from itertools import combinations
 from urllib.parse import urlsplit
 
 from gpusvc import names
-from gpusvc.engines import PORT
+from gpusvc.config.model import MAX_PRIORITY
+from gpusvc.config.presets import PORT
 from gpusvc.errors import ConfigError
 from gpusvc.importing import commandline, exclusion, matrix
 from gpusvc.importing.draft import Draft, Import, Notes, finish, without_nulls
 from gpusvc.importing.foreign import Foreign
 from gpusvc.importing.macros import Macros, unknown
 from gpusvc.importing.naming import Naming
-from gpusvc.model_file import MAX_PRIORITY
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 

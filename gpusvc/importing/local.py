@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpusvc import about, engines, weights
-from gpusvc.about import Kind
+from gpusvc.config import presets as engines
 from gpusvc.errors import UsageError
 from gpusvc.importing import commandline
 from gpusvc.importing.draft import Draft
 from gpusvc.quantity import format_size
+from gpusvc.weights import description as about
+from gpusvc.weights import estimate as weights
+from gpusvc.weights.description import Kind
 
 # How each engine is asked for a context of some length.
 _CONTEXT = {"llama-server": "-c", "vllm": "--max-model-len", "sglang": "--context-length"}

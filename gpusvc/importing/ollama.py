@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpusvc import gguf
 from gpusvc.errors import ConfigError, PermissionDeniedError
 from gpusvc.importing import defaults
 from gpusvc.importing.draft import Draft, Import, Notes, finish
 from gpusvc.importing.foreign import Foreign
 from gpusvc.importing.naming import Naming
+from gpusvc.weights import gguf
 
 _MEDIA = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")

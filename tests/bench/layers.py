@@ -11,19 +11,19 @@ from typing import Any
 
 import uvloop
 
-from gpusvc import keys
-from gpusvc.counters import Counters, directory, file_of
-from gpusvc.gateway import body as bodies
-from gpusvc.gateway import head as heads
-from gpusvc.gateway import routes
-from gpusvc.gateway.activation import Activation
-from gpusvc.gateway.catalog import Catalog
-from gpusvc.gateway.gateway import Gateway
+from gpusvc.config import keys
+from gpusvc.config.host import HostGateway
+from gpusvc.gateway.activation.activation import Activation
+from gpusvc.gateway.body import body as bodies
+from gpusvc.gateway.entry import routes
+from gpusvc.gateway.entry.catalog import Catalog
+from gpusvc.gateway.entry.origin import Guard
+from gpusvc.gateway.http import head as heads
 from gpusvc.gateway.limits import Limits
-from gpusvc.gateway.origin import Guard
-from gpusvc.gateway.shared import Shared
-from gpusvc.gateway.upstream import Upstream
-from gpusvc.host_file import HostGateway
+from gpusvc.gateway.process.gateway import Gateway
+from gpusvc.gateway.process.shared import Shared
+from gpusvc.gateway.relay.upstream import Upstream
+from gpusvc.state.counters import Counters, directory, file_of
 from tests.component.gateways import ServedGateway
 
 _REPEATS, _TIMES = 9, 2000

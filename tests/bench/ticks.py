@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpusvc import cgroup
-from gpusvc.gpu import Gpu, ProcessSample
-from gpusvc.meter import Meter
-from gpusvc.notify import Notifier
-from gpusvc.nvml import Nvml
-from gpusvc.observation import Observer
-from gpusvc.watchdog import Watchdog, boottime
-from gpusvc.watched import Watched
+from gpusvc.config.watched import Watched
+from gpusvc.gpu.meter import Meter
+from gpusvc.gpu.nvml import Nvml
+from gpusvc.gpu.reading import Gpu, ProcessSample
+from gpusvc.linux import cgroup
+from gpusvc.systemd.notify import Notifier
+from gpusvc.watchdog.daemon import Watchdog, boottime
+from gpusvc.watchdog.observer import Observer
 from tests.component.conftest import Machine
 from tests.component.fleet import Fleet
 from tests.fakegpu import FakeGpu, Sample, build

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # Evaluates one expression a line, and answers with its value or its error.
 _CLIENT = """
 import base64, pickle, sys
-from gpusvc import nvml
+from gpusvc.gpu import nvml
 from gpusvc.errors import GpusvcError
 client = None
 def connect():
@@ -79,7 +79,7 @@ class Machine:
 
 
 class Client:
-    """Another process's ``gpusvc.nvml``; ``ask("client.snapshot()")`` has the value, or raises what it raised."""
+    """Another process's ``gpusvc.gpu.nvml``; ``ask("client.snapshot()")`` has the value, or raises what it raised."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process

@@ -13,14 +13,16 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from gpusvc import lease as leases
-from gpusvc import names, processes, use
-from gpusvc.cgroup import Cgroup
+from gpusvc import names
 from gpusvc.errors import GpusvcError
-from gpusvc.lease import Lease, LeasedGpu
-from gpusvc.notify import Notifier
+from gpusvc.linux import processes
+from gpusvc.linux.cgroup import Cgroup
 from gpusvc.paths import Paths
-from gpusvc.systemd import ActiveState, Unit
+from gpusvc.state import lease as leases
+from gpusvc.state import use
+from gpusvc.state.lease import Lease, LeasedGpu
+from gpusvc.systemd.manager import ActiveState, Unit
+from gpusvc.systemd.notify import Notifier
 from tests.component.conftest import Machine
 from tests.fakegpu import GIB, uuid_of
 

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Self
 
-from gpusvc import counters, keys, use
-from gpusvc import lease as leases
-from gpusvc.lease import Lease
+from gpusvc.config import keys
 from gpusvc.paths import Paths
+from gpusvc.state import counters, use
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import Lease
 from tests.component.conftest import ROOT
 
 _BEGIN_SECONDS = 20.0

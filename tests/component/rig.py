@@ -16,18 +16,19 @@ from typing import Any
 import pytest
 import uvloop
 
-from gpusvc import counters, keys, use
-from gpusvc import lease as leases
-from gpusvc.counters import Counters, Totals
-from gpusvc.gateway.activation import Activation
-from gpusvc.gateway.catalog import Catalog
-from gpusvc.gateway.gateway import Gateway
+from gpusvc.config import keys
+from gpusvc.config.host import HostGateway
+from gpusvc.config.keys import Keys
+from gpusvc.gateway.activation.activation import Activation
+from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.limits import Limits
-from gpusvc.gateway.shared import Shared
-from gpusvc.host_file import HostGateway
-from gpusvc.keys import Keys
-from gpusvc.lease import Lease
+from gpusvc.gateway.process.gateway import Gateway
+from gpusvc.gateway.process.shared import Shared
 from gpusvc.paths import Paths
+from gpusvc.state import counters, use
+from gpusvc.state import lease as leases
+from gpusvc.state.counters import Counters, Totals
+from gpusvc.state.lease import Lease
 from tests.component.upstream import Upstream
 
 DEADLINE_SECONDS = 10.0

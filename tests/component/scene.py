@@ -19,17 +19,17 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from gpusvc.api.application import application
-from gpusvc.api.journal import Events
-from gpusvc.api.service import Service
-from gpusvc.api.streams import Streams
+from gpusvc.api.backend.journal import Events
+from gpusvc.api.backend.service import Service
+from gpusvc.api.backend.streams import Streams
+from gpusvc.api.routes.application import application
 from gpusvc.errors import GpusvcError, PlacementError
-from gpusvc.events import MESSAGE_IDS, Kind
-from gpusvc.gpu import Gpu, GpuProcess
-from gpusvc.inventory import GpuStatus, HeldGpu, Holder, ModelState, ModelStatus
+from gpusvc.gpu.reading import Gpu, GpuProcess
+from gpusvc.journal.events import MESSAGE_IDS, Kind
 from gpusvc.paths import Paths
 from gpusvc.quantity import GIB
-from gpusvc.standing import Standing
+from gpusvc.status.inventory import GpuStatus, HeldGpu, Holder, ModelState, ModelStatus
+from gpusvc.status.standing import Standing
 
 T = TypeVar("T")
 

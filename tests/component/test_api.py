@@ -17,24 +17,25 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gpusvc import lease as leases
-from gpusvc import names, use
-from gpusvc.api import jobs as jobs_module
-from gpusvc.api import streams as streams_module
-from gpusvc.api.application import application, endpoints
-from gpusvc.api.bus import Bus
-from gpusvc.api.jobs import Jobs
-from gpusvc.api.journal import QUEUE_LENGTH, Events, Subscription
-from gpusvc.api.openapi import document
-from gpusvc.api.service import Service
-from gpusvc.api.snapshots import Snapshots
-from gpusvc.api.streams import Streams
+from gpusvc import names
+from gpusvc.api.backend import jobs as jobs_module
+from gpusvc.api.backend import streams as streams_module
+from gpusvc.api.backend.bus import Bus
+from gpusvc.api.backend.jobs import Jobs
+from gpusvc.api.backend.journal import QUEUE_LENGTH, Events, Subscription
+from gpusvc.api.backend.service import Service
+from gpusvc.api.backend.snapshots import Snapshots
+from gpusvc.api.backend.streams import Streams
+from gpusvc.api.routes.application import application, endpoints
+from gpusvc.api.routes.openapi import document
 from gpusvc.errors import JobConflictError, NvmlUnavailableError, PermissionDeniedError, UnansweredError
-from gpusvc.eventlog import Event
-from gpusvc.lease import Lease
-from gpusvc.nvml import Nvml
+from gpusvc.gpu.nvml import Nvml
+from gpusvc.journal.eventlog import Event
 from gpusvc.paths import Paths
-from gpusvc.systemd import ActiveState, EndedJob, JobResult, ServiceStatus, Unit
+from gpusvc.state import lease as leases
+from gpusvc.state import use
+from gpusvc.state.lease import Lease
+from gpusvc.systemd.manager import ActiveState, EndedJob, JobResult, ServiceStatus, Unit
 
 T = TypeVar("T")
 
@@ -770,7 +771,7 @@ def test_one_request_that_breaks_takes_no_other_along(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("gpusvc.api.machine.effective", broken)
+    monkeypatch.setattr("gpusvc.api.routes.machine.effective", broken)
 
     async def scenario(api: Api) -> None:
         async with api.client.get("http://api/gpusvc/config") as response:

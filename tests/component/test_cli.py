@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 
-from gpusvc import cli, lease
-from gpusvc.cli.lifecycle import StillGoingError, going_on
+from gpusvc import cli
+from gpusvc.cli.commands.lifecycle import StillGoingError, going_on
 from gpusvc.cli.progress import Progress
 from gpusvc.cli.table import age, shortened, table
 from gpusvc.errors import GpusvcError, UnknownModelError
-from gpusvc.lease import Lease, LeasedGpu
+from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
 from gpusvc.printable import printable
-from gpusvc.processes import Process
+from gpusvc.state import lease
+from gpusvc.state.lease import Lease, LeasedGpu
 from tests.component.conftest import Machine
 from tests.fakegpu import GIB, FakeGpu, Return, uuid_of
 
@@ -137,7 +138,16 @@ def test_wrong_usage_exits_2_and_says_why(host: Host, arguments: list[str]) -> N
 def test_only_the_modules_that_a_command_needs_are_loaded() -> None:
     code = "import sys, gpusvc.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    unwanted = {"rich", "pystemd", "psutil", "pynvml", "tomllib", "gpusvc.systemd", "gpusvc.nvml", "gpusvc.config"}
+    unwanted = {
+        "rich",
+        "pystemd",
+        "psutil",
+        "pynvml",
+        "tomllib",
+        "gpusvc.systemd.manager",
+        "gpusvc.gpu.nvml",
+        "gpusvc.config.files",
+    }
     loaded = set(done.stdout.split()) - {"rich"}  # it stands there as None: not to be loaded
     assert loaded & unwanted == set()
 

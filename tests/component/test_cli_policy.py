@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import names, use
-from gpusvc.lease import Lease, LeasedGpu, write
-from gpusvc.use import Drain
+from gpusvc import names
+from gpusvc.state import use
+from gpusvc.state.lease import Lease, LeasedGpu, write
+from gpusvc.state.use import Drain
 from tests.component.conftest import Machine, eventually
 from tests.component.test_cli import Host
 from tests.fakegpu import GIB, uuid_of
@@ -25,7 +26,7 @@ _MODEL = 'command = ["/bin/true"]\nuser = "root"\n'
 _RUN = """
 import sys
 from pathlib import Path
-from gpusvc import cgroup
+from gpusvc.linux import cgroup
 from gpusvc.cli import run
 from gpusvc.paths import Paths
 root = Path(sys.argv[1])

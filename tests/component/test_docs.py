@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import config, counters, hooks, names, verdicts
+from gpusvc import names
 from gpusvc.cli import app
+from gpusvc.config import files as config
+from gpusvc.hooks import daemon as hooks
 from gpusvc.paths import Paths
+from gpusvc.state import counters
+from gpusvc.watchdog import verdicts
 from tests.unit.test_layering import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -95,13 +99,14 @@ def test_every_link_leads_somewhere(document: str) -> None:
 
 
 def test_the_layout_has_every_module_in_its_row() -> None:
-    layout = ARCHITECTURE.read_text().partition("## Source layout")[2].partition("```\n")[2].partition("```")[0]
+    layout = ARCHITECTURE.read_text().partition("## Source layout")[2].partition("\n\n`units/`")[0]
     rows: dict[str, set[str]] = {}
-    for line in filter(None, layout.splitlines()):
-        if not line.startswith(" "):
-            row = rows[line] = set()
-        row |= {module.rstrip("/").removesuffix(".py") for module in re.findall(r"\b\w+\.py\b|\b\w+/(?= |$)", line)}
-    assert rows == {title: modules - {"_vendor"} for title, modules in ROWS.items()}
+    row: set[str] = set()
+    for title, rooms in re.findall(r"^\| ([A-Za-z ,]*) ?\| (`[^|]*) \|", layout, re.MULTILINE):
+        if title:
+            row = rows[title.strip()] = set()
+        row |= {room.rstrip("/") for room in re.findall(r"`(\w+/?)`", rooms)}
+    assert rows == {title: rooms - {"_vendor"} for title, rooms in ROWS.items()}
 
 
 def test_the_readmes_model_file_is_right(tmp_path: Path) -> None:

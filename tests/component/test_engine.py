@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gpusvc import processes
+from gpusvc.linux import processes
 from tests.component.conftest import ROOT, eventually
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become 
 # Stands for the launcher, with all that it might leave to the engine and must not.
 _LAUNCHER = """
 import ctypes, json, os, signal, sys
-from gpusvc.engine import Orders, ParkedEngine, User
+from gpusvc.launcher.engine import Orders, ParkedEngine
+from gpusvc.linux.users import User
 from gpusvc.errors import GpusvcError
 
 def tell(**what):

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from gpusvc import eventlog, events
 from gpusvc.errors import GpusvcError
-from gpusvc.events import MESSAGE_IDS, Kind, emit
+from gpusvc.journal import eventlog, events
+from gpusvc.journal.events import MESSAGE_IDS, Kind, emit
 
 ROOT = Path(__file__).parents[2]
 

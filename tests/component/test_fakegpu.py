@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from gpusvc.gpu import Gpu
+from gpusvc.gpu.reading import Gpu
 from tests.component.conftest import Machine, eventually, say
 from tests.fakegpu import GIB, NEVER, FakeGpu, uuid_of
 

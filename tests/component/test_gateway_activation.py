@@ -20,17 +20,18 @@ from typing import Any, NoReturn
 import pytest
 import uvloop
 
-from gpusvc import lease as leases
-from gpusvc import statefile, use
-from gpusvc.gateway import entrance, starter
-from gpusvc.gateway.activation import Activation, Passage
-from gpusvc.gateway.replies import Refusal
-from gpusvc.gateway.slots import SharedSlots
-from gpusvc.host_file import HostGateway
-from gpusvc.lease import Lease
+from gpusvc import files as statefile
+from gpusvc.config.host import HostGateway
+from gpusvc.config.serving import Serving
+from gpusvc.gateway.activation import entrance, starter
+from gpusvc.gateway.activation.activation import Activation, Passage
+from gpusvc.gateway.activation.slots import SharedSlots
+from gpusvc.gateway.http.replies import Refusal
 from gpusvc.paths import Paths
-from gpusvc.serving import Serving
-from gpusvc.use import Drain
+from gpusvc.state import lease as leases
+from gpusvc.state import use
+from gpusvc.state.lease import Lease
+from gpusvc.state.use import Drain
 from tests.component.conftest import ROOT
 
 QWEN = Serving("qwen")
@@ -40,7 +41,7 @@ READY = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}"
 _TAKE_SLOT = """
 import sys
 from pathlib import Path
-from gpusvc.gateway.slots import SharedSlots
+from gpusvc.gateway.activation.slots import SharedSlots
 from gpusvc.paths import Paths
 slots = SharedSlots(Paths(*map(Path, sys.argv[1:])), "qwen")
 print(slots.take(1), flush=True)

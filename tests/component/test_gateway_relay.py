@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import keys
+from gpusvc.config import keys
+from gpusvc.config.keys import Keys
 from gpusvc.gateway.limits import Limits
-from gpusvc.gateway.upstream import Address, Upstream
-from gpusvc.keys import Keys
+from gpusvc.gateway.relay.upstream import Address, Upstream
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
     STREAM,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import keys
+from gpusvc.config import keys
 from tests.component.conftest import ROOT, eventually
 
 # Its paths are the test's, and its socket is put where systemd would put it.

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 _RUN = """
 import sys
 from pathlib import Path
-from gpusvc import hooks
+from gpusvc.hooks import daemon as hooks
 from gpusvc.errors import GpusvcError
-from gpusvc.notify import Notifier
+from gpusvc.systemd.notify import Notifier
 from gpusvc.paths import Paths
 hooks._GRACE_SECONDS = 0.3
 root = Path(sys.argv[1])

@@ -11,13 +11,14 @@ from typing import cast
 
 import pytest
 
-from gpusvc import cli, inventory
-from gpusvc.api import journal
-from gpusvc.cli import dashboard
-from gpusvc.cli.show import _gpu_lines
+from gpusvc import cli
+from gpusvc.api.backend import journal
+from gpusvc.cli.commands.show import _gpu_lines
+from gpusvc.cli.top import dashboard
 from gpusvc.errors import NvmlError
-from gpusvc.gpu import Gpu
+from gpusvc.gpu.reading import Gpu
 from gpusvc.paths import Paths
+from gpusvc.status import inventory
 from tests.component.conftest import Machine
 from tests.component.test_api import Api, Run, api
 from tests.fakegpu import GIB, FakeGpu, Return, Sample

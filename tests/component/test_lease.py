@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import lease as leases
 from gpusvc.errors import UsageError
 from gpusvc.paths import Paths
+from gpusvc.state import lease as leases
 from tests.component.conftest import ROOT, eventually
 
 # Says "held", or why not, and holds until its input ends.
 _HOLDER = """
 import sys
 from pathlib import Path
-from gpusvc import lease
+from gpusvc.state import lease
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
 runtime = Path(sys.argv[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpusvc.errors import ConfigError
-from gpusvc.gateway import listening
+from gpusvc.gateway.process import listening
 from tests.component.conftest import ROOT
 
 # Puts what it inherited at the numbers where systemd would put it, and tells what is made of it.
@@ -23,7 +23,7 @@ for target, fd in enumerate(map(int, sys.argv[1:]), start=3):
     os.dup2(fd, target)
 environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(sys.argv) - 1)}
 from gpusvc.errors import ConfigError
-from gpusvc.gateway import listening
+from gpusvc.gateway.process import listening
 try:
     taken = listening.take(environment)
 except ConfigError as error:

@@ -15,11 +15,12 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from gpusvc import __version__, counters
-from gpusvc.api.journal import Loads
-from gpusvc.counters import Counters
-from gpusvc.inventory import ModelState
+from gpusvc import __version__
+from gpusvc.api.backend.journal import Loads
 from gpusvc.quantity import GIB
+from gpusvc.state import counters
+from gpusvc.state.counters import Counters
+from gpusvc.status.inventory import ModelState
 from tests.component.scene import Scene, furnish, refusal, serving
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"

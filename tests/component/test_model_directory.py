@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import access, model_directory
+from gpusvc.config import directory as model_directory
 from gpusvc.errors import GpusvcError, UsageError
+from gpusvc.linux import access
 from gpusvc.paths import Paths
 
 GOOD = 'command = ["/bin/sh"]\nuser = "root"\n'

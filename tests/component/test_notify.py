@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-from gpusvc.notify import Notifier
+from gpusvc.systemd.notify import Notifier
 
 # It stays connected for as long as its process lives.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

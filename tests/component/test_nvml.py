@@ -1,4 +1,4 @@
-"""gpusvc.nvml with the real pynvml, on a simulated driver."""
+"""gpusvc.gpu.nvml with the real pynvml, on a simulated driver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from gpusvc.errors import NvmlError, NvmlUnavailableError
-from gpusvc.gpu import Gpu, GpuProcess, ProcessSample
+from gpusvc.gpu.reading import Gpu, GpuProcess, ProcessSample
 from tests.component.conftest import ROOT, Client, Machine
 from tests.fakegpu import GIB, MIB, FakeGpu, Return, Sample, uuid_of
 
@@ -305,7 +305,7 @@ def test_another_failure_to_initialise_is_an_error_with_nvmls_own_words(machine:
 
 
 def test_who_needs_no_gpu_does_not_load_pynvml() -> None:
-    code = "import sys, gpusvc.nvml; sys.exit(any('pynvml' in name for name in sys.modules))"
+    code = "import sys, gpusvc.gpu.nvml; sys.exit(any('pynvml' in name for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

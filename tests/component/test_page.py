@@ -10,10 +10,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from gpusvc.api.view import duration
-from gpusvc.events import Kind
-from gpusvc.inventory import ModelState
+from gpusvc.api.page.view import duration
+from gpusvc.journal.events import Kind
 from gpusvc.quantity import GIB
+from gpusvc.status.inventory import ModelState
 from tests.component.browser import PROGRAM, Browser, Page, opened
 from tests.component.scene import TRAIN, Scene, furnish, refusal, serving
 

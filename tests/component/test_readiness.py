@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import cgroup, readiness
-from gpusvc.cgroup import Cgroup
-from gpusvc.engine import User
 from gpusvc.errors import EngineError
-from gpusvc.sockets import Listener
+from gpusvc.launcher import readiness
+from gpusvc.linux import cgroup
+from gpusvc.linux.cgroup import Cgroup
+from gpusvc.linux.sockets import Listener
+from gpusvc.linux.users import User
 
 # Any user may run it, whatever Python the tests run on.
 PYTHON = "/usr/bin/python3"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import lease as leases
-from gpusvc import processes
 from gpusvc.errors import UnreleasedError
-from gpusvc.lease import Lease, LeasedGpu
+from gpusvc.linux import processes
+from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
-from gpusvc.processes import Process
-from gpusvc.release import Release
+from gpusvc.release.procedure import Release
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import Lease, LeasedGpu
 from tests.component.conftest import Machine, eventually
 from tests.fakegpu import GIB, NEVER, FakeGpu, Return, uuid_of
 
@@ -28,7 +28,8 @@ from tests.fakegpu import GIB, NEVER, FakeGpu, Return, uuid_of
 _RELEASE = """
 import base64, pickle, sys
 from pathlib import Path
-from gpusvc import cgroup, release
+from gpusvc.linux import cgroup
+from gpusvc.release import procedure as release
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
 directory = Path(sys.argv[1])

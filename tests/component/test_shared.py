@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gpusvc.api.shared import outcome
+from gpusvc.api.backend.shared import outcome
 
 
 def test_who_goes_away_takes_nothing_from_the_others() -> None:

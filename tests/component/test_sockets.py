@@ -10,8 +10,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from gpusvc import sockets
-from gpusvc.sockets import Listener
+from gpusvc.linux import sockets
+from gpusvc.linux.sockets import Listener
 
 # What is bound, and under which address this machine reaches it.
 ADDRESSES = {

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from gpusvc import dbus, systemd
-from gpusvc.dbus import DBusBaseError
 from gpusvc.errors import SystemdError, UnansweredError
-from gpusvc.systemd import JobResult, Manager
+from gpusvc.systemd import bus as dbus
+from gpusvc.systemd import manager as systemd
+from gpusvc.systemd.bus import DBusBaseError
+from gpusvc.systemd.manager import JobResult, Manager
 
 SERVICE = "model@qwen.service"
 JOB = "/org/freedesktop/systemd1/job/7"

@@ -7,7 +7,7 @@ import sys
 
 _PROGRAM = """
 import os, signal
-from gpusvc import launcher
+from gpusvc.launcher import launch as launcher
 signal.signal(signal.SIGTERM, launcher._terminate)
 try:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -32,7 +32,7 @@ def fork():
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 os.fork = fork
 sys.argv = ["launcher", "qwen"]
-from gpusvc import launcher
+from gpusvc.launcher import launch as launcher
 launcher.main()
 """
 

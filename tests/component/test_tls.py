@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gpusvc.errors import ConfigError
-from gpusvc.gateway.tls import Certificate
+from gpusvc.gateway.process.tls import Certificate
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates: needs openssl")
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import use
 from gpusvc.paths import Paths
-from gpusvc.use import Drain, NoDoorError, Turnstile
+from gpusvc.state import use
+from gpusvc.state.use import Drain, NoDoorError, Turnstile
 from tests.component.conftest import ROOT, eventually
 
 _GATEWAY = """
 import sys
 from pathlib import Path
 from gpusvc.paths import Paths
-from gpusvc.use import Turnstile
+from gpusvc.state.use import Turnstile
 turnstile = Turnstile(Paths(*map(Path, sys.argv[1:])), "qwen")
 print(turnstile.try_enter(3), flush=True)
 sys.stdin.read()

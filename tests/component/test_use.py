@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import use
 from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.paths import Paths
-from gpusvc.use import DoorClosedError, Drain, NoDoorError
+from gpusvc.state import use
+from gpusvc.state.use import DoorClosedError, Drain, NoDoorError
 from tests.component.conftest import ROOT, eventually, say
 
 ROUNDS = 1000
@@ -26,7 +26,7 @@ ROUNDS = 1000
 _PARTY = """
 import sys
 from pathlib import Path
-from gpusvc import use
+from gpusvc.state import use
 from gpusvc.paths import Paths
 paths = Paths(*map(Path, sys.argv[1:]))
 held = None
@@ -405,7 +405,7 @@ class TestUsers:
 import os
 os.setgroups([]), os.setgid({gid}), os.setuid(65534)
 from pathlib import Path
-from gpusvc import use
+from gpusvc.state import use
 from gpusvc.paths import Paths
 paths = Paths(*[Path({str(paths.runtime)!r})] * 3)
 try:
@@ -414,7 +414,7 @@ except Exception as error:
     print(type(error).__name__)
 """
         # Imported before the rights are gone, as the tree may be root's alone.
-        code = "import gpusvc.use\n" + code
+        code = "import gpusvc.state.use\n" + code
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -461,7 +461,7 @@ except Exception as error:
 _RACER = """
 import fcntl, mmap, os, sys
 from pathlib import Path
-from gpusvc import use
+from gpusvc.state import use
 from gpusvc.paths import Paths
 role, number, users, rounds = sys.argv[4], *map(int, sys.argv[5:8])
 paths = Paths(*map(Path, sys.argv[1:4]))

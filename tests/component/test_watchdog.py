@@ -15,16 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import cgroup, events, use, verdicts
-from gpusvc import lease as leases
-from gpusvc.config import InvalidFileError
+from gpusvc.config.files import InvalidFileError
+from gpusvc.config.watched import Watched
 from gpusvc.errors import PermissionDeniedError, SystemdError
-from gpusvc.judge import Judgement, Kind, Source
-from gpusvc.meter import Meter
-from gpusvc.nvml import Nvml
-from gpusvc.observation import Observer
-from gpusvc.watchdog import Watchdog
-from gpusvc.watched import Watched
+from gpusvc.gpu.meter import Meter
+from gpusvc.gpu.nvml import Nvml
+from gpusvc.journal import events
+from gpusvc.linux import cgroup
+from gpusvc.state import lease as leases
+from gpusvc.state import use
+from gpusvc.watchdog import verdicts
+from gpusvc.watchdog.daemon import Watchdog
+from gpusvc.watchdog.judge import Judgement, Kind, Source
+from gpusvc.watchdog.observer import Observer
 from tests.component.conftest import Machine, eventually
 from tests.component.fleet import Clock, Fleet, Heard
 from tests.fakegpu import GIB, MIB, FakeGpu, Return, Sample
@@ -633,12 +636,12 @@ def test_it_ends_at_once_when_told_to_and_rereads_when_told_to(machine: Machine,
     script = """
 import sys, time
 from pathlib import Path
-from gpusvc.meter import Meter
-from gpusvc.notify import Notifier
-from gpusvc.observation import Observer
+from gpusvc.gpu.meter import Meter
+from gpusvc.systemd.notify import Notifier
+from gpusvc.watchdog.observer import Observer
 from gpusvc.paths import Paths
-from gpusvc.watchdog import Watchdog, boottime
-from gpusvc.watched import Watched
+from gpusvc.watchdog.daemon import Watchdog, boottime
+from gpusvc.config.watched import Watched
 paths = Paths(*[Path(sys.argv[1])] * 3)
 watched = Watched(paths, lambda error: None)
 observer = Observer(paths, watched, Meter(), now=boottime, wall=time.time)

@@ -20,8 +20,8 @@ from tests.component.conftest import ROOT, eventually
 # Each worker tells its number and PID, and then does what the test says until SIGTERM.
 _PROGRAM = """
 import os, signal, sys, time
-from gpusvc.gateway.workers import Workers
-from gpusvc.notify import Notifier
+from gpusvc.gateway.process.workers import Workers
+from gpusvc.systemd.notify import Notifier
 
 count, drain_seconds = int(sys.argv[1]), float(sys.argv[2])
 signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.Signals))

@@ -9,20 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpusvc import config, eventlog, gguf, keys, weights
-from gpusvc import lease as leases
+from gpusvc.config import files as config
+from gpusvc.config import keys
+from gpusvc.config.host import HostConfig
 from gpusvc.errors import GpusvcError
-from gpusvc.gateway import head
-from gpusvc.gateway.chunks import BadChunkError, Chunks
-from gpusvc.gateway.fields import FieldScanner, find_model
-from gpusvc.gateway.head import BadAnswerError
+from gpusvc.gateway.body.fields import FieldScanner, find_model
+from gpusvc.gateway.body.multipart import FormScanner, boundary_of
+from gpusvc.gateway.http import head
+from gpusvc.gateway.http.chunks import BadChunkError, Chunks
+from gpusvc.gateway.http.head import BadAnswerError
+from gpusvc.gateway.http.replies import Refusal
 from gpusvc.gateway.limits import Limits
-from gpusvc.gateway.multipart import FormScanner, boundary_of
-from gpusvc.gateway.replies import Refusal
-from gpusvc.host_file import HostConfig
-from gpusvc.lease import BrokenLeaseError, Lease, LeasedGpu
+from gpusvc.journal import eventlog
 from gpusvc.paths import Paths
 from gpusvc.printable import printable
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
+from gpusvc.weights import estimate as weights
+from gpusvc.weights import gguf
 
 # Longer than anything that a parser treats in another way for its length alone, but for what counts in mebibytes.
 LONGEST_BYTES = 1 << 14

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from gpusvc.errors import NvmlError, NvmlUnavailableError  # noqa: E402  # the path is set for runs without pytest
-from gpusvc.gpu import Gpu  # noqa: E402
-from gpusvc.nvml import Nvml  # noqa: E402
+from gpusvc.gpu.nvml import Nvml  # noqa: E402
+from gpusvc.gpu.reading import Gpu  # noqa: E402
 
 MIB = 1 << 20
 SIZE = 2048 * MIB
@@ -58,7 +58,7 @@ try:
 except OSError as error:
     print("node:", error.errno)
 from gpusvc.errors import GpusvcError
-from gpusvc.nvml import Nvml
+from gpusvc.gpu.nvml import Nvml
 try:
     print("NVML:", [(gpu.index, gpu.problem) for gpu in Nvml().snapshot()])
 except GpusvcError as error:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.sampled(Generation.FORKY)
 # A program in the machine that uses a model over and over, as a gateway does: through the door, for a moment each time.
 CLIENT = """
 import sys, time
-from gpusvc import use
+from gpusvc.state import use
 from gpusvc.paths import Paths
 name, until = sys.argv[1], time.monotonic() + float(sys.argv[2])
 while time.monotonic() < until:

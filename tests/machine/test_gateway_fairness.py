@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpusvc.events import MESSAGE_IDS, Kind
+from gpusvc.journal.events import MESSAGE_IDS, Kind
 from tests.machine.tree import Generation
 
 if TYPE_CHECKING:

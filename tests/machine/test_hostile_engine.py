@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpusvc.events import MESSAGE_IDS, Kind
+from gpusvc.journal.events import MESSAGE_IDS, Kind
 from tests.machine.host import REPOSITORY
 from tests.machine.test_isolation import itself
 from tests.machine.tree import Generation

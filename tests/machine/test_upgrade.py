@@ -150,7 +150,7 @@ def upgrade(generation: Generation, layers: Layers, tmp_path_factory: pytest.Tem
     """A machine that was upgraded while two models ran and all kinds of clients were served."""
     changes = {
         "gpusvc/__init__.py": (f'"{__version__}"', f'"{NEWER}"'),
-        "gpusvc/counters.py": ("0x67707573_76630001", "0x67707573_76630002"),  # counts of another layout
+        "gpusvc/state/counters.py": ("0x67707573_76630001", "0x67707573_76630002"),  # counts of another layout
     }
     newer = packages.newer(
         layers.package(),

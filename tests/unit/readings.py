@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gpusvc.gpu import Gpu, GpuProcess
+from gpusvc.gpu.reading import Gpu, GpuProcess
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import about
-from gpusvc.about import About, Kind
+from gpusvc.weights import description as about
+from gpusvc.weights.description import About, Kind
 from tests.engines import tinygguf
 
 

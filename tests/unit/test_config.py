@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpusvc.config import (
+from gpusvc.config.files import (
     BusyAction,
     HostConfig,
     HostEviction,
@@ -29,10 +29,10 @@ from gpusvc.config import (
     load_model,
     model_names,
 )
+from gpusvc.config.serving import Serving
 from gpusvc.errors import ConfigError, PermissionDeniedError, UnknownModelError
 from gpusvc.paths import Paths
 from gpusvc.quantity import GIB, MIB
-from gpusvc.serving import Serving
 
 ROOT = Path(__file__).parents[2]
 USER = pwd.getpwuid(os.geteuid()).pw_name
@@ -600,7 +600,7 @@ def test_a_model_may_be_called_gpusvc(paths: Paths) -> None:
 
 
 def test_reading_needs_few_modules() -> None:
-    command = [sys.executable, "-S", "-c", "import gpusvc.config, sys; print(*sys.modules)"]
+    command = [sys.executable, "-S", "-c", "import gpusvc.config.files, sys; print(*sys.modules)"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"difflib", "json", "hashlib", "shutil", "subprocess", "socket", "logging"} & set(done.stdout.split())
 

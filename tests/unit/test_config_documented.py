@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.engines import PRESETS
-from gpusvc.host_file import HostConfig, read_host
-from gpusvc.model_file import OWNED_VARIABLES, ModelConfig, read_model
-from gpusvc.reading import Table
+from gpusvc.config.host import HostConfig, read_host
+from gpusvc.config.model import OWNED_VARIABLES, ModelConfig, read_model
+from gpusvc.config.presets import PRESETS
+from gpusvc.config.table import Table
 
 DOCS = Path(__file__).parents[2] / "docs"
 HOST_EXAMPLE = DOCS / "examples" / "gpusvc.toml"

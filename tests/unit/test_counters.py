@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.counters import BOUNDS, Counters, file_of, read
 from gpusvc.errors import GpusvcError
+from gpusvc.state.counters import BOUNDS, Counters, file_of, read
 
 
 @pytest.fixture

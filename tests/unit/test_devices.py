@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.devices import DeviceSelector
+from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.quantity import shown
 
 UUID = "GPU-8a3f9e2c-1111-2222-3333-444455556666"

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.config import HostConfig, InvalidFileError, load_host, load_model
-from gpusvc.effective import DEFAULT, INHERITED, Setting, _duration, _size, effective
+from gpusvc.config.effective import DEFAULT, INHERITED, Setting, _duration, _size, effective
+from gpusvc.config.files import HostConfig, InvalidFileError, load_host, load_model
+from gpusvc.config.host import read_host
+from gpusvc.config.model import read_model
+from gpusvc.config.table import Table
+from gpusvc.config.toml import inline
 from gpusvc.errors import UnknownModelError
-from gpusvc.host_file import read_host
-from gpusvc.model_file import read_model
 from gpusvc.paths import Paths
 from gpusvc.quantity import MAX_DURATION_SECONDS, MAX_SIZE_BYTES, parse_duration, parse_size
-from gpusvc.reading import Table
-from gpusvc.toml import inline
 
 BARE = f'user = "{pwd.getpwuid(os.geteuid()).pw_name}"\ncommand = ["/bin/sh"]\n'
 

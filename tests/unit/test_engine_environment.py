@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from gpusvc.engine import User, environment
+from gpusvc.launcher.engine import environment
+from gpusvc.linux.users import User
 
 USER = User(name="gpusvc", uid=990, gid=990, groups=(990,), home="/var/lib/gpusvc/home", shell="/usr/sbin/nologin")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.engines import PRESETS, Served, find_program, misplaced_placeholder
+from gpusvc.config.presets import PRESETS, Served, find_program, misplaced_placeholder
 
 
 def program(path: Path, mode: int = 0o755) -> Path:

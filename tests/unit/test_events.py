@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.eventlog import Event, command, is_cursor, parse
-from gpusvc.events import MESSAGE_IDS, Kind, encode
-from gpusvc.hooks import environment, is_hook_name
+from gpusvc.hooks.daemon import environment, is_hook_name
+from gpusvc.journal.eventlog import Event, command, is_cursor, parse
+from gpusvc.journal.events import MESSAGE_IDS, Kind, encode
 
 ROOT = Path(__file__).parents[2]
 

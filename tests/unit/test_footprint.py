@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.footprint import MAX_DIGESTS, from_json, learn, learned, to_json, with_peak
 from gpusvc.paths import Paths
 from gpusvc.quantity import GIB
+from gpusvc.state.footprints import MAX_DIGESTS, from_json, learn, learned, to_json, with_peak
 
 RTX = "NVIDIA GeForce RTX 4090"
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.body import FULL_BYTES, Body, edited, edits, find_model, wants_stream
-from gpusvc.gateway.replies import Refusal
-from gpusvc.gateway.spool import IN_MEMORY_BYTES, KEPT_BYTES
-from gpusvc.serving import Serving
+from gpusvc.config.serving import Serving
+from gpusvc.gateway.body.body import FULL_BYTES, Body, edited, edits, find_model, wants_stream
+from gpusvc.gateway.body.spool import IN_MEMORY_BYTES, KEPT_BYTES
+from gpusvc.gateway.http.replies import Refusal
 
 JSON = b"application/json"
 FORM = b"multipart/form-data; boundary=frontier"
@@ -345,8 +345,8 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     body = Body(JSON, None, limit_bytes=LIMIT)
     body.feed(b'{"prompt":"')
     limited = _writes_to("/dev/full")
-    monkeypatch.setattr("gpusvc.gateway.spool.tempfile.TemporaryFile", limited)
-    monkeypatch.setattr("gpusvc.gateway.spool.os.pwrite", lambda fd, data, _: os.write(fd, data))
+    monkeypatch.setattr("gpusvc.gateway.body.spool.tempfile.TemporaryFile", limited)
+    monkeypatch.setattr("gpusvc.gateway.body.spool.os.pwrite", lambda fd, data, _: os.write(fd, data))
     with pytest.raises(Refusal, match="no room") as refused:
         body.feed(b"x" * IN_MEMORY_BYTES)
     assert (refused.value.status, refused.value.close) == (507, True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from gpusvc import lease as leases
-from gpusvc.gateway.catalog import FRESH_SECONDS, Catalog
-from gpusvc.gateway.replies import Refusal
-from gpusvc.gateway.routes import route
-from gpusvc.lease import Lease, LeasedGpu
+from gpusvc.gateway.entry.catalog import FRESH_SECONDS, Catalog
+from gpusvc.gateway.entry.routes import route
+from gpusvc.gateway.http.replies import Refusal
 from gpusvc.paths import Paths
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import Lease, LeasedGpu
 
 
 class Bench:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.fields import LONGEST_NAME_BYTES, MOST_MEMBERS, FieldScanner, find_model
+from gpusvc.gateway.body.fields import LONGEST_NAME_BYTES, MOST_MEMBERS, FieldScanner, find_model
 
 # Texts full of what could confuse a scanner of quotes and backslashes.
 texts = st.one_of(st.text(st.sampled_from('a"\\{}[]:,é𝄞\n\x00/ '), max_size=12), st.text(max_size=8))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.chunks import BadChunkError, Chunks, encode
-from gpusvc.gateway.head import (
+from gpusvc.gateway.http.chunks import BadChunkError, Chunks, encode
+from gpusvc.gateway.http.head import (
     BadAnswerError,
     RequestHead,
     ResponseHead,
@@ -18,9 +18,9 @@ from gpusvc.gateway.head import (
     read_request,
     read_response,
 )
+from gpusvc.gateway.http.replies import Refusal
 from gpusvc.gateway.limits import Limits
-from gpusvc.gateway.replies import Refusal
-from gpusvc.gateway.usage import Tail, is_counted
+from gpusvc.gateway.relay.usage import Tail, is_counted
 
 LIMITS = Limits()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.multipart import LONGEST_HEAD_BYTES, LONGEST_VALUE_BYTES, FormScanner, boundary_of, is_form
+from gpusvc.gateway.body.multipart import LONGEST_HEAD_BYTES, LONGEST_VALUE_BYTES, FormScanner, boundary_of, is_form
 
 Part = tuple[bytes, bytes]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpusvc.gateway.origin import Guard
-from gpusvc.gateway.replies import Headers, Refusal, Reply
-from gpusvc.host_file import HostGateway
+from gpusvc.config.host import HostGateway
+from gpusvc.gateway.entry.origin import Guard
+from gpusvc.gateway.http.replies import Headers, Refusal, Reply
 
 CHAT = b"https://chat.example.org"
 OPEN = Guard(HostGateway(), keyed=False)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.replies import Dialect, Refusal, Reply, loading_comment, refusal, reply_json, stream_refusal
+from gpusvc.gateway.http.replies import Dialect, Refusal, Reply, loading_comment, refusal, reply_json, stream_refusal
 
 FULL = Refusal(
     503,

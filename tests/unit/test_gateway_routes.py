@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway import routes
-from gpusvc.gateway.replies import Dialect, Refusal
-from gpusvc.gateway.routes import Right, Route, Target, dialect_of, in_origin_form, names_in, route
+from gpusvc.gateway.entry import routes
+from gpusvc.gateway.entry.routes import Right, Route, Target, dialect_of, in_origin_form, names_in, route
+from gpusvc.gateway.http.replies import Dialect, Refusal
 
 
 def to_model(path: bytes, name: str | None = None, dialect: Dialect = Dialect.OPENAI) -> Route:

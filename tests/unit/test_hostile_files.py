@@ -18,17 +18,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpusvc import config, counters, eventlog, footprint, keys, names, serving, statefile, toml, verdicts, waitlist
-from gpusvc import lease as leases
+from gpusvc import files as statefile
+from gpusvc import names
+from gpusvc.config import files as config
+from gpusvc.config import keys, serving, toml
+from gpusvc.config.host import HostConfig, read_host
+from gpusvc.config.model import read_model
+from gpusvc.config.table import InvalidFileError, Table
 from gpusvc.errors import GpusvcError, UsageError
-from gpusvc.host_file import HostConfig, read_host
-from gpusvc.judge import Kind, Source
-from gpusvc.lease import BrokenLeaseError, Lease
-from gpusvc.model_file import read_model
+from gpusvc.journal import eventlog
 from gpusvc.paths import Paths
+from gpusvc.placement import waitlist
+from gpusvc.placement.waitlist import Ticket
 from gpusvc.printable import escaped_json, printable
-from gpusvc.reading import InvalidFileError, Table
-from gpusvc.waitlist import Ticket
+from gpusvc.state import counters
+from gpusvc.state import footprints as footprint
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import BrokenLeaseError, Lease
+from gpusvc.watchdog import verdicts
+from gpusvc.watchdog.judge import Kind, Source
 from tests.unit.test_lease import LEASE
 
 MODEL = 'command = ["/bin/sh"]\nuser = "root"\naliases = ["a/b"]\n[gpu]\ncount = 0\n[filter]\nset = { n = 1 }\n'

@@ -7,10 +7,10 @@ from datetime import datetime
 
 import pytest
 
-from gpusvc.gpu import Gpu, GpuProcess
-from gpusvc.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, status_of, vram_of
-from gpusvc.lease import BrokenLeaseError, Lease, LeasedGpu
-from gpusvc.systemd import ActiveState, ServiceStatus, Unit
+from gpusvc.gpu.reading import Gpu, GpuProcess
+from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
+from gpusvc.status.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, status_of, vram_of
+from gpusvc.systemd.manager import ActiveState, ServiceStatus, Unit
 
 GIB = 1 << 30
 

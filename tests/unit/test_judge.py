@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.host_file import BusyAction
-from gpusvc.judge import Evidence, GpuEvidence, History, Judgement, Kind, Source, Track, Verdict, judge
+from gpusvc.config.host import BusyAction
 from gpusvc.quantity import GIB, MIB
+from gpusvc.watchdog.judge import Evidence, GpuEvidence, History, Judgement, Kind, Source, Track, Verdict, judge
 
 QWEN = Evidence(
     name="qwen",

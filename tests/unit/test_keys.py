@@ -15,11 +15,12 @@ from typing import NoReturn
 
 import pytest
 
-from gpusvc import cli, keys
+from gpusvc import cli
+from gpusvc.config import keys
+from gpusvc.config.keys import Key, Keys, Right
+from gpusvc.config.table import InvalidFileError
 from gpusvc.errors import ConfigError, GpusvcError, UsageError
-from gpusvc.keys import Key, Keys, Right
 from gpusvc.paths import Paths
-from gpusvc.reading import InvalidFileError
 
 ALICE, ALICES_SECRET = keys.make("alice")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpusvc.lastwords import tells_of_memory
+from gpusvc.journal.lastwords import tells_of_memory
 
 
 @pytest.mark.parametrize(

@@ -9,35 +9,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "gpusvc"
 
-# A module may import its own row and the rows above it in this list; a package counts as one module.
+# A room may import its own row and the rows above it in this list. A room is a folder, or a module beside the folders.
 ROWS = {
-    "what everything may import": {
-        "config", "devices", "effective", "engines", "errors", "host_file", "log", "model_file", "names", "paths",
-        "printable", "quantity", "reading", "resource_control", "serving", "statefile", "toml", "watched",
-    },
-    "pure policy, and adapters of one foreign thing each": {
-        "_vendor", "about", "access", "backoff", "caller", "cgroup", "counters", "dbus", "eventlog", "events",
-        "footprint", "gguf", "gpu", "judge", "keys", "lastwords", "leaks", "lease", "meter", "model_directory", "nodes",
-        "notify", "nvml", "oom", "placement", "processes", "progress", "proof", "relay", "revision", "sockets",
-        "systemd", "unitlog", "use", "verdicts", "waitlist", "weights",
-    },
-    "the parts that act, and what they look at together": {
-        "admission", "connection", "departures", "diagnosis", "engine", "eviction", "hooks", "importing", "inventory",
-        "launcher", "observation", "ports", "readiness", "release", "standing", "survey", "watchdog",
-    },
+    "words for all": {"backoff", "errors", "files", "log", "names", "paths", "printable", "quantity"},
+    "foreign things": {"_vendor", "gpu", "journal", "linux", "systemd", "weights"},
+    "configured, written down": {"config", "state"},
+    "what is made of it": {"hooks", "importing", "release", "status"},
+    "who gets which GPU": {"placement"},
+    "what acts": {"doctor", "launcher", "watchdog"},
     "what answers over HTTP": {"api", "gateway"},
     "the command": {"cli"},
-}  # fmt: skip
+}
 
 # Who alone may import a foreign library, so that its exceptions and quirks stay in one file.
 IMPORTERS = {
     "aiohttp": "api",
     "httptools": "gateway",
     "prometheus_client": "api",
-    "psutil": "processes",
-    "pynvml": "nvml",
-    "pystemd": "dbus",
-    "sdnotify": "notify",
+    "psutil": "linux",
+    "pynvml": "gpu",
+    "pystemd": "systemd",
+    "sdnotify": "systemd",
     "typer": "cli",
     "click": "cli",
     "rich": "cli",

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc import lease as leases
 from gpusvc.errors import GpusvcError
-from gpusvc.lease import BrokenLeaseError, Lease, LeasedGpu
+from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
-from gpusvc.processes import Process
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
 
 GPU = LeasedGpu(index=1, uuid="GPU-1", reserved_bytes=9 << 30, baseline_bytes=300 << 20, used_bytes=8 << 30)
 LEASE = Lease(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import nodes
+from gpusvc.gpu import nodes
 
 NVIDIA = 195
 

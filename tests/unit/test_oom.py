@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import cgroup, oom
+from gpusvc.launcher import oom
+from gpusvc.linux import cgroup
 
 
 @pytest.mark.parametrize("events", [{}, {"oom": 0, "oom_kill": 0}, {"max": 812, "oom": 1, "oom_kill": 0}])

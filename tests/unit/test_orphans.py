@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpusvc.diagnosis.orphans import recognise
-from gpusvc.processes import Portrait, Process
+from gpusvc.doctor.orphans import recognise
+from gpusvc.linux.processes import Portrait, Process
 
 PID_1 = (1, "systemd")
 SESSION = (900, "systemd")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.config import load_host, load_model
+from gpusvc.config.files import load_host, load_model
+from gpusvc.config.host import HostConfig, Isolation
 from gpusvc.errors import ConfigError
-from gpusvc.host_file import HostConfig, Isolation
 from gpusvc.paths import USER_INSTANCE, Paths, is_user_instance
 
 UID = os.getuid()

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.config import HostConfig, HostGpu, Placement
+from gpusvc.config.files import HostConfig, HostGpu, Placement
 from gpusvc.errors import PlacementError
-from gpusvc.gpu import Gpu
-from gpusvc.placement import Claim, Plan, Refusal, Request, Resident, plan, refusal
+from gpusvc.gpu.reading import Gpu
+from gpusvc.placement.plan import Claim, Plan, Refusal, Request, Resident, plan, refusal
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
 HOST = HostConfig(gpu=HostGpu(reserve_bytes=512 * MIB))

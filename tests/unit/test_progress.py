@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gpusvc.progress import Reading, moved
+from gpusvc.launcher.progress import Reading, moved
 from tests.unit.readings import GIB, MIB
 
 BEFORE = Reading(at_seconds=100.0, cpu_seconds=5.0, io_bytes=GIB, vram_bytes=GIB)

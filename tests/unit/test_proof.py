@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gpu import Gpu
-from gpusvc.lease import Lease, LeasedGpu
-from gpusvc.processes import Process
-from gpusvc.proof import TOLERANCE_BYTES, baseline_bytes, obstacles, unattributed_bytes
+from gpusvc.gpu.reading import Gpu
+from gpusvc.linux.processes import Process
+from gpusvc.release.proof import TOLERANCE_BYTES, baseline_bytes, obstacles, unattributed_bytes
+from gpusvc.state.lease import Lease, LeasedGpu
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
 ENGINE = Process(100, 5000)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from gpusvc.config import HostConfig, ModelConfig
-from gpusvc.model_file import read_model
-from gpusvc.reading import Table
-from gpusvc.revision import LIVE, Revision, compare
+from gpusvc.config.files import HostConfig, ModelConfig
+from gpusvc.config.model import read_model
+from gpusvc.config.revision import LIVE, Revision, compare
+from gpusvc.config.table import Table
 
 PAGE = Path(__file__).parents[2] / "docs/man/gpusvc-model.5"
 

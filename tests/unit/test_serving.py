@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gpusvc.config.serving import Serving, load_serving
+from gpusvc.config.table import InvalidFileError
 from gpusvc.errors import UnknownModelError
 from gpusvc.paths import Paths
-from gpusvc.reading import InvalidFileError
-from gpusvc.serving import Serving, load_serving
 
 
 def test_what_the_machine_lacks_does_not_matter(paths: Paths) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from gpusvc.standing import Standing, learned_bytes
+from gpusvc.status.standing import Standing, learned_bytes
 
 GIB = 1 << 30
 

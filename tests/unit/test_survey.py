@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from gpusvc import survey
-from gpusvc.lease import Lease, LeasedGpu
+from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
-from gpusvc.placement import Claim, Resident
-from gpusvc.processes import Process
-from gpusvc.survey import Holding, Scene, in_words
+from gpusvc.placement import survey
+from gpusvc.placement.plan import Claim, Resident
+from gpusvc.placement.survey import Holding, Scene, in_words
+from gpusvc.state.lease import Lease, LeasedGpu
 from tests.unit.readings import GIB, a_gpu, a_lost_gpu, uuid_of
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gpusvc.unitlog import messages
+from gpusvc.journal.units import messages
 
 
 def printed(*said: object) -> list[bytes]:

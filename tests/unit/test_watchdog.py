@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc import verdicts
 from gpusvc.backoff import Backoff
-from gpusvc.judge import History, Judgement, Kind, Pressure, Source, Verdict
-from gpusvc.leaks import Stray, Strays, Unattended
+from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
-from gpusvc.processes import Process
-from gpusvc.verdicts import LastVerdict
-from gpusvc.watchdog import status
+from gpusvc.watchdog import verdicts
+from gpusvc.watchdog.daemon import status
+from gpusvc.watchdog.judge import History, Judgement, Kind, Pressure, Source, Verdict
+from gpusvc.watchdog.leaks import Stray, Strays, Unattended
+from gpusvc.watchdog.verdicts import LastVerdict
 from tests.unit.readings import GIB, uuid_of
 
 STRAY = Stray("qwen", Process(7, 100), 0, alive=False, used_bytes=4 * GIB)

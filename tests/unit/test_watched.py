@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.config import HostConfig, InvalidFileError, ModelConfig, load_host, load_model
+from gpusvc.config.files import HostConfig, InvalidFileError, ModelConfig, load_host, load_model
+from gpusvc.config.watched import RETRY_SECONDS, SETTLED_SECONDS, Watched
 from gpusvc.paths import Paths
-from gpusvc.watched import RETRY_SECONDS, SETTLED_SECONDS, Watched
 
 BARE = f'user = "{pwd.getpwuid(os.geteuid()).pw_name}"\ncommand = ["/bin/sh"]\n'
 
@@ -67,8 +67,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(name)
         return load_model(paths, name, host)
 
-    monkeypatch.setattr("gpusvc.watched.load_host", noted_host)
-    monkeypatch.setattr("gpusvc.watched.load_model", noted_model)
+    monkeypatch.setattr("gpusvc.config.watched.load_host", noted_host)
+    monkeypatch.setattr("gpusvc.config.watched.load_model", noted_model)
     return done
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpusvc.gguf import read_metadata
 from gpusvc.quantity import GIB, MIB
-from gpusvc.weights import Estimate, estimate
+from gpusvc.weights.estimate import Estimate, estimate
+from gpusvc.weights.gguf import read_metadata
 from tests.engines import tinygguf
 
 WORK = 512 * MIB

@@ -1,0 +1,465 @@
+"""Starts, stops and evictions of models, each of them a job of systemd's that somebody waits for.
+
+A start *on request* is wanted by whoever waits for it and by nobody else: when the last of them is gone, it is given
+up. Any other start is a person's word, and goes on whoever waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from gpusvc import names
+from gpusvc.api.backend import users
+from gpusvc.api.backend.bus import Bus, LostError, Manager
+from gpusvc.api.backend.cooldown import Cooldown
+from gpusvc.api.backend.shared import outcome
+from gpusvc.errors import BusyError, EngineError, GpusvcError, JobConflictError, UnansweredError, UnreleasedError
+from gpusvc.log import log
+from gpusvc.paths import Paths
+from gpusvc.placement import eviction
+from gpusvc.state import lease as leases
+from gpusvc.status import inventory, standing
+from gpusvc.status.inventory import ModelState
+from gpusvc.systemd.manager import ActiveState, JobResult, ServiceStatus, Unit
+
+# How long a start on request goes on when nobody waits for it any more: clients try again.
+ABANDONED_SECONDS = 5.0
+
+# A job that stands in the way tells when it ends; this is for the case that it ended unheard.
+_LOOK_AGAIN_SECONDS = 1.0
+
+# How long a job may take before it is seen to that it has not ended unheard.
+_HEARSAY_SECONDS = 2.0
+
+# How often the door of a model that is to be evicted is tried.
+_PAUSE_SECONDS = 0.05
+
+# systemd executes itself anew and the bus restarts within this time; meanwhile nobody answers.
+_ABSENT_SECONDS = 10.0
+
+_LOG_LINES = 15
+
+_T = TypeVar("_T")
+
+_UP = {ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING}
+_DOWN = {ActiveState.INACTIVE, ActiveState.FAILED}
+
+LogReader = Callable[[str, int, float], Awaitable[Sequence[str]]]
+"""The engine's last lines: of which model, how many at most, and since when (seconds since the epoch)."""
+
+
+class StartError(EngineError):
+    """A start that came to nothing; ``log`` is what the engine said last."""
+
+    def __init__(self, message: str, *, hint: str | None = None, log: Sequence[str] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.log = tuple(log)
+        self.retry_after_seconds: int | None = None
+
+
+class StoppedError(EngineError):
+    """Somebody stopped the model before it was ready. That is no failure of its."""
+
+    retry_after_seconds = 1
+
+
+class PinnedError(GpusvcError):
+    """It is not evicted."""
+
+    http_status = 409
+
+
+class InUseError(BusyError):
+    """It is not evicted, as somebody uses it."""
+
+    http_status = 409
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where a model answers."""
+
+    name: str
+    address: str
+    port: int
+
+
+@dataclass(slots=True)
+class _Start:
+    """One start under way, and who wants it."""
+
+    task: asyncio.Task[Ready] | None = None
+    waiting: int = 0
+    is_ours: bool = False
+    """The model was down when this began it. What others began is theirs to end."""
+    is_wanted: bool = False
+    """A person said so."""
+    is_over: bool = False
+    given_up: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class Jobs:
+    """All of them. For the loop's thread alone.
+
+    Args:
+        paths: where the models' files are.
+        bus: who does the work.
+        read_log: for the reason of a failure.
+        on_change: called whenever a model may have changed.
+    """
+
+    def __init__(
+        self, paths: Paths, bus: Bus, read_log: LogReader, *, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        self._paths = paths
+        self._bus = bus
+        self._read_log = read_log
+        self._on_change = on_change
+        self._starts: dict[str, _Start] = {}
+        self._cooldowns: dict[str, Cooldown] = {}
+
+    @property
+    def starting(self) -> dict[str, int]:
+        """The models that are being started here, and how many wait for each."""
+        return {name: start.waiting for name, start in self._starts.items()}
+
+    # -- starts --
+
+    async def start(self, name: str) -> Ready:
+        """Start ``name`` because a person wants it, and wait until it is ready.
+
+        Raises:
+            StartError: it failed.
+            StoppedError: it was stopped meanwhile.
+            SystemdError, PermissionDeniedError: it could not be started.
+        """
+        self.begin(name)
+        return await self._wait(name)
+
+    def begin(self, name: str) -> None:
+        """The same, without waiting. What becomes of it is in the journal."""
+        self._cooldowns.pop(name, None)
+        self._start(name).is_wanted = True
+
+    async def start_on_request(self, name: str) -> Ready:
+        """Start ``name`` for as long as somebody waits for it; cancelled: one less does.
+
+        Raises:
+            CooldownError: it failed a moment ago.
+            StartError, StoppedError, SystemdError, PermissionDeniedError: as start().
+        """
+        if name not in self._starts:
+            cooldown = self._cooldowns.get(name)
+            if cooldown is not None and not self._is_coming(name):
+                cooldown.check(name, time.monotonic(), self._version(name))
+            self._start(name)
+        return await self._wait(name)
+
+    async def restart(self, name: str) -> Ready:
+        """Stop ``name``, have its release proven, and start it again.
+
+        Raises:
+            StartError, StoppedError, SystemdError, PermissionDeniedError: as start().
+        """
+        self._cooldowns.pop(name, None)
+        began = time.time()
+        try:
+            job = self._bus.enqueue("Restart", names.service(name))
+            try:
+                result = await self._end_of(job, names.service(name))
+            except LostError:
+                return await self.start(name)
+            return await self._outcome(name, result, began)
+        finally:
+            self._on_change()
+
+    def _start(self, name: str) -> _Start:
+        start = self._starts.get(name)
+        if start is None:
+            start = self._starts[name] = _Start()
+            start.task = asyncio.get_running_loop().create_task(self._bring_up(name, start))
+            start.task.add_done_callback(lambda task: self._started(name, start, task))
+        return start
+
+    async def _wait(self, name: str) -> Ready:
+        start = self._starts[name]
+        assert start.task is not None  # noqa: S101
+        if start.given_up is not None:
+            start.given_up.cancel()
+            start.given_up = None
+        start.waiting += 1
+        try:
+            return await outcome(start.task)
+        finally:
+            start.waiting -= 1
+            if not start.waiting and not start.is_wanted and not start.is_over:
+                start.given_up = asyncio.get_running_loop().call_later(ABANDONED_SECONDS, self._give_up, name, start)
+
+    def _give_up(self, name: str, start: _Start) -> None:
+        if start.waiting or start.is_wanted or start.is_over or start.task is None:
+            return
+        start.task.cancel()
+        del self._starts[name]  # whoever comes now begins anew
+        if not start.is_ours:
+            return
+        log(6, f"{name} is stopped while it starts: nobody waits for it any more.")
+        try:
+            self._bus.enqueue("Stop", names.service(name)).add_done_callback(_forget)
+        except GpusvcError as error:
+            log(4, str(error))
+
+    def _started(self, name: str, start: _Start, task: asyncio.Task[Ready]) -> None:
+        start.is_over = True
+        if self._starts.get(name) is start:
+            del self._starts[name]
+        self._on_change()
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._cooldowns.pop(name, None)
+        elif isinstance(error, StartError):
+            cooldown = self._cooldowns.setdefault(name, Cooldown())
+            error.retry_after_seconds = cooldown.fail(error, time.monotonic(), self._version(name))
+
+    async def _bring_up(self, name: str, start: _Start) -> Ready:
+        service = names.service(name)
+        began = time.time()
+        while True:
+            unit = await self._patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
+            if unit is not None and unit.active in _UP:
+                return self._where(name)
+            if unit is not None and unit.active in _DOWN:
+                # systemd counts starts against its limit, those that went well too.
+                await self._patiently(lambda: self._bus.ask(lambda manager: manager.reset_failed(service)))
+            start.is_ours = start.is_ours or unit is None or unit.active is not ActiveState.ACTIVATING
+            try:
+                # It cancels nobody's stop: an operator's holds, and an eviction is for a start that waits for it.
+                job = await self._patiently(lambda: self._bus.enqueue("Start", service, replace=False))
+                result = await self._end_of(job, service)
+            except JobConflictError:
+                await self._bus.some_job_of(service, _LOOK_AGAIN_SECONDS)
+                continue
+            except LostError:
+                continue  # systemd knows how it went on
+            return await self._outcome(name, result, began)
+
+    async def _outcome(self, name: str, result: JobResult, began: float) -> Ready:
+        """What a start that ended with ``result`` means."""
+        if result is JobResult.DONE:
+            return self._where(name)
+        if result is JobResult.CANCELED:
+            raise StoppedError(f"{name} was stopped before it was ready.", hint="Try again.")
+        raise await self._why_not(name, result, began)
+
+    def _where(self, name: str) -> Ready:
+        try:
+            held = leases.read(self._paths, name)
+        except leases.BrokenLeaseError as error:
+            raise EngineError(error.message, hint=error.hint) from None
+        if held is None or not held.ready or held.address is None:
+            raise EngineError(
+                f"{name} is up, and nothing says where it answers.", hint=f"`gpusvc restart {name}` mends that."
+            )
+        return Ready(name, held.address, held.port)
+
+    async def _why_not(self, name: str, result: JobResult, began: float) -> StartError:
+        service = names.service(name)
+        if result is JobResult.DEPENDENCY:
+            return StartError(
+                f"{name} was not started: a unit that it requires failed.", hint=f"See `systemctl status {service}`."
+            )
+
+        def ask(manager: Manager) -> ServiceStatus | None:
+            unit = manager.unit(service)
+            return None if unit is None else manager.service_status(unit)
+
+        said = await self._patiently(lambda: self._bus.ask(ask))
+        lines = list(await self._read_log(name, _LOG_LINES, began))
+        reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
+        # The launcher wrote its reason to the journal, too, and may have said more there than fits a status.
+        lines = [line for line in lines if line != reason]
+        return StartError(
+            f"{name} did not start. {reason}".rstrip(), hint=f"`gpusvc logs {name}` shows all of its log.", log=lines
+        )
+
+    def _is_coming(self, name: str) -> bool:
+        """Whether it is up, or somebody starts it, so that waiting tries nothing; systemd's own tries don't count."""
+        unit = self._bus.ask(lambda manager: manager.unit(names.service(name)))
+        return unit is not None and (
+            unit.active in _UP or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
+        )
+
+    def _version(self, name: str) -> int | None:
+        try:
+            return self._paths.model_file(name).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    # -- ends --
+
+    async def stop(self, name: str) -> bool:
+        """Stop ``name`` at once, in use or not, and see its release proven. False: it did not run.
+
+        Raises:
+            UnreleasedError: its VRAM is not proven free.
+            EngineError: somebody started it again.
+            SystemdError, PermissionDeniedError: it could not be stopped.
+        """
+        service = names.service(name)
+        unit = self._bus.ask(lambda manager: manager.unit(service))
+        was_up = unit is not None and unit.active not in _DOWN
+        if was_up:
+            await self._finish("Stop", service)
+            unit = self._bus.ask(lambda manager: manager.unit(service))
+        self._on_change()
+        state = inventory.derive_state(unit, leased=name in leases.holders(self._paths))
+        if state is ModelState.STUCK:
+            raise _unreleased(name)
+        if state not in {ModelState.STOPPED, ModelState.FAILED}:
+            raise EngineError(f"{name} is {state}: somebody started it again meanwhile.")
+        return was_up
+
+    async def stop_all(self) -> list[str]:
+        """Stop every model that runs, starts or stops; their names.
+
+        Raises:
+            GpusvcError: of the first that could not be.
+        """
+        units = self._bus.ask(lambda manager: manager.units("model@*.service"))
+        chosen = {names.of_service(unit.name) for unit in units if unit.active not in _DOWN} - {None}
+        running = sorted(name for name in chosen if name is not None)
+        ended = await asyncio.gather(*(self.stop(name) for name in running), return_exceptions=True)
+        for end in ended:
+            if isinstance(end, BaseException):
+                raise end
+        return running
+
+    async def release(self, name: str) -> None:
+        """Have it proven once more that what is left of ``name`` is gone.
+
+        Raises:
+            UnreleasedError: it is not.
+            SystemdError, PermissionDeniedError: it could not be tried.
+        """
+        await self._finish("Restart", names.proof(name))
+        self._on_change()
+        if name in leases.holders(self._paths):
+            raise _unreleased(name)
+
+    async def evict(
+        self, name: str, *, patience_seconds: float, force: bool, is_wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Stop ``name`` as soon as nobody uses it; newcomers wait meanwhile. False: it did not run.
+
+        Args:
+            name: the model.
+            patience_seconds: how long to wait for who is inside.
+            force: then evict it all the same.
+            is_wanted: whether anybody still waits for those who are inside, before whom the door is closed meanwhile.
+
+        Raises:
+            InUseError: the time is up, or nobody wants it any more.
+            PinnedError: it is pinned.
+            UnreleasedError: its VRAM is not proven free.
+            SystemdError, PermissionDeniedError: it could not be stopped.
+        """
+        service = names.service(name)
+        deadline = time.monotonic() + patience_seconds
+        with eviction.Doors(self._paths) as doors:
+            while True:
+                is_late = time.monotonic() >= deadline
+                unit = self._bus.ask(lambda manager: manager.unit(service))
+                if unit is None or unit.active in _DOWN:
+                    if name in leases.holders(self._paths):
+                        raise _unreleased(name)
+                    return False
+                if standing.of(self._paths, name, None, None).pinned:
+                    raise PinnedError(
+                        f"{name} is pinned: it is not evicted.", hint="Unpin it, or stop it all the same."
+                    )
+                busy = _busy(unit, is_idle=doors.close(name))
+                if busy is None or (is_late and force):
+                    break
+                if is_late or not is_wanted():
+                    raise InUseError(
+                        f"{name} is {busy}{users.phrase(self._paths, name)}.",
+                        hint="Try again later, or with force=1 to have it evicted all the same.",
+                    )
+                await asyncio.sleep(_PAUSE_SECONDS)
+            forced = busy is not None
+            path = self._bus.ask(
+                lambda manager: eviction.begin(manager, name, reason="an operator wants it", forced=forced)
+            )
+            try:
+                await self._end_of(self._bus.ended(path), service)
+            except LostError:
+                await self._finish("Stop", service)
+        self._on_change()
+        if name in leases.holders(self._paths):
+            raise _unreleased(name)
+        return True
+
+    async def _finish(self, verb: str, unit: str) -> JobResult:
+        """The end of a job; asked for again where the connection was lost, as that changes nothing that is done."""
+        while True:
+            try:
+                job = await self._patiently(lambda: self._bus.enqueue(verb, unit))
+                return await self._end_of(job, unit)
+            except LostError:
+                continue
+
+    async def _end_of(self, job: asyncio.Future[JobResult], service: str) -> JobResult:
+        """How a job of ``service`` ended.
+
+        Raises:
+            LostError: that is not known. While systemd executes itself anew it tells nobody of the jobs that end.
+        """
+        try:
+            while not job.done():
+                await asyncio.wait({job}, timeout=_HEARSAY_SECONDS)
+                if job.done():
+                    break
+                unit = await self._patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
+                if not job.done() and (unit is None or unit.active in _UP | _DOWN):
+                    raise LostError(f"The service manager did not say how the job of {service} ended.")
+            return job.result()
+        finally:
+            job.cancel()
+
+    async def _patiently(self, question: Callable[[], _T]) -> _T:
+        """What the manager says, once it answers: it may be executing itself anew, or the bus be restarting.
+
+        Raises:
+            UnansweredError: it did not answer for too long.
+            SystemdError, PermissionDeniedError: it did.
+        """
+        until = time.monotonic() + _ABSENT_SECONDS
+        while True:
+            try:
+                return question()
+            except UnansweredError:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(_PAUSE_SECONDS)
+
+
+def _busy(unit: Unit, *, is_idle: bool) -> str | None:
+    """What keeps a model from being evicted."""
+    return "starting" if unit.active is ActiveState.ACTIVATING else None if is_idle else "in use"
+
+
+def _unreleased(name: str) -> UnreleasedError:
+    return UnreleasedError(
+        f"{name} ended, and its VRAM is not proven free.", hint=f"`gpusvc status {name}` says what is in the way."
+    )
+
+
+def _forget(future: asyncio.Future[JobResult]) -> None:
+    """Nobody waits for this one."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,256 @@
+"""Events and logs out of the journal, each through a journalctl(1) of its own, without ever blocking the loop.
+
+One follower of all events serves everybody: it counts them, and hands them to whoever subscribed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gpusvc.errors import GpusvcError, PermissionDeniedError
+from gpusvc.journal import eventlog
+from gpusvc.journal import units as unitlog
+from gpusvc.journal.eventlog import Event
+from gpusvc.journal.events import Kind
+from gpusvc.log import log
+
+# Events that wait for one who reads them; beyond that he is too slow to be waited for.
+QUEUE_LENGTH = 256
+
+# A journalctl that ended, as when journald was restarted, has a successor.
+_PAUSE_SECONDS = 5.0
+
+# A line of the journal is rarely longer; a longer one ends the child that printed it.
+_LONGEST_LINE_BYTES = 1 << 20
+
+_ANSWER_SECONDS = 10.0
+
+# Reasons as they are said begin so; those who count them want few words.
+_REASONS = (
+    ("room for ", "room"),
+    ("an operator ", "operator"),
+)
+
+
+@dataclass(slots=True)
+class Loads:
+    """How long the loads of one model took, from the start of its engine to its first answer."""
+
+    count: int = 0
+    total_seconds: float = 0.0
+    last_seconds: float = 0.0
+
+
+class Subscription:
+    """The events since it began, for one who reads them."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue(QUEUE_LENGTH + 1)
+        self._is_dropped = False
+
+    async def next(self) -> Event | None:
+        """The next event; None: there are no more, as the reader was too slow."""
+        if self._is_dropped and self._queue.empty():
+            return None
+        return await self._queue.get()
+
+    def put(self, event: Event) -> None:
+        if self._is_dropped:
+            return
+        if self._queue.qsize() >= QUEUE_LENGTH:
+            self._is_dropped = True
+            self._queue.put_nowait(None)
+        else:
+            self._queue.put_nowait(event)
+
+
+class Events:
+    """The events of all models. For the loop's thread alone.
+
+    ``seen`` counts them by (kind, reason, model) since run() began, and ``loads`` the loads by model. The reason of an
+    eviction is ``idle``, ``pressure``, ``room``, ``operator`` or empty, and any other the word of an error, or empty.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Counter[tuple[str, str, str]] = Counter()
+        self.loads: dict[str, Loads] = {}
+        self._cursor: str | None = None
+        self._starts: dict[str, float] = {}
+        self._why_it_goes: dict[str, str] = {}
+        self._subscriptions: set[Subscription] = set()
+
+    async def run(self) -> None:
+        """Follow the journal until cancelled."""
+        while True:
+            where = ["--lines=0"] if self._cursor is None else [f"--after-cursor={self._cursor}"]
+            try:
+                async with _journalctl(eventlog.command("--follow", *where)) as lines:
+                    async for line in lines:
+                        event = eventlog.parse(line)
+                        if event is not None:
+                            self._take(event)
+            except (GpusvcError, ValueError) as error:
+                log(4, f"Events are not seen for a while: {error}")
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    @contextmanager
+    def subscribed(self) -> Iterator[Subscription]:
+        subscription = Subscription()
+        self._subscriptions.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+    async def last(self, lines: int, *, model: str | None = None, after: str | None = None) -> list[Event]:
+        """The last events, oldest first; ``after``: of those after this place in the journal.
+
+        Raises:
+            GpusvcError: the journal cannot be read.
+        """
+        where = [] if after is None else [f"--after-cursor={after}"]
+        found = await read(eventlog.command("--quiet", f"--lines={lines}", *where, model=model))
+        return [event for event in map(eventlog.parse, found) if event is not None]
+
+    def _take(self, event: Event) -> None:
+        self._cursor = event.cursor
+        self._count(event)
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+    def _count(self, event: Event) -> None:
+        name = event.model or ""
+        self.seen[event.kind, self._reason(event), name] += 1
+        if event.kind == Kind.START:
+            self._starts[name] = event.seconds
+        elif event.kind == Kind.READY and name in self._starts:
+            loads = self.loads.setdefault(name, Loads())
+            loads.last_seconds = max(0.0, event.seconds - self._starts.pop(name))
+            loads.total_seconds += loads.last_seconds
+            loads.count += 1
+        elif event.kind in {Kind.FAIL, Kind.RELEASE}:
+            self._starts.pop(name, None)
+
+    def _reason(self, event: Event) -> str:
+        """One of a few words: what is said to a person has names and numbers in it."""
+        name = event.model or ""
+        if event.kind in {Kind.IDLE, Kind.PRESSURE}:
+            # The watchdog says so first, and then evicts.
+            self._why_it_goes[name] = event.kind
+            return ""
+        if event.kind != Kind.EVICT:
+            reason = event.reason or ""
+            return reason if reason.isidentifier() else ""
+        before = self._why_it_goes.pop(name, "")
+        said = event.reason or ""
+        return next((word for start, word in _REASONS if said.startswith(start)), before)
+
+
+async def read(command: list[str]) -> list[bytes]:
+    """All that a journalctl prints that ends by itself, as lines.
+
+    Raises:
+        GpusvcError: the journal cannot be read.
+    """
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS), _journalctl(command) as lines:
+            return [line async for line in lines]
+    except TimeoutError:
+        raise GpusvcError(f"journalctl does not answer within {_ANSWER_SECONDS:.0f} s.") from None
+
+
+@asynccontextmanager
+async def log_of(name: str, lines: int, *, follow: bool) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    """What the journal has of the model's unit, the engine's lines among it, oldest first: entries as told().
+
+    Raises:
+        GpusvcError: the journal cannot be read.
+    """
+    fields = "MESSAGE,PRIORITY,SYSLOG_IDENTIFIER"
+    shown = ["--output=json", "--all", f"--output-fields={fields}", "--no-pager", "--quiet"]
+    command = unitlog.command(name, *shown, f"--lines={lines}")
+    async with _journalctl([*command, "--follow"] if follow else command) as printed:
+        yield _entries(printed)
+
+
+async def last_words(name: str, lines: int, since: float) -> list[str]:
+    """The engine's and the launcher's last lines since then (seconds since the epoch), oldest first; none if unread."""
+    try:
+        return unitlog.messages(await read(["journalctl", *unitlog.own_lines(name), *unitlog.newest(lines, since)]))
+    except GpusvcError:
+        return []
+
+
+async def _entries(lines: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    async for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            yield told(json.loads(line))
+
+
+def told(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of journalctl's JSON as the API tells it; raises KeyError, TypeError or ValueError for none."""
+    message = entry.get("MESSAGE")
+    if isinstance(message, list):  # it has bytes that are not printable
+        message = bytes(message).decode(errors="replace")
+    return {
+        "time": int(entry["__REALTIME_TIMESTAMP"]) / 1_000_000,
+        "cursor": str(entry["__CURSOR"]),
+        "level": int(entry.get("PRIORITY", 6)),
+        "from": entry.get("SYSLOG_IDENTIFIER"),
+        "message": message or "",
+    }
+
+
+@asynccontextmanager
+async def _journalctl(command: list[str]) -> AsyncIterator[AsyncIterator[bytes]]:
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LONGEST_LINE_BYTES,
+        )
+    except OSError as error:
+        raise GpusvcError(f"journalctl cannot be run: {error.strerror}.") from None
+    except RuntimeError as error:  # up to Python 3.11 a thread waits for each child, and there may be none to have
+        raise GpusvcError(f"journalctl cannot be run: {error}.") from None
+    try:
+        yield _lines_of(child)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await asyncio.shield(child.wait())
+
+
+async def _lines_of(child: asyncio.subprocess.Process) -> AsyncIterator[bytes]:
+    assert child.stdout is not None  # noqa: S101
+    assert child.stderr is not None  # noqa: S101
+    complaints: deque[bytes] = deque(maxlen=3)
+    # Read on the side, so that a child with much to complain of does not come to a halt.
+    listener = asyncio.ensure_future(_keep(child.stderr, complaints))
+    try:
+        async for line in child.stdout:
+            yield line.rstrip(b"\n")
+        await listener
+    finally:
+        listener.cancel()
+    status = await child.wait()
+    if status:
+        said = b" ".join(complaints).decode(errors="replace").strip()
+        raise PermissionDeniedError(
+            f"The journal cannot be read: {said or f'journalctl ended with exit status {status}'}.",
+            hint="root and members of the group systemd-journal may read it.",
+        )
+
+
+async def _keep(stream: asyncio.StreamReader, lines: deque[bytes]) -> None:
+    async for line in stream:
+        lines.append(line.strip())

@@ -1,0 +1,57 @@
+"""What all handlers of the API share: the seam between the routes and what they tell of.
+
+A module of routes has one function: ``endpoints(service) -> list[Endpoint]``, or ``routes(service) ->
+list[web.RouteDef]``. Either way the first line of a handler's docstring is its summary in the OpenAPI document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.state import lease as leases
+from gpusvc.status import inventory
+
+if TYPE_CHECKING:
+    from gpusvc.api.backend.bus import Bus
+    from gpusvc.api.backend.jobs import Jobs
+    from gpusvc.api.backend.journal import Events
+    from gpusvc.api.backend.snapshots import Snapshots
+    from gpusvc.api.backend.streams import Streams
+    from gpusvc.paths import Paths
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts of one running API. All of it lives on the loop's thread.
+
+    - ``await snapshots.models()``: list[inventory.ModelStatus] with standing, of all models, sorted by name.
+    - ``await snapshots.gpus()``: list[inventory.GpuStatus]; empty on a machine without GPUs. ``snapshots.problem``: why
+      NVML did not answer last, as an error; None: it did. Both are shared by all who ask within a second.
+    - ``events.seen``: Counter of (kind, reason, model) since the API was started; reasons are a few fixed words.
+    - ``events.loads``: model → Loads(count, total_seconds, last_seconds), from start to ready.
+    - ``await events.last(20)``: list[eventlog.Event], the newest last.
+    - ``jobs``: starts, stops and evictions.
+    """
+
+    paths: Paths
+    bus: Bus
+    snapshots: Snapshots
+    events: Events
+    jobs: Jobs
+    streams: Streams
+
+    def resolve(self, text: str, *, configured: bool = False) -> str:
+        """The model that ``text`` means: a name or an alias; ``configured``: one that has a file.
+
+        Raises:
+            UnknownModelError, UsageError: there is none.
+            SystemdError: systemd does not answer.
+        """
+        also = () if configured else [*leases.holders(self.paths), *self._running()]
+        return inventory.resolve(self.paths, text, also=also)
+
+    def _running(self) -> list[str]:
+        units = self.bus.ask(lambda manager: manager.units("model@*.service"))
+        return [name for name in (names.of_service(unit.name) for unit in units) if name is not None]

@@ -1,0 +1,181 @@
+"""What there is now, for all who ask within a second: read in one thread, as NVML may take its time in the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar, cast
+
+from gpusvc.api.backend.bus import Line, Manager
+from gpusvc.api.backend.shared import outcome
+from gpusvc.config.files import model_names
+from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
+from gpusvc.gpu.nvml import Nvml
+from gpusvc.gpu.reading import Gpu
+from gpusvc.paths import Paths
+from gpusvc.status import inventory
+from gpusvc.status.inventory import GpuStatus, ModelProcess, ModelStatus
+from gpusvc.systemd import manager as systemd
+
+_T = TypeVar("_T")
+
+FRESH_SECONDS = 1.0
+
+# A machine without a driver is not asked for one at every turn.
+_ABSENT_SECONDS = 10.0
+
+
+class Snapshots:
+    """Models and GPUs. The coroutines are for one loop; everything that takes time runs in one thread beside it."""
+
+    def __init__(
+        self, paths: Paths, *, connect: Callable[[], Manager] = systemd.Manager, open_nvml: Callable[[], Nvml] = Nvml
+    ) -> None:
+        self._paths = paths
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
+        self._line = Line(connect)  # of the thread, as _nvml is
+        self._open_nvml = open_nvml
+        self._nvml: Nvml | None = None
+        self._absent: tuple[float, NvmlUnavailableError] | None = None
+        self._readings = _Fresh(self._look)
+        self._gpus = _Fresh(self._read_gpus)
+        self._models = _Fresh(self._read_models)
+        self.problem: GpusvcError | None = None
+
+    async def models(self) -> list[ModelStatus]:
+        """Every model that has a file, runs, failed, or holds a lease, with its standing; sorted by name.
+
+        Raises:
+            GpusvcError: systemd does not answer, or the models' directory cannot be read.
+        """
+        return await self._models.get()
+
+    async def model(self, name: str) -> tuple[ModelStatus, tuple[ModelProcess, ...]]:
+        """One model with its standing, and its processes.
+
+        Raises:
+            SystemdError: systemd does not answer.
+        """
+        readings = await self._readings_or_none()
+        return await self.beside(
+            lambda: self._line.ask(
+                lambda manager: inventory.model(self._paths, cast("systemd.Manager", manager), name, lambda: readings)
+            )
+        )
+
+    async def gpus(self) -> list[GpuStatus]:
+        """The GPUs with who holds how much of them; none on a machine without a driver, which ``problem`` tells.
+
+        Raises:
+            NvmlError: the driver does not answer.
+        """
+        return await self._gpus.get()
+
+    def forget(self) -> None:
+        """Something changed: whoever asks from now on is told what is so from now on."""
+        for fresh in (self._readings, self._gpus, self._models):
+            fresh.forget()
+
+    async def beside(self, work: Callable[[], _T]) -> _T:
+        """The result of ``work``, which may block for a while, done in the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def close(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            await self.beside(self._close)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _look(self) -> tuple[Gpu, ...]:
+        return await self.beside(self._snapshot)
+
+    async def _readings_or_none(self) -> Sequence[Gpu] | None:
+        try:
+            return await self._readings.get()
+        except NvmlError:
+            return None
+
+    async def _read_gpus(self) -> list[GpuStatus]:
+        try:
+            readings = await self._readings.get()
+        except NvmlUnavailableError as error:
+            # A machine without GPUs is a normal machine. One whose driver fails is not.
+            self.problem = error
+            readings = ()
+        except NvmlError as error:
+            self.problem = error
+            raise
+        else:
+            self.problem = None
+        return await self.beside(functools.partial(inventory.gpus, self._paths, readings))
+
+    async def _read_models(self) -> list[ModelStatus]:
+        readings = await self._readings_or_none()
+
+        def read() -> list[ModelStatus]:
+            more = model_names(self._paths)
+            return self._line.ask(
+                lambda manager: inventory.models(
+                    self._paths, cast("systemd.Manager", manager), lambda: readings, more=more, standing=True
+                )
+            )
+
+        return await self.beside(read)
+
+    # In the thread:
+
+    def _snapshot(self) -> tuple[Gpu, ...]:
+        import time  # noqa: PLC0415
+
+        if self._absent is not None and time.monotonic() < self._absent[0]:
+            raise self._absent[1]
+        try:
+            if self._nvml is None:
+                self._nvml = self._open_nvml()
+            return self._nvml.snapshot(utilisation=True)
+        except NvmlUnavailableError as error:
+            self._absent = (time.monotonic() + _ABSENT_SECONDS, error)
+            raise
+        except NvmlError:
+            self._close_nvml()
+            raise
+
+    def _close_nvml(self) -> None:
+        if self._nvml is not None:
+            nvml, self._nvml = self._nvml, None
+            nvml.close()
+
+    def _close(self) -> None:
+        self._close_nvml()
+        self._line.close()
+
+
+class _Fresh(Generic[_T]):
+    """A value that takes time to get, got once for all who ask within FRESH_SECONDS."""
+
+    def __init__(self, get: Callable[[], Awaitable[_T]]) -> None:
+        self._get = get
+        self._task: asyncio.Task[_T] | None = None
+        self._until = 0.0
+
+    async def get(self) -> _T:
+        loop = asyncio.get_running_loop()
+        if self._task is None or (self._task.done() and loop.time() >= self._until):
+            task = self._task = loop.create_task(self._run())
+            task.add_done_callback(self._done)
+        # Whoever goes away takes nothing from the others.
+        return await outcome(self._task)
+
+    def forget(self) -> None:
+        self._task = None
+
+    async def _run(self) -> _T:
+        return await self._get()
+
+    def _done(self, task: asyncio.Task[_T]) -> None:
+        if task is self._task:
+            self._until = asyncio.get_running_loop().time() + FRESH_SECONDS
+        if not task.cancelled():
+            task.exception()  # all who asked may be gone

@@ -1,0 +1,138 @@
+"""The status page at ``/``: what there is now, for a person and his browser.
+
+It is whole without a script; with one it follows the events, and asks for ``/gpusvc/page`` when something changed. Its
+buttons are forms for the API's own routes. Nothing comes from elsewhere, and nothing in the markup is run: model names,
+descriptions, commands of foreign processes and logs are what strangers wrote.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from aiohttp import web
+
+from gpusvc import names
+from gpusvc.api.backend import journal
+from gpusvc.api.page import view
+from gpusvc.api.page.view import Facts, Log, Moment
+from gpusvc.config.files import HostConfig, load_host
+from gpusvc.config.host import read_idle_timeout
+from gpusvc.config.serving import read_serving
+from gpusvc.config.table import read_table
+from gpusvc.errors import GpusvcError
+from gpusvc.paths import Paths
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from gpusvc.api.backend.service import Service
+
+_T = TypeVar("_T")
+
+_STATIC = Path(__file__).with_name("static")
+_TYPES = {
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+
+_EVENTS = 20
+_LOG_LINES = 200
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self';"
+    " base-uri 'none'; frame-ancestors 'none'"
+)
+
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    # Not no-referrer: with that a browser sends a form without its origin, which the gateway wants to see.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def routes(service: Service) -> list[web.RouteDef]:
+    async def page(request: web.Request) -> web.Response:
+        """The status page."""
+        chosen = request.query.get("log")
+        log = None if chosen is None else await _read_log(chosen)
+        return _html(view.page(await moment(service), socket.gethostname(), log))
+
+    async def parts(_: web.Request) -> web.Response:
+        """The parts of the status page that change, as HTML."""
+        return _html(view.parts(await moment(service)))
+
+    async def static(request: web.Request) -> web.StreamResponse:
+        """A file of the status page."""
+        name = request.match_info["file"]
+        if name not in _TYPES:
+            raise web.HTTPNotFound
+        headers = {**_HEADERS, "Content-Type": _TYPES[name], "Cache-Control": "no-cache"}
+        return web.FileResponse(_STATIC / name, headers=headers)
+
+    return [web.get("/", page), web.get("/gpusvc/page", parts), web.get("/gpusvc/static/{file}", static)]
+
+
+def refusal(error: GpusvcError) -> web.Response:
+    """``error`` for a person whose browser sent a form."""
+    return _html(view.refusal(error.message, error.hint), status=error.http_status)
+
+
+async def moment(service: Service) -> Moment:
+    """What the page shows now; what cannot be had is left out, and said to be."""
+    problems: list[str] = []
+    models = await _or_none(service.snapshots.models(), problems)
+    gpus = await _or_none(service.snapshots.gpus(), problems)
+    events = await _or_none(service.events.last(_EVENTS), problems)
+    facts = await service.snapshots.beside(lambda: facts_of(service.paths, [model.name for model in models or ()]))
+    return Moment(time.time(), models, facts, gpus, events and events[::-1], list(dict.fromkeys(problems)))
+
+
+async def _or_none(question: Awaitable[Sequence[_T]], problems: list[str]) -> Sequence[_T] | None:
+    try:
+        return await question
+    except GpusvcError as error:
+        problems.append(str(error))
+        return None
+
+
+async def _read_log(name: str) -> Log:
+    if not names.is_name(name):
+        return Log(name, problem="There is no such model.")
+    try:
+        async with journal.log_of(name, _LOG_LINES, follow=False) as entries:
+            found = [entry async for entry in entries]
+    except GpusvcError as error:
+        return Log(name, problem=str(error))
+    return Log(name, found, None if found else "It wrote nothing yet.")
+
+
+def facts_of(paths: Paths, models: Iterable[str]) -> dict[str, Facts]:
+    """What the files of these models say. Whether they could be started is not asked here."""
+    try:
+        host = load_host(paths)
+    except GpusvcError:
+        host = HostConfig()
+    return {name: _facts(paths, name, host) for name in models}
+
+
+def _facts(paths: Paths, name: str, host: HostConfig) -> Facts:
+    try:
+        table = read_table(paths.model_file(name))
+    except (GpusvcError, FileNotFoundError):
+        return Facts()
+    serving = read_serving(table, name)
+    idle_timeout = read_idle_timeout(table, host.watchdog.idle_timeout_seconds)
+    return Facts(serving.description, 0.0 if serving.keep else idle_timeout)
+
+
+def _html(text: str, *, status: int = 200) -> web.Response:
+    headers = {**_HEADERS, "Cache-Control": "no-store"}
+    return web.Response(text=text, status=status, content_type="text/html", headers=headers)

@@ -1,0 +1,97 @@
+"""The API as an aiohttp application: all routes, errors as JSON, and limits on what is read."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from gpusvc.api.backend import metrics
+from gpusvc.api.backend.answers import answer, refusal
+from gpusvc.api.backend.service import Service
+from gpusvc.api.page import page
+from gpusvc.api.routes import compatible, history, machine, models
+from gpusvc.api.routes.endpoints import Endpoint
+from gpusvc.api.routes.openapi import document
+from gpusvc.errors import GpusvcError
+from gpusvc.log import log
+
+_MAX_BODY_BYTES = 64 * 1024
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _HttpError(GpusvcError):
+    """What aiohttp has to say: no such route, no such method, too much of a body."""
+
+    def __init__(self, error: web.HTTPException) -> None:
+        super().__init__(f"{error.reason}.", hint="GET /gpusvc/openapi.json has all routes.")
+        self.http_status = error.status
+
+
+class _InternalError(GpusvcError):
+    pass
+
+
+class _ExhaustedError(GpusvcError):
+    """It would have worked on a machine with a process, a file descriptor or a page to spare."""
+
+    http_status = 503
+    retry_after_seconds = 5
+
+
+def application(service: Service) -> web.Application:
+    """All of the API over ``service``."""
+    made = web.Application(middlewares=[_errors], client_max_size=_MAX_BODY_BYTES)
+    made.router.add_routes([endpoint.route() for endpoint in endpoints(service)])
+    return made
+
+
+def endpoints(service: Service) -> list[Endpoint]:
+    """Every route there is."""
+    found = [
+        *models.endpoints(service),
+        *machine.endpoints(service),
+        *history.endpoints(service),
+        *compatible.endpoints(service),
+        *map(Endpoint.from_route, [*metrics.routes(service), *page.routes(service)]),
+    ]
+
+    async def openapi(_: web.Request) -> web.Response:
+        """This API, as an OpenAPI document."""
+        return answer(document(found))
+
+    found += [Endpoint("GET", "/gpusvc/openapi.json", openapi), Endpoint("GET", "/openapi.json", openapi)]
+    return found
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except GpusvcError as error:
+        # A form of the page that was sent without JavaScript wants to be read by a person.
+        is_form = request.method == "POST" and "text/html" in request.headers.get("Accept", "")
+        return page.refusal(error) if is_form else refusal(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        response = refusal(_HttpError(error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except (ConnectionError, TimeoutError):
+        raise  # the client's, or of a stream to it
+    except Exception as error:  # one request must not take the others along
+        if _is_want(error):
+            return refusal(_ExhaustedError(f"This machine has too little of something: {error}.", hint="Try again."))
+        log(3, f"{request.method} {request.path} failed: {type(error).__name__}: {error}.")
+        return refusal(_InternalError("Something went wrong here.", hint="The journal of gpusvc-api has more."))
+
+
+def _is_want(error: Exception) -> bool:
+    """Whether the machine has not enough of something that programs need."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+    return isinstance(error, RuntimeError) and "new thread" in str(error)  # Python has no class for that

@@ -1,0 +1,41 @@
+"""The machine: its GPUs, and the configuration in effect."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from gpusvc.api.backend.answers import answer
+from gpusvc.api.backend.service import Service
+from gpusvc.api.routes.endpoints import Endpoint
+from gpusvc.config.effective import effective
+from gpusvc.status import inventory
+
+
+class _Machine:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def gpus(self, _: web.Request) -> web.Response:
+        """The GPUs, and who holds how much of each."""
+        return answer([gpu.to_json() for gpu in await self._service.snapshots.gpus()])
+
+    async def host(self, _: web.Request) -> web.Response:
+        """Each setting of the host in effect, and its source."""
+        return await self._settings(None)
+
+    async def model(self, request: web.Request) -> web.Response:
+        """Each setting of a model in effect, and its source."""
+        return await self._settings(inventory.resolve(self._service.paths, request.match_info["name"]))
+
+    async def _settings(self, name: str | None) -> web.Response:
+        settings = await self._service.snapshots.beside(lambda: effective(self._service.paths, name))
+        return answer([{"key": each.key, "value": each.value, "source": each.source} for each in settings])
+
+
+def endpoints(service: Service) -> list[Endpoint]:
+    machine = _Machine(service)
+    return [
+        Endpoint("GET", "/gpusvc/gpus", machine.gpus),
+        Endpoint("GET", "/gpusvc/config", machine.host),
+        Endpoint("GET", "/gpusvc/config/{name}", machine.model),
+    ]

@@ -1,0 +1,205 @@
+"""Models: what there is of them, and what is done to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from gpusvc.api.backend import journal, pins
+from gpusvc.api.backend.answers import answer, refusal
+from gpusvc.api.backend.caller import caller
+from gpusvc.api.backend.jobs import Ready
+from gpusvc.api.backend.service import Service
+from gpusvc.api.backend.shared import outcome
+from gpusvc.api.backend.streams import is_gone
+from gpusvc.api.routes.endpoints import Endpoint, Parameter, flag
+from gpusvc.config.files import load_host
+from gpusvc.config.serving import load_serving
+from gpusvc.errors import GpusvcError, UsageError
+from gpusvc.log import log
+from gpusvc.quantity import parse_duration
+from gpusvc.watchdog import verdicts
+
+_T = TypeVar("_T")
+
+_LOG_LINES = 10
+
+# How soon it is noticed that nobody waits for a start any more. Only some releases of aiohttp tell a handler so, by
+# cancelling it.
+_LOOK_SECONDS = 0.25
+
+_WAIT = Parameter(
+    "wait",
+    "Absent: the answer comes when the model is ready, and the start goes on whoever waits for it. no: the answer "
+    "comes at once. request: the start goes on only as long as somebody waits, and is refused for a while after it "
+    "failed.",
+    {"enum": ["no", "request"]},
+)
+_PATIENCE = Parameter(
+    "wait", "How long to wait for those who use it, as in 30s; absent: as long as a start would.", {"type": "string"}
+)
+_FORCE = Parameter("force", "Then evict it all the same.", {"type": "boolean", "default": False})
+
+
+class _Models:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def list_(self, _: web.Request) -> web.Response:
+        """All models, those that are stopped too."""
+        return answer([model.to_json() for model in await self._service.snapshots.models()])
+
+    async def show(self, request: web.Request) -> web.Response:
+        """All there is to know of one model."""
+        name = self._name(request)
+        service = self._service
+        status, processes = await service.snapshots.model(name)
+        last = verdicts.read(service.paths).get(name)
+        more = {
+            "verdict": None if last is None else last.kind,
+            "evidence": None if last is None else last.source,
+            "file": str(service.paths.model_file(name)),
+            "processes": [process.to_json() for process in processes],
+            "log": await journal.last_words(name, _LOG_LINES, 0.0),
+        }
+        return answer(status.to_json() | more)
+
+    async def start(self, request: web.Request) -> web.StreamResponse:
+        """Start a model, and wait until it is ready."""
+        name = self._service.resolve(request.match_info["name"], configured=True)
+        how = request.query.get("wait", "")
+        if how == "request":
+            return await self._start_on_request(request, name)
+        if how not in {"", "no"}:
+            raise UsageError(f"wait={how} means nothing here.", hint="It is request, or no.")
+        self._note(request, name, "start")
+        if how == "no" or _is_form(request):
+            self._service.jobs.begin(name)
+            return _done(request, {"name": name, "state": "starting"}, status=202)
+        return _ready(await self._finish(self._service.jobs.start(name)))
+
+    async def _start_on_request(self, request: web.Request, name: str) -> web.Response:
+        start = asyncio.ensure_future(self._service.jobs.start_on_request(name))
+        try:
+            while not is_gone(request):
+                done, _ = await asyncio.wait({start}, timeout=_LOOK_SECONDS)
+                if done:
+                    return _ready(start.result())
+        except GpusvcError as error:
+            return refusal(error, with_log=self._may_show_log(name))
+        finally:
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+        return web.Response(status=499)  # nobody reads it
+
+    async def stop(self, request: web.Request) -> web.StreamResponse:
+        """Stop a model, in use or not, and wait until its VRAM is proven free."""
+        name = self._name(request)
+        self._note(request, name, "stop")
+        was_up = await self._finish(self._service.jobs.stop(name))
+        return _done(request, {"name": name, "state": "stopped", "was_running": was_up})
+
+    async def restart(self, request: web.Request) -> web.StreamResponse:
+        """Stop a model, prove its VRAM free, start it again, and wait until it is ready."""
+        name = self._service.resolve(request.match_info["name"], configured=True)
+        self._note(request, name, "restart")
+        ready = await self._finish(self._service.jobs.restart(name))
+        return _done(request, {}) if _is_form(request) else _ready(ready)
+
+    async def evict(self, request: web.Request) -> web.StreamResponse:
+        """Stop a model once nobody uses it, and wait until its VRAM is proven free."""
+        name = self._name(request)
+        patience = self._patience(request.query.get("wait"))
+        self._note(request, name, "evict")
+        work = self._service.jobs.evict(
+            name, patience_seconds=patience, force=flag(request, "force"), is_wanted=lambda: not is_gone(request)
+        )
+        was_up = await self._finish(work)
+        return _done(request, {"name": name, "state": "stopped", "was_running": was_up})
+
+    async def release(self, request: web.Request) -> web.StreamResponse:
+        """Try once more to prove the VRAM of a model free that is stuck."""
+        name = self._name(request)
+        self._note(request, name, "release")
+        await self._finish(self._service.jobs.release(name))
+        return _done(request, {"name": name, "state": "stopped"})
+
+    async def pin(self, request: web.Request) -> web.StreamResponse:
+        """Keep a model from being evicted, until the machine is booted."""
+        name = self._name(request)
+        self._note(request, name, "pin")
+        pins.pin(self._service.paths, name)
+        self._service.snapshots.forget()
+        return _done(request, {"name": name, "pinned": True})
+
+    async def unpin(self, request: web.Request) -> web.StreamResponse:
+        """Let a model be evicted again."""
+        name = self._name(request)
+        self._note(request, name, "unpin")
+        self._service.snapshots.forget()
+        pins.unpin(self._service.paths, name)
+        return _done(request, {"name": name, "pinned": False})
+
+    def _name(self, request: web.Request) -> str:
+        return self._service.resolve(request.match_info["name"])
+
+    def _note(self, request: web.Request, name: str, what: str) -> None:
+        log(6, f"{what} {name}: asked for by {caller(request)}.")
+
+    def _patience(self, text: str | None) -> float:
+        if text is None:
+            eviction = load_host(self._service.paths).eviction
+            return eviction.retries * eviction.interval_seconds
+        try:
+            return parse_duration(text)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    def _may_show_log(self, name: str) -> bool:
+        try:
+            return load_serving(self._service.paths, name).show_logs
+        except GpusvcError:
+            return False
+
+    async def _finish(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What was begun goes on when its client goes away, whatever aiohttp does to the handler."""
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await outcome(task)
+
+
+def endpoints(service: Service) -> list[Endpoint]:
+    models = _Models(service)
+    one = "/gpusvc/models/{name}"
+    return [
+        Endpoint("GET", "/gpusvc/models", models.list_),
+        Endpoint("GET", one, models.show),
+        Endpoint("POST", f"{one}/start", models.start, (_WAIT,)),
+        Endpoint("POST", f"{one}/stop", models.stop),
+        Endpoint("POST", f"{one}/restart", models.restart),
+        Endpoint("POST", f"{one}/evict", models.evict, (_PATIENCE, _FORCE)),
+        Endpoint("POST", f"{one}/release", models.release),
+        Endpoint("POST", f"{one}/pin", models.pin),
+        Endpoint("POST", f"{one}/unpin", models.unpin),
+    ]
+
+
+def _ready(ready: Ready) -> web.Response:
+    return answer({"name": ready.name, "state": "ready", "address": ready.address, "port": ready.port})
+
+
+def _done(request: web.Request, value: dict[str, Any], *, status: int = 200) -> web.StreamResponse:
+    """``value``, or for a person's form without a script the way back to the page."""
+    if _is_form(request):
+        return web.Response(status=303, headers={"Location": "/"})
+    return answer(value, status=status)
+
+
+def _is_form(request: web.Request) -> bool:
+    return "text/html" in request.headers.get("Accept", "")

@@ -1,0 +1,107 @@
+"""``doctor``: what is wrong with this machine, with the evidence and how to mend it; and the end of orphans."""
+# ruff: noqa: PLC0415 - a command loads only what it needs
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gpusvc.cli import table
+from gpusvc.cli.arguments import JSON, paths_of
+from gpusvc.cli.commands.lifecycle import raise_all
+from gpusvc.errors import GpusvcError, NvmlError
+from gpusvc.printable import printable
+
+if TYPE_CHECKING:
+    from gpusvc.doctor.finding import Finding
+    from gpusvc.paths import Paths
+
+_ORPHANS: Any = typer.Option(False, "--orphans", help="Offer to end the processes that servers left behind on GPUs.")
+_YES: Any = typer.Option(False, "--yes", help="With --orphans: end them all, without asking.")
+
+_MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
+_MARK_WIDTH = 7
+_END_SECONDS = 30.0
+
+
+def doctor(context: typer.Context, *, orphans: bool = _ORPHANS, yes: bool = _YES, as_json: bool = JSON) -> int:
+    """Look for what is wrong with this machine. The exit status is 1 if anything has to be mended."""
+    paths = paths_of(context)
+    if orphans:
+        _end_orphans(paths, ask=not yes)
+        return 0
+    found = []
+    for finding in _findings(paths):
+        found.append(finding)
+        if not as_json:
+            _print(finding)
+    mend = [finding for finding in found if finding.wants_mending]
+    if as_json:
+        table.print_json([finding.to_json() for finding in found])
+    else:
+        number = f"1 of {len(found)} findings wants" if len(mend) == 1 else f"{len(mend)} of {len(found)} findings want"
+        typer.echo(f"\n{number} mending." if mend else f"\nNothing wants mending ({len(found)} findings).")
+    return 1 if mend else 0
+
+
+def _findings(paths: Paths) -> Iterator[Finding]:
+    from gpusvc.doctor import configuration, driver, isolation, machine, orphans
+
+    yield from machine.findings(paths)
+    yield isolation.finding()
+    yield from driver.findings()
+    yield from configuration.findings(paths)
+    yield from orphans.findings(paths, _gpus())
+
+
+def _gpus() -> tuple[Any, ...]:
+    from gpusvc.gpu.nvml import Nvml
+
+    try:
+        with Nvml() as nvml:
+            return nvml.snapshot()
+    except NvmlError:
+        return ()  # said already
+
+
+def _print(finding: Finding) -> None:
+    margin = " " * (_MARK_WIDTH + 2)
+    lines = [f"{_MARKS[finding.level]:<{_MARK_WIDTH}}  {finding.subject}: {finding.sentence}"]
+    if finding.level != "ok":
+        lines += [f"{margin}{text}" for text in (finding.evidence, finding.fix) if text]
+    table.print_lines([printable(line) for line in lines])
+
+
+def _end_orphans(paths: Paths, *, ask: bool) -> None:
+    from gpusvc.doctor import orphans
+    from gpusvc.gpu.nvml import Nvml
+
+    failures: list[GpusvcError] = []
+    with Nvml() as nvml:
+        found = [each for each in orphans.foreigners(paths, nvml.snapshot()) if each.is_orphan]
+        if not found:
+            typer.echo("Nobody left anything behind on the GPUs.")
+        for orphan in found:
+            typer.echo(printable(f"{orphan}, and seems to be left over from {orphan.server}."))
+            typer.echo(printable(f"  {orphan.evidence}"))
+            if ask and not _agreed(orphan.pid):
+                typer.echo("It is left alone.")
+                continue
+            try:
+                typer.echo(
+                    orphans.end(orphan, nvml.snapshot, signal_process=orphans.send, timeout_seconds=_END_SECONDS)
+                )
+            except GpusvcError as error:
+                failures.append(error)
+    raise_all(failures)
+
+
+def _agreed(pid: int) -> bool:
+    """A yes from a person; without one to ask it is a no."""
+    if not sys.stdin.isatty():
+        typer.echo("Nobody is there to be asked; --yes answers for you.", err=True)
+        return False
+    return typer.confirm(f"End PID {pid}?", default=False)

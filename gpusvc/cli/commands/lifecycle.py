@@ -1,0 +1,299 @@
+"""``start``, ``stop``, ``restart``, ``release``: systemd does the work, and goes on if this command is interrupted."""
+# ruff: noqa: PLC0415 - a command loads only what it needs
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gpusvc.cli import journal
+from gpusvc.cli.arguments import NAMES, SOME_NAMES, paths_of
+from gpusvc.cli.progress import Progress
+from gpusvc.errors import EngineError, GpusvcError, SystemdError, UnreleasedError, UsageError
+from gpusvc.names import service
+from gpusvc.paths import is_user_instance
+
+if TYPE_CHECKING:
+    from gpusvc.paths import Paths
+    from gpusvc.systemd.manager import JobResult, Manager
+
+_TICK_SECONDS = 0.2
+_LOG_LINES = 15
+
+_ALL_CONFIGURED: Any = typer.Option(False, "--all", help="Every model that has a file.")
+_FORGET: Any = typer.Option(
+    False, "--forget", help="If that cannot be proven: let others have it on your word, as long as no process is left."
+)
+_ALL_RUNNING: Any = typer.Option(False, "--all", help="Every model that runs.")
+
+
+class StillGoingError(GpusvcError):
+    """The user went away; systemd did not."""
+
+    exit_code = 130
+
+
+def start(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_CONFIGURED) -> None:
+    """Start models, and wait until they are ready."""
+    from gpusvc.config import files as config
+    from gpusvc.status import inventory
+    from gpusvc.systemd.manager import Manager
+
+    paths = paths_of(context)
+    chosen = choose(
+        names, lambda text: inventory.resolve(paths, text), config.model_names(paths) if everything else None
+    )
+    with Manager() as manager:
+        bring_up(manager, "Start", chosen, "starting")
+
+
+def restart(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
+    """Stop models, prove their VRAM free, and start them again.
+
+    It returns when they are ready.
+    """
+    from gpusvc.status import inventory
+    from gpusvc.systemd.manager import Manager
+
+    paths = paths_of(context)
+    with Manager() as manager:
+        # Without a file it would stop, and never start again.
+        chosen = choose(names, lambda text: inventory.resolve(paths, text), _up(manager) if everything else None)
+        bring_up(manager, "Restart", chosen, "restarting")
+
+
+def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool = _ALL_RUNNING) -> None:
+    """Stop models, and wait until their VRAM is proven free."""
+    from gpusvc.state import lease
+    from gpusvc.status import inventory
+    from gpusvc.status.inventory import ModelState
+    from gpusvc.systemd.manager import Manager
+
+    paths = paths_of(context)
+    with Manager() as manager:
+        up = _up(manager)
+        known = {*inventory.units(manager), *lease.holders(paths)}
+        chosen = choose(names, lambda text: inventory.resolve(paths, text, also=known), up if everything else None)
+        if not chosen:
+            typer.echo("No model is running.")
+        pending = {name: manager.enqueue("Stop", service(name)) for name in chosen if name in up}
+        enqueued = frozenset(pending)
+        with going_on(pending, "stopping", "`gpusvc ps` shows how far it is."):
+            for _ in _follow(manager, pending):
+                pass
+        failures: list[GpusvcError] = []
+        statuses = {model.name: model for model in inventory.models(paths, manager, lambda: None, more=chosen)}
+        for name in chosen:
+            model = statuses[name]
+            match model.state:
+                case ModelState.FAILED if model.vram_bytes is None:
+                    text = f"{name} ended, and you may not see whether its VRAM is free. {model.text}"
+                    failures.append(UnreleasedError(text, hint=f"`gpusvc status {name}` shows it to root."))
+                case ModelState.STOPPED | ModelState.FAILED if name in enqueued:
+                    typer.echo(f"{name} is stopped, and nothing of it is left.")
+                case ModelState.FAILED:
+                    systemctl = "systemctl --user" if is_user_instance() else "systemctl"
+                    typer.echo(
+                        f"{name} is not running; it failed. `{systemctl} reset-failed {service(name)}` forgets that."
+                    )
+                case ModelState.STOPPED:
+                    typer.echo(f"{name} is not running.")
+                case ModelState.STUCK:
+                    text = model.text if model.text.startswith(name) else f"{name} is stuck. {model.text}"
+                    failures.append(UnreleasedError(text, hint=f"`gpusvc release {name}` tries the proof again."))
+                case _:
+                    failures.append(EngineError(f"{name} is {model.state}: somebody started it again meanwhile."))
+    raise_all(failures)
+
+
+def release(context: typer.Context, names: list[str] = SOME_NAMES, forget: bool = _FORGET) -> None:
+    """Prove the VRAM of stuck models free, and let others have it."""
+    from gpusvc.state import lease
+    from gpusvc.status import inventory
+
+    paths = paths_of(context)
+    known = lease.holders(paths)
+    failures: list[GpusvcError] = []
+    with Progress(sys.stderr) as progress:
+        for name in choose(names, lambda text: inventory.resolve(paths, text, also=known), None):
+            try:
+                sentence = _release(paths, name, progress)
+            except UnreleasedError as error:
+                if forget and _forget(paths, name):
+                    typer.echo(f"Warning: {error.message}", err=True)
+                    typer.echo(f"{name} is forgotten. Nothing says that its VRAM is free.", err=True)
+                else:
+                    failures.append(error)
+            except GpusvcError as error:
+                failures.append(error)
+            else:
+                progress.clear()
+                typer.echo(sentence)
+    raise_all(failures)
+
+
+def _forget(paths: Paths, name: str) -> bool:
+    """Take an operator's word for the release of ``name``; not while a process of it lives."""
+    from gpusvc.journal import events
+    from gpusvc.linux.cgroup import Cgroup
+    from gpusvc.state import lease
+
+    with lease.hold(paths, name):
+        held = lease.read(paths, name)
+        if held is None or (held.cgroup is not None and Cgroup(held.cgroup).populated()):
+            return False
+        lease.set_aside(paths, name)
+    gpus = [gpu.index for gpu in held.gpus]
+    events.emit(
+        events.Kind.LEAK, f"{name} is forgotten without proof.", model=name, gpu=gpus, reason="told to", level=4
+    )
+    _forget_failure(name)
+    return True
+
+
+def _release(paths: Paths, name: str, progress: Progress) -> str:
+    from gpusvc.release.procedure import release
+    from gpusvc.state import lease
+
+    with lease.hold(paths, name):
+        released = release(paths, name, on_wait=lambda sentence: progress.show({name: sentence}))
+    if released is not None:
+        _forget_failure(name)
+    return f"{name} holds nothing." if released is None else str(released)
+
+
+def _forget_failure(name: str) -> None:
+    """A unit that failed only for want of this proof has no reason to be failed any more."""
+    from gpusvc.names import service
+    from gpusvc.systemd.manager import ActiveState, Manager
+
+    with contextlib.suppress(SystemdError), Manager() as manager:  # the release is proven all the same
+        unit = manager.unit(service(name))
+        if unit is not None and unit.active is ActiveState.FAILED:
+            manager.reset_failed(unit.name)
+
+
+def choose(names: Sequence[str] | None, resolve: Callable[[str], str], everything: Iterable[str] | None) -> list[str]:
+    """The models that are meant: each once, in the order given; ``everything`` None: --all was not said."""
+    if everything is not None:
+        if names:
+            raise UsageError("Name models or say --all, not both.")
+        return sorted(everything)
+    if not names:
+        raise UsageError("Name a model, or say --all.")
+    return list(dict.fromkeys(resolve(name) for name in names))
+
+
+def _up(manager: Manager) -> set[str]:
+    """The models that run, start or stop."""
+    from gpusvc.status import inventory
+
+    return {name for name, unit in inventory.units(manager).items() if unit.active != "failed"}
+
+
+def bring_up(
+    manager: Manager, verb: str, chosen: Sequence[str], doing: str, *, announce: Callable[[str], object] = typer.echo
+) -> None:
+    """Start or restart models side by side; each is announced as soon as it is ready.
+
+    Raises:
+        EngineError: one could not be started; or an ExceptionGroup of several.
+    """
+    from gpusvc.systemd.manager import JobResult
+
+    failures: list[GpusvcError] = []
+    pending: dict[str, str] = {}
+    began = time.time()
+    with going_on(pending, doing, "`gpusvc stop {names}` ends it."):
+        for name in chosen:
+            pending[name] = manager.enqueue(verb, service(name))
+        for name, result in _follow(manager, pending):
+            if result is JobResult.DONE:
+                announce(f"{name}: {_said(manager, name) or 'Ready.'}")
+            else:
+                failures.append(why_not(manager, name, result, began))
+    raise_all(failures)
+
+
+def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, JobResult]]:
+    """Wait for the jobs of the ``pending`` models, and show how they get on; each is taken out as it ends."""
+    with Progress(sys.stderr) as progress:
+        while pending:
+            timeout = _TICK_SECONDS
+            for name, job in list(pending.items()):
+                result = manager.wait(job, timeout)
+                timeout = 0
+                if result is not None:
+                    progress.clear()
+                    del pending[name]
+                    yield name, result
+            progress.show({name: doing_of(manager, name) for name in pending})
+
+
+def _said(manager: Manager, name: str) -> str:
+    """What the model's service says of itself; empty if nothing."""
+    unit = manager.unit(service(name))
+    return "" if unit is None else manager.service_status(unit).text
+
+
+def doing_of(manager: Manager, name: str) -> str:
+    """What goes on with a model whose job is not done."""
+    from gpusvc.status.inventory import ModelState, derive_state, describe
+
+    unit = manager.unit(service(name))
+    state = derive_state(unit, leased=False)
+    if unit is None or state in {ModelState.STOPPED, ModelState.FAILED}:
+        return "Waiting for systemd."
+    return describe(state, unit, manager.service_status(unit))
+
+
+def why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
+    """What an operator needs to know of a start that failed: the reason, and the last lines of the log."""
+    from gpusvc.systemd.manager import JobResult
+
+    if result is JobResult.CANCELED:
+        return EngineError(f"{name} was stopped before it was ready.")
+    if result is JobResult.DEPENDENCY:
+        return EngineError(
+            f"{name} was not started: a unit that it requires failed.", hint=f"See `systemctl status {service(name)}`."
+        )
+    unit = manager.unit(service(name))
+    said = None if unit is None else manager.service_status(unit)
+    reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
+    lines = journal.last_lines(name, _LOG_LINES, since=began)
+    # What the launcher told systemd in one line, it wrote to the log too: once is enough.
+    if reason in lines:
+        lines.remove(reason)
+    elif reason in " ".join(lines):
+        reason = ""
+    hint = f"`gpusvc logs {name}` shows all of its log."
+    if unit is not None and unit.sub.startswith("auto-restart"):
+        hint = f"systemd tries again; `gpusvc stop {name}` ends that. {hint}"
+    return EngineError("\n".join([f"{name} did not start. {reason}".rstrip(), *lines]), hint=hint)
+
+
+@contextlib.contextmanager
+def going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]:
+    """Ctrl-C ends the command, not what systemd does for it: say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not pending:
+            raise
+        verb = "goes" if len(pending) == 1 else "go"
+        raise StillGoingError(
+            f"{', '.join(pending)} {verb} on {doing}.", hint=hint.format(names=" ".join(pending))
+        ) from None
+
+
+def raise_all(failures: Sequence[GpusvcError]) -> None:
+    """What failed, if anything did."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ExceptionGroup("several models", failures)

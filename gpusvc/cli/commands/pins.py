@@ -1,0 +1,85 @@
+"""``pin`` and ``unpin``: keep models from being evicted until the machine is booted again."""
+# ruff: noqa: PLC0415 - a command loads only what it needs
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from gpusvc.cli.arguments import SOME_NAMES, paths_of
+from gpusvc.cli.commands.lifecycle import choose, raise_all
+from gpusvc.errors import GpusvcError, PermissionDeniedError
+
+if TYPE_CHECKING:
+    from gpusvc.paths import Paths
+
+
+def pin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
+    """Keep models from being evicted.
+
+    It lasts until they are unpinned, or the machine is booted.
+    """
+    paths = paths_of(context)
+    for name in _resolved(paths, names):
+        set_pin(paths, name)
+        typer.echo(f"{name} is pinned until the next boot.")
+
+
+def unpin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
+    """Let models be evicted again."""
+    paths = paths_of(context)
+    failures: list[GpusvcError] = []
+    for name in _resolved(paths, names):
+        was_pinned = paths.pin_file(name).exists()
+        if not take_pin(paths, name):
+            failures.append(
+                GpusvcError(
+                    f"{name} stays pinned: its file says so.",
+                    hint=f"Take `pinned = true` out of {paths.model_file(name)}; it holds as soon as it is written.",
+                )
+            )
+        else:
+            typer.echo(f"{name} is pinned no more." if was_pinned else f"{name} is not pinned.")
+    raise_all(failures)
+
+
+def set_pin(paths: Paths, name: str) -> None:
+    """Raises PermissionDeniedError, or GpusvcError for a file system that does not take it."""
+    file = paths.pin_file(name)
+    with _translated(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.chmod(0o755)  # whatever the umask said
+        file.touch(mode=0o644)
+
+
+def take_pin(paths: Paths, name: str) -> bool:
+    """Whether it is not pinned any more: its file may say so still. Raises as set_pin()."""
+    from gpusvc.status import standing
+
+    file = paths.pin_file(name)
+    with _translated(file):
+        file.unlink(missing_ok=True)
+    return not standing.of(paths, name, None, None).pinned_by_file
+
+
+def _resolved(paths: Paths, names: list[str]) -> list[str]:
+    from gpusvc.state import lease
+    from gpusvc.status import inventory
+
+    known = lease.holders(paths)
+    return choose(names, lambda text: inventory.resolve(paths, text, also=known), None)
+
+
+@contextlib.contextmanager
+def _translated(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError:
+        raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
+    except OSError as error:
+        raise GpusvcError(f"{file} cannot be changed: {os.strerror(error.errno or 0)}.") from None

@@ -1,0 +1,103 @@
+"""``rm``: a model's end: stopped, proven gone, and only then its file."""
+# ruff: noqa: PLC0415 - a command loads only what it needs
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gpusvc.cli.arguments import SOME_NAMES, paths_of
+from gpusvc.errors import GpusvcError, SystemdError, UsageError
+from gpusvc.names import service
+
+if TYPE_CHECKING:
+    from gpusvc.paths import Paths
+
+_YES: Any = typer.Option(False, "--yes", "-y", help="Do not ask.")
+
+
+def rm(context: typer.Context, names: list[str] = SOME_NAMES, *, yes: bool = _YES) -> None:
+    """Stop models, prove their VRAM free, and remove their files.
+
+    A file stays if the proof fails. A model's weights are not touched.
+    """
+    from gpusvc.cli.commands.lifecycle import choose, raise_all
+    from gpusvc.config import directory as model_directory
+    from gpusvc.status import inventory
+
+    paths = paths_of(context)
+    chosen = choose(names, lambda text: inventory.resolve(paths, text), None)
+    model_directory.require_writable(paths)
+    if not yes:
+        for name in chosen:
+            _ask(paths, name)
+    failures: list[GpusvcError] = []
+    for name in chosen:
+        try:
+            _remove(context, paths, name)
+        except GpusvcError as error:
+            failures.append(error)
+    raise_all(failures)
+
+
+def _remove(context: typer.Context, paths: Paths, name: str) -> None:
+    try:
+        _end(context, paths, name)
+    except GpusvcError as error:
+        error.hint = " ".join(filter(None, [f"{paths.model_file(name)} is kept.", error.hint]))
+        raise
+    paths.pin_file(name).unlink(missing_ok=True)
+    _forget_failure(name)
+    typer.echo(f"{paths.model_file(name)} is removed.")
+    for file in _left(name):
+        typer.echo(f"{file} is still there.")
+
+
+def _ask(paths: Paths, name: str) -> None:
+    from gpusvc.state import lease
+
+    if not sys.stdin.isatty():
+        raise UsageError("Nobody is there to be asked.", hint="--yes removes it without asking.")
+    doing = " It is stopped first." if name in lease.holders(paths) else ""
+    typer.confirm(f"Remove {paths.model_file(name)}?{doing}", abort=True, err=True)
+
+
+def _end(context: typer.Context, paths: Paths, name: str) -> None:
+    """Raises a GpusvcError, and leaves the file, unless it is proven that nothing is left of the model."""
+    from gpusvc.cli.commands import lifecycle
+    from gpusvc.cli.progress import Progress
+    from gpusvc.config import directory as model_directory
+    from gpusvc.release.procedure import release
+    from gpusvc.state import lease
+    from gpusvc.status import inventory
+    from gpusvc.systemd.manager import ActiveState, Manager
+
+    with Manager() as manager:
+        unit = inventory.units(manager).get(name)
+    if unit is not None and unit.active is not ActiveState.FAILED:
+        lifecycle.stop(context, [name], everything=False)
+    # A launcher holds this as long as it lives: nobody starts the model between the proof and the removal. Of one that
+    # was stopped just now the proof finds nothing left to do.
+    with lease.hold(paths, name), Progress(sys.stderr) as progress:
+        release(paths, name, on_wait=lambda sentence: progress.show({name: sentence}))
+        model_directory.remove(paths, name)
+
+
+def _forget_failure(name: str) -> None:
+    """A unit without a file has no reason to be listed as failed."""
+    from gpusvc.systemd.manager import ActiveState, Manager
+
+    with contextlib.suppress(SystemdError), Manager() as manager:
+        unit = manager.unit(service(name))
+        if unit is not None and unit.active is ActiveState.FAILED:
+            manager.reset_failed(unit.name)
+
+
+def _left(name: str) -> list[Path]:
+    """What an administrator made for the unit, and may want again."""
+    etc = Path("/etc/systemd/system")
+    return sorted([*etc.glob(f"{service(name)}.d"), *etc.glob(f"*.wants/{service(name)}")])

@@ -1,0 +1,1 @@
+"""``gpusvc top``: the live view."""

@@ -1,0 +1,1 @@
+"""The configuration files: how they are read, checked, explained and written."""

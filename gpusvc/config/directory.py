@@ -1,0 +1,125 @@
+"""The directory of model files, as it is changed: a file is there whole or not at all, and never by accident another.
+
+Whoever reads it meanwhile sees the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from gpusvc.config import files as config
+from gpusvc.config.files import Problem
+from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
+from gpusvc.paths import Paths
+
+_MODE = 0o644
+
+
+def check(paths: Paths, texts: Mapping[str, str]) -> list[Problem]:
+    """All that would be wrong with these files, by the models' names, if they were there; also between them."""
+    with tempfile.TemporaryDirectory(prefix="gpusvc-") as name:
+        # Files of these names, as what a file is called says what it is.
+        directory = Path(name)
+        files = [directory / paths.model_file(model).name for model in texts]
+        for file, text in zip(files, texts.values(), strict=True):
+            file.write_text(text, encoding="utf-8", errors="surrogateescape")
+        problems = config.check(paths, files) if files else []
+    return [replace(problem, file=paths.models_directory / problem.file.name) for problem in problems]
+
+
+def install(paths: Paths, name: str, text: str, *, force: bool) -> Path:
+    """Write a model's file. The file.
+
+    Raises:
+        UsageError: there is one already, and it is not to be replaced.
+        PermissionDeniedError: the caller may not.
+    """
+    file = paths.model_file(name)
+    with _translated(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _written(file, text, _MODE) as new:
+            if force:
+                new.replace(file)
+            else:
+                # Unlike a rename, a link fails where something is, whoever made it in the meantime.
+                os.link(new, file)
+    return file
+
+
+def replace_text(paths: Paths, name: str, text: str) -> None:
+    """Put another text in place of a model's file, which keeps its mode and its owner.
+
+    Raises:
+        PermissionDeniedError: the caller may not.
+    """
+    # A link stays one: what it leads to may be under version control.
+    file = Path(os.path.realpath(paths.model_file(name)))
+    with _translated(file):
+        status = file.stat()
+        with _written(file, text, stat.S_IMODE(status.st_mode)) as new:
+            if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                os.chown(new, status.st_uid, status.st_gid)
+            new.replace(file)
+
+
+def remove(paths: Paths, name: str) -> None:
+    """Raises PermissionDeniedError if the caller may not."""
+    file = paths.model_file(name)
+    with _translated(file):
+        file.unlink()
+        _sync(file.parent)
+
+
+def require_writable(paths: Paths) -> None:
+    """Raises PermissionDeniedError unless the caller may change it; for who would otherwise find out halfway."""
+    directory = paths.models_directory
+    if directory.is_dir() and not os.access(directory, os.W_OK):
+        raise _denied(directory)
+
+
+@contextlib.contextmanager
+def _written(file: Path, text: str, mode: int) -> Iterator[Path]:
+    """A file beside ``file`` with that text, on disk; gone afterwards, unless it was moved."""
+    # Its name begins with a dot and ends otherwise: nobody takes it for a model.
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    new = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            os.fsync(stream.fileno())
+        yield new
+        _sync(file.parent)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _translated(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise UsageError(f"{file} is there already.", hint="--force replaces it.") from None
+    except PermissionError:
+        raise _denied(file) from None
+    except OSError as error:
+        raise GpusvcError(f"{file} cannot be changed: {error.strerror}.") from None
+
+
+def _denied(file: Path) -> PermissionDeniedError:
+    return PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.")

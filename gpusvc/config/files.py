@@ -1,0 +1,227 @@
+"""The configuration as a whole: the host's file and those of the models, loaded and checked.
+
+``host_file.py`` and ``model_file.py`` know the keys; this knows the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from gpusvc import names
+from gpusvc.config.host import (
+    BusyAction,
+    HostConfig,
+    HostEviction,
+    HostGateway,
+    HostGpu,
+    HostWatchdog,
+    Isolation,
+    Placement,
+    read_host,
+)
+from gpusvc.config.model import GpuRequest, ModelConfig, read_model, read_run
+from gpusvc.config.table import InvalidFileError, Problem, Table, did_you_mean, read_table
+from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError
+from gpusvc.paths import Paths
+from gpusvc.quantity import shown
+
+__all__ = [
+    "BusyAction",
+    "GpuRequest",
+    "HostConfig",
+    "HostEviction",
+    "HostGateway",
+    "HostGpu",
+    "HostWatchdog",
+    "InvalidFileError",
+    "Isolation",
+    "ModelConfig",
+    "Placement",
+    "Problem",
+    "check",
+    "load_host",
+    "load_model",
+    "load_sound_model",
+    "model_names",
+]
+
+SUFFIX = ".toml"
+
+Value = TypeVar("Value")
+
+
+def load_host(paths: Paths) -> HostConfig:
+    """The host's policy; the defaults if there is no file.
+
+    Raises:
+        InvalidFileError: (a ConfigError) the file cannot be right; it names all that is wrong.
+    """
+    try:
+        return _load(paths.host_file, read_host)
+    except FileNotFoundError:
+        return HostConfig()
+
+
+def load_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
+    """A model's configuration, complete. It reads no other model's file.
+
+    Raises:
+        UnknownModelError: there is no such file.
+        InvalidFileError: (a ConfigError) the file cannot be right; it names all that is wrong.
+    """
+    if names.is_name(name):
+        try:
+            return _load(paths.model_file(name), partial(read_model, name=name, host=host))
+        except FileNotFoundError:
+            pass
+        try:
+            return _load(paths.run_file(name), partial(read_run, name=name, host=host))
+        except FileNotFoundError:
+            pass
+    raise _unknown(paths, name)
+
+
+def load_sound_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig | None:
+    """The same; None: the file is gone or broken. A model that was started before runs on, with nothing special."""
+    try:
+        return load_model(paths, name, host)
+    except GpusvcError:
+        return None
+
+
+def model_names(paths: Paths) -> list[str]:
+    """The names of all models that have a file, sorted.
+
+    Raises:
+        PermissionDeniedError: the directory may not be read.
+        GpusvcError: it cannot be, for another reason.
+    """
+    return sorted(file.name.removesuffix(SUFFIX) for file in _model_files(paths) if _name_of(file) is not None)
+
+
+def check(paths: Paths, files: Sequence[Path] = ()) -> list[Problem]:
+    """All that is wrong with these files, or with the host's file and those of all models. Empty: nothing is.
+
+    A file named ``gpusvc.toml`` is the host's, unless it lies among the models; any other is a model's. Aliases are
+    compared with those of all models that have a file.
+    """
+    problems: list[Problem] = []
+    try:
+        host = load_host(paths)
+    except InvalidFileError as error:
+        host = HostConfig()
+        problems += () if files else error.problems
+
+    models: list[tuple[str, Path]] = []
+    for file in files or _listed(paths, problems):
+        if file.name == paths.host_file.name and file.absolute().parent != paths.models_directory.absolute():
+            problems += _problems(file, read_host)
+        elif (name := _name_of(file)) is not None:
+            models.append((name, file))
+        else:
+            problems.append(_misnamed(file))
+
+    # A file that is given stands for the installed one of the same name.
+    everybody = {name: paths.model_file(name) for name in _names_or_none(paths)} | dict(models)
+    aliases = {name: _aliases_in(file) for name, file in everybody.items()}
+    for name, file in models:
+        problems += _problems(file, partial(read_model, name=name, host=host))
+        problems += _contested(file, name, aliases, checked={name for name, _ in models})
+    return problems
+
+
+def _load(file: Path, read: Callable[[Table], Value]) -> Value:
+    """What ``read`` makes of a file. Raises FileNotFoundError, or InvalidFileError if anything is wrong with it."""
+    table = read_table(file)
+    value = read(table)
+    table.finish()
+    return value
+
+
+def _model_files(paths: Paths) -> list[Path]:
+    """Every file of the models' directory that is meant to be a model, sorted; none if there is no directory."""
+    try:
+        files = sorted(paths.models_directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"{paths.models_directory} may not be read.", hint="Run the command as root."
+        ) from error
+    except OSError as error:  # too many open files, say: unknown is not empty
+        why = os.strerror(error.errno or 0)
+        raise GpusvcError(f"{paths.models_directory} cannot be read: {why}.") from error
+    # Hidden files are those that editors put beside the ones they edit.
+    return [file for file in files if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
+
+
+def _name_of(file: Path) -> str | None:
+    """The model that a file is about; None if its name cannot be one."""
+    name = file.name.removesuffix(SUFFIX)
+    return name if file.name.endswith(SUFFIX) and names.is_name(name) else None
+
+
+def _unknown(paths: Paths, name: str) -> UnknownModelError:
+    known = _names_or_none(paths)
+    hint = did_you_mean(name, known)
+    if hint is None and names.is_name(name):
+        hint = f"Its file would be {paths.model_file(name)}; see gpusvc-model(5)."
+    return UnknownModelError(f"There is no model {shown(name)}.", hint=hint)
+
+
+def _names_or_none(paths: Paths) -> list[str]:
+    try:
+        return model_names(paths)
+    except PermissionDeniedError:
+        return []
+
+
+def _listed(paths: Paths, problems: list[Problem]) -> list[Path]:
+    try:
+        return _model_files(paths)
+    except PermissionDeniedError as error:
+        problems.append(Problem(paths.models_directory, None, "It may not be read.", error.hint))
+        return []
+
+
+def _misnamed(file: Path) -> Problem:
+    hint = "A name is letters, digits, ':', '_', '.' or '-', and begins with a letter or digit; see aliases for others."
+    return Problem(file, None, "A model's file must be called NAME.toml, and this name cannot be a model's.", hint)
+
+
+def _problems(file: Path, read: Callable[[Table], object]) -> Iterable[Problem]:
+    try:
+        _load(file, read)
+    except InvalidFileError as error:
+        return error.problems
+    except FileNotFoundError:
+        return [Problem(file, None, "There is no such file.")]
+    return []
+
+
+def _aliases_in(file: Path) -> tuple[str, ...]:
+    """A file's aliases, whatever else may be wrong with it."""
+    try:
+        return read_table(file).texts("aliases") or ()
+    except (InvalidFileError, FileNotFoundError):
+        return ()
+
+
+def _contested(
+    file: Path, name: str, aliases: Mapping[str, tuple[str, ...]], *, checked: Collection[str]
+) -> Iterable[Problem]:
+    """The names of a model that mean another model too."""
+    for other, others in aliases.items():
+        if other == name:
+            continue
+        for position, alias in enumerate(aliases[name]):
+            if alias == other or alias in others:
+                meaning = "name" if alias == other else "alias"
+                message = f"{shown(alias)} is the {meaning} of the model {shown(other)} too."
+                yield Problem(file, f"aliases[{position}]", message)
+        if name in others and other not in checked:
+            yield Problem(file, None, f"The model's name is an alias of the model {shown(other)}.")

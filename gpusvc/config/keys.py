@@ -1,0 +1,365 @@
+"""API keys of the gateway: who a request is from, and what that allows it. Only hashes are kept.
+
+A secret has 256 random bits, so that a plain SHA-256 of it is as safe as it gets: nothing can be tried out that would
+have to be slowed down. It also makes the look-up constant in time where that counts: what is compared are hashes, which
+a client cannot steer, and never the bytes that it sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import fcntl
+import grp
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from gpusvc import files as statefile
+from gpusvc import names
+from gpusvc.config.table import InvalidFileError, Problem, Table, did_you_mean, parse
+from gpusvc.errors import ConfigError, GpusvcError, PermissionDeniedError, UsageError
+from gpusvc.paths import Paths, is_user_instance
+
+# What a secret begins with, so that people and scanners of leaked secrets know it when they see it.
+PREFIX = "gpusvc-"
+
+# Who may read the file, besides root.
+GROUP = "gpusvc-gateway"
+
+# The systemd credential (LoadCredential=) that may hold more keys, in the same form.
+CREDENTIAL = "gpusvc-keys"
+
+_SECRET_BYTES = 32
+_MAX_NAME = 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_FILE_BYTES = 1024 * 1024
+
+_HEAD = """\
+# API keys of gpusvc-gateway.service(8), as `gpusvc key` writes them: hashes, which no key can be made from.
+# As long as this file is there, a request needs one of these keys.
+"""
+
+
+class Right(StrEnum):
+    """What a key may be for."""
+
+    USE = "use"  # its models
+    METRICS = "metrics"  # GET /metrics
+    ADMIN = "admin"  # everything, of all models
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key. ``digest`` is the SHA-256 of its secret, in hexadecimal."""
+
+    name: str
+    digest: str
+    models: tuple[str, ...] = ()  # names, not aliases; empty: all
+    rights: tuple[Right, ...] = (Right.USE,)
+
+    @property
+    def is_limited(self) -> bool:
+        """There are models that are not for it."""
+        return Right.ADMIN not in self.rights and (bool(self.models) or Right.USE not in self.rights)
+
+    def may(self, right: Right) -> bool:
+        return right in self.rights or Right.ADMIN in self.rights
+
+    def may_use(self, model: str) -> bool:
+        """Whether requests for this model, by its name, may be made with the key."""
+        return Right.ADMIN in self.rights or (Right.USE in self.rights and (not self.models or model in self.models))
+
+
+class Keys:
+    """The keys of some files, as a server sees them.
+
+    It fails closed: a file that vanishes, or turns out wrong, changes nothing until the server is started again. One
+    that comes and is wrong lets nobody in.
+    """
+
+    def __init__(self, files: Sequence[Path], keys: Mapping[Path, tuple[Key, ...]]) -> None:
+        self._files = tuple(files)
+        self._kept = dict(keys)
+        self._stamps: dict[Path, object] = {}
+        self._unread: set[Path] = set()  # which says nothing of the file: there may have been no descriptors
+        self._by_digest: dict[bytes, Key] = {}
+        self.configured = False
+        """Whether there is a file of keys, so that a request needs one; it may be a file without any."""
+        self._index()
+
+    @classmethod
+    def read(cls, files: Iterable[Path]) -> Self:
+        """
+        Args:
+            files: those that may be there.
+
+        Raises:
+            InvalidFileError: one is there, and cannot be read for what it says.
+        """
+        keys = cls(tuple(files), {})
+        problem = keys._look()
+        if problem is not None:
+            raise problem
+        return keys
+
+    def refresh(self, report: Callable[[ConfigError], None]) -> None:
+        """Read again what has changed; for a timer: it costs a stat(2) for each file. ``report`` hears of each problem
+        once."""
+        problem = self._look()
+        if problem is not None:
+            report(problem)
+
+    def authenticate(self, authorization: bytes | None, x_api_key: bytes | None) -> Key | None:
+        """The key that a request came with, in whichever of the two headers; None: none that is valid.
+
+        ``Authorization`` may be ``Bearer`` or ``Basic``, for browsers: then the password is the key.
+        """
+        if authorization is not None:
+            found = self._find(authorization[7:] if authorization[:7] == b"Bearer " else _secret_in(authorization))
+            if found is not None:
+                return found
+        return None if x_api_key is None else self._find(x_api_key)
+
+    def _find(self, secret: bytes) -> Key | None:
+        return self._by_digest.get(hashlib.sha256(secret.strip(), usedforsecurity=True).digest())
+
+    def _look(self) -> InvalidFileError | None:
+        """Read what has changed; the first problem there was."""
+        problem: InvalidFileError | None = None
+        for file in self._files:
+            stamp = _stamp(file)
+            is_new = stamp != self._stamps.get(file)
+            if stamp is None or (not is_new and file not in self._unread):
+                continue
+            self._unread.discard(file)
+            try:
+                self._kept[file] = tuple(read(file))
+            except FileNotFoundError:
+                continue
+            except InvalidFileError as error:
+                if isinstance(error.__cause__, OSError):
+                    self._unread.add(file)
+                if is_new:
+                    problem = problem or error
+                self._kept.setdefault(file, ())  # nobody is let in by a file that was never right
+            self._stamps[file] = stamp
+        self._index()
+        return problem
+
+    def _index(self) -> None:
+        self._by_digest = {bytes.fromhex(key.digest): key for keys in self._kept.values() for key in keys}
+        self.configured = bool(self._kept)
+
+
+def file_of(paths: Paths) -> Path:
+    """The file that ``gpusvc key`` writes."""
+    return paths.config / "keys.toml"
+
+
+def files(paths: Paths, environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """All files that may hold keys for a service with this environment."""
+    directory = environment.get("CREDENTIALS_DIRECTORY")
+    return (file_of(paths), *([Path(directory, CREDENTIAL)] if directory else []))
+
+
+def read(file: Path) -> list[Key]:
+    """The keys in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InvalidFileError: it cannot be read, or something in it is wrong.
+    """
+    try:
+        # A FIFO must not hang; for a regular file O_NONBLOCK means nothing.
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            statefile.require_regular(stream.fileno())
+            content = stream.read(_MAX_FILE_BYTES + 1)
+        values = parse(content)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        hint = f"It should be root:{GROUP}, mode 0640." if isinstance(error, PermissionError) else None
+        raise _invalid(file, f"It cannot be read: {os.strerror(error.errno or 0)}.", hint) from error
+    except RecursionError as error:
+        raise _invalid(file, "It is nested too deeply.") from error
+    except ValueError as error:  # of TOML, UTF-8, numbers of thousands of digits; or it is no file
+        raise _invalid(file, f"It is no TOML: {error}.") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise _invalid(file, "It is larger than 1 MiB.")
+    table = Table(file, values)
+    keys = [_key(name, table) for name in values]
+    seen: dict[str, str] = {}
+    for key in keys:
+        if key.digest and seen.setdefault(key.digest, key.name) != key.name:
+            table.problem(key.name, f"It is the same key as {seen[key.digest]!r}.")
+    table.finish()
+    return keys
+
+
+def check_name(name: str) -> None:
+    """Whether a key can be called so.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
+        raise UsageError(
+            f"{name[:_MAX_NAME]!r} cannot be a key's name.",
+            hint=f"A name is up to {_MAX_NAME} letters, digits, '_', '.' or '-', beginning with a letter or digit.",
+        )
+
+
+def make(name: str, *, models: Sequence[str] = (), rights: Sequence[Right] = (Right.USE,)) -> tuple[Key, str]:
+    """A new key, and its secret, which is kept nowhere."""
+    check_name(name)
+    secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    return Key(name, digest, tuple(dict.fromkeys(models)), tuple(dict.fromkeys(rights))), secret
+
+
+def group() -> int:
+    """The group that the file belongs to.
+
+    Raises:
+        GpusvcError: the package's groups were not made yet.
+    """
+    if is_user_instance():
+        return os.getgid()
+    try:
+        return grp.getgrnam(GROUP).gr_gid
+    except KeyError:
+        raise GpusvcError(
+            f"There is no group {GROUP}, which the gateway reads its keys as.",
+            hint="The package makes it; systemd-sysusers makes what is missing.",
+        ) from None
+
+
+@contextlib.contextmanager
+def editing(file: Path, gid: int) -> Iterator[dict[str, Key]]:
+    """The keys of the file by their names, to be changed by one at a time.
+
+    After that it is written, whole or not at all, as root:``gid`` and 0640; not if the block raised.
+
+    Raises:
+        InvalidFileError: what there is cannot be read.
+        PermissionDeniedError, GpusvcError: it cannot be written.
+    """
+    with _translated(file):
+        file.parent.mkdir(parents=True, exist_ok=True)  # a user may begin with this
+        directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        try:
+            keys = {key.name: key for key in read(file)}
+        except FileNotFoundError:
+            keys = {}
+        yield keys
+        with _translated(file):
+            _replace(file, text(keys.values()).encode(), gid)
+            os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def text(keys: Iterable[Key]) -> str:
+    """What the file says."""
+    parts = [_HEAD]
+    for key in keys:
+        # What a name may be needs no escape, and JSON's strings are TOML's as long as they are printable.
+        lines = [f'["{key.name}"]', f'sha256 = "{key.digest}"']
+        lines += [f"models = {json.dumps(key.models, ensure_ascii=False)}"] if key.models else []
+        lines += [f"rights = {json.dumps(key.rights)}"]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _key(name: str, top: Table) -> Key:
+    """One table of the file; what is wrong is noted."""
+    table = top.table(name)
+    if len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
+        top.problem(name, "That cannot be a key's name.")
+    digest = table.text("sha256", "")
+    if not _DIGEST.fullmatch(digest):
+        table.problem("sha256", "It must be 64 hexadecimal digits.", "`gpusvc key add` makes it.")
+        digest = ""
+    models = table.texts("models")
+    for position, model in enumerate(models or ()):
+        if not names.is_name(model):
+            table.problem(f"models[{position}]", "That is no model's name.")
+    if models == ():
+        table.problem("models", "It is empty.", "Leave it out to allow all models.")
+    rights = table.texts("rights")
+    known = [str(right) for right in Right]
+    for position, right in enumerate(rights or ()):
+        if right not in known:
+            table.problem(f"rights[{position}]", f"It is none of {', '.join(known)}.", did_you_mean(right, known))
+    chosen = (Right.USE,) if rights is None else tuple(Right(right) for right in rights if right in known)
+    return Key(name, digest, models or (), chosen)
+
+
+def _secret_in(authorization: bytes) -> bytes:
+    """The secret in a header that does not begin with "Bearer " to the letter; b"" if there is none."""
+    scheme, _, value = authorization.strip().partition(b" ")
+    match scheme.lower():
+        case b"bearer":
+            return value
+        case b"basic":
+            try:
+                return base64.b64decode(value, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return b""
+        case _:
+            return b""
+
+
+def _stamp(file: Path) -> object:
+    """What tells a file from its next version; None: there is none to be seen."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error.errno  # read() says what is wrong, once
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _replace(file: Path, content: bytes, gid: int) -> None:
+    fd, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(fd, "wb") as stream:
+            if os.geteuid() == 0:
+                os.fchown(fd, 0, gid)
+            os.fchmod(fd, stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP)
+            stream.write(content)
+            stream.flush()
+            os.fsync(fd)
+        Path(name).rename(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _translated(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError:
+        raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
+    except OSError as error:
+        raise GpusvcError(f"{file} cannot be changed: {os.strerror(error.errno or 0)}.") from None
+
+
+def _invalid(file: Path, message: str, hint: str | None = None) -> InvalidFileError:
+    return InvalidFileError([Problem(file, None, message, hint)])

@@ -1,0 +1,156 @@
+"""The configuration as a daemon sees it: read again when a file changes, and never worse than it was.
+
+Whoever asks at every tick pays a stat(2) for each file. Not for several threads.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from gpusvc import names
+from gpusvc.config.files import HostConfig, InvalidFileError, ModelConfig, load_host, load_model
+from gpusvc.config.serving import Serving, load_serving
+from gpusvc.errors import UnknownModelError
+from gpusvc.paths import Paths
+
+Value = TypeVar("Value")
+
+# An editor may be writing still, or have moved the old file away; and two changes may share one tick of the kernel's
+# clock, 10 ms at most. After this long a file is what it was meant to be.
+SETTLED_SECONDS = 0.1
+
+# What was wrong need not have been the file: the user or the program that it names may be there by now.
+RETRY_SECONDS = 10.0
+
+# Device, inode, size, and both times: a change of owner or mode, and a restored mtime, show in the ctime only.
+Stamp = tuple[int, int, int, int, int]
+
+
+@dataclass(slots=True)
+class _Kept(Generic[Value]):
+    """What is kept of one file."""
+
+    file: Path
+    value: Value | None = None  # the last good one
+    stamp: Stamp | None = None  # of the file that was read last; None: read it whatever it is
+    read_at: float = 0.0
+    complaint: str | None = None  # what is wrong with it since, and was reported
+
+
+class Watched:
+    """The host's and the models' configuration, the last good of each.
+
+    ``report`` is called once for each problem, and again only after the file was right, or wrong in another way.
+    ``now`` tells the time as the file system does, in seconds since 1970.
+    """
+
+    def __init__(
+        self, paths: Paths, report: Callable[[InvalidFileError], None], *, now: Callable[[], float] = time.time
+    ) -> None:
+        self._paths = paths
+        self._report = report
+        self._now = now
+        self._host: _Kept[HostConfig] = _Kept(paths.host_file)
+        self._models: dict[str, _Kept[ModelConfig]] = {}
+        self._servings: dict[str, _Kept[Serving]] = {}
+        self._models_host: HostConfig | None = None  # the policy that the models were read with
+
+    def host(self) -> HostConfig | None:
+        """The host's policy; None: the file was never right, so that the policy is unknown."""
+        return self._look(self._host, partial(load_host, self._paths))
+
+    def model(self, name: str) -> ModelConfig | None:
+        """A model's configuration; None: there is no file, or neither it nor the host's was ever right."""
+        return self._model(name, self.host())
+
+    def models(self, names: Iterable[str]) -> dict[str, ModelConfig | None]:
+        """The same of several models at once, for which the host's file is looked at once."""
+        host = self.host()
+        return {name: self._model(name, host) for name in names}
+
+    def serving(self, name: str) -> Serving | None:
+        """How a model is offered, for which the host's file does not count; None: there is no file.
+
+        One whose file was never right is offered with the defaults: why it does not start is for its start to say.
+        """
+        kept = self._kept(self._servings, name)
+        if kept is None:
+            return None
+        try:
+            return self._look(kept, partial(load_serving, self._paths, name)) or Serving(name, description=name)
+        except UnknownModelError:
+            del self._servings[name]
+            return None
+
+    def reread(self) -> None:
+        """Read every file when it is next asked for, changed or not, and report again what is wrong then."""
+        self._host.stamp = self._host.complaint = None
+        for model in self._models.values():
+            model.stamp = model.complaint = None
+        for serving in self._servings.values():
+            serving.stamp = serving.complaint = None
+
+    def _model(self, name: str, host: HostConfig | None) -> ModelConfig | None:
+        if host is None:
+            return None
+        if host is not self._models_host:
+            self._models_host = host
+            for each in self._models.values():
+                each.stamp = None
+        kept = self._kept(self._models, name)
+        if kept is None:
+            return None
+        try:
+            return self._look(kept, partial(load_model, self._paths, name, host))
+        except UnknownModelError:
+            del self._models[name]
+            return None
+
+    def _kept(self, models: dict[str, _Kept[Value]], name: str) -> _Kept[Value] | None:
+        """What is kept of a model's file; None: there is none."""
+        kept = models.get(name)
+        if kept is None and names.is_name(name):
+            file = self._paths.model_file(name)
+            # Nothing is kept of one that is not there: names may be what a client made up.
+            if os.path.lexists(file):
+                kept = models[name] = _Kept(file)
+        return kept
+
+    def _look(self, kept: _Kept[Value], load: Callable[[], Value]) -> Value | None:
+        now = self._now()
+        stamp, changed_at = _look_at(kept.file)
+        is_settled = abs(now - changed_at) >= SETTLED_SECONDS  # a time in the future is a clock that was set back
+        is_due = kept.complaint is not None and abs(now - kept.read_at) >= RETRY_SECONDS
+        if (stamp == kept.stamp and not is_due) or (kept.value is not None and not is_settled):
+            return kept.value
+        try:
+            value = load()
+        except InvalidFileError as error:
+            if str(error) != kept.complaint:
+                kept.complaint = str(error)
+                self._report(error)
+        else:
+            kept.complaint = None
+            if value != kept.value:  # one that means the same stays the same object
+                kept.value = value
+        kept.read_at = now
+        kept.stamp = stamp if is_settled else None
+        return kept.value
+
+
+def _look_at(file: Path) -> tuple[Stamp, float]:
+    """What tells a file from its next version, and when it was changed; of a file that is absent, its directory's."""
+    for path in (file, file.parent):
+        try:
+            status = os.stat(path)  # noqa: PTH116 - asked at every tick, and this is the cheaper of the two
+        except OSError:
+            continue
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return stamp, status.st_ctime_ns / 1e9
+    return (0, 0, 0, 0, 0), 0.0

@@ -1,0 +1,1 @@
+"""Models are started for requests, and requests wait for them."""

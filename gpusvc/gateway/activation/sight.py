@@ -1,0 +1,72 @@
+"""Where a model's engine answers, as its lease said when it was last looked at."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from gpusvc.paths import Paths
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import BrokenLeaseError
+
+
+class Engine(NamedTuple):
+    """One run of an engine that is ready."""
+
+    address: str
+    port: int
+    created: float
+    """When its lease was made: another value means another run."""
+
+
+class Sight:
+    """The lease of one model: looked at often, and read when it changed.
+
+    It holds for whoever is inside the model (use.Turnstile), which is not evicted then. A model that was stopped or
+    died all the same is seen by the next look, or by who finds that nobody answers: suspect().
+    """
+
+    def __init__(self, paths: Paths, name: str) -> None:
+        self._paths = paths
+        self._name = name
+        self._file = str(paths.lease_file(name))
+        self._stamp: tuple[int, int, int] | None = None
+        self._engine: Engine | None = None
+        self._suspected: Engine | None = None
+
+    @property
+    def suspected(self) -> Engine | None:
+        """The engine that the lease still names, and that is not believed to answer."""
+        return self._engine if self._engine == self._suspected else None
+
+    def look(self) -> Engine | None:
+        """None: the model is not ready, its lease makes no sense, or its engine is suspected."""
+        try:
+            status = os.stat(self._file)  # noqa: PTH116  it is done all the time
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        except OSError:
+            stamp = None
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._engine = self._read()
+        return None if self._engine == self._suspected else self._engine
+
+    def suspect(self) -> None:
+        """Do not believe in this run of the engine any more, whatever its lease says."""
+        self._suspected = self._engine
+
+    def trust(self, engine: Engine) -> None:
+        """It answered after all."""
+        if self._suspected == engine:
+            self._suspected = None
+
+    def _read(self) -> Engine | None:
+        try:
+            lease = leases.read(self._paths, self._name)
+        except BrokenLeaseError as error:
+            if isinstance(error.__cause__, OSError):
+                self._stamp = None  # it says nothing of the file: there were no descriptors, or no memory
+            return None
+        if lease is None or not lease.ready or lease.address is None:
+            return None
+        return Engine(lease.address, lease.port, lease.created)

@@ -1,0 +1,1 @@
+"""Who may send a request, and which model it names."""

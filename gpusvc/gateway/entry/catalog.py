@@ -1,0 +1,247 @@
+"""The models as clients see them: found by any of their names, and listed, whether they run or not.
+
+What it says of a model's state is what its lease says, as of now; whether a request may pass is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from gpusvc.config import files as config
+from gpusvc.config.serving import Serving
+from gpusvc.config.watched import Watched
+from gpusvc.errors import GpusvcError
+from gpusvc.gateway.entry import routes
+from gpusvc.gateway.entry.routes import Route
+from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gpu.reading import total
+from gpusvc.log import log
+from gpusvc.names import is_name
+from gpusvc.paths import Paths
+from gpusvc.quantity import shown
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import BrokenLeaseError
+
+# How old the view of the files may be. Nobody waits for less after saving one, and a look at a hundred costs 1 ms.
+FRESH_SECONDS = 0.25
+
+# A file that cannot be taken is looked at no more often than this, however many ask for it.
+_AGAIN_SECONDS = 0.02
+
+# Searching for the nearest name takes long where names are.
+_MAX_COMPARED = 100
+
+_WARNING = 4
+
+# The states of a lease, and what llama-server's router calls them in its own list, for its clients.
+_ROUTER_STATES = {"ready": "loaded", "loading": "loading"}
+
+Allowed = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the lease tells, cheaply."""
+
+    state: str  # "stopped", "loading", "ready"; "unknown": its lease cannot be read
+    gpus: tuple[int, ...] = ()
+    used_bytes: int | None = None  # VRAM; None: unknown
+
+
+class Catalog:
+    """All models that have a file. It belongs to one thread."""
+
+    def __init__(self, paths: Paths, *, now: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            paths: where the models' files and leases are.
+            now: seconds of a clock that nobody sets.
+        """
+        self._paths = paths
+        self._now = now
+        self._watched = Watched(paths, lambda error: log(_WARNING, str(error)))
+        self._servings: dict[str, Serving] = {}
+        self._by_name: dict[str, Serving] = {}  # and by alias
+        self._deepest = 0  # the most slashes in any of those
+        self._due = -1.0
+
+    def names(self) -> list[str]:
+        """Of all models, sorted; no aliases."""
+        self._refresh()
+        return list(self._servings)
+
+    def resolve(self, text: str | None, *, allowed: Allowed = lambda _: True, guess: bool = False) -> Serving:
+        """The model that a client means.
+
+        Args:
+            text: a name or an alias; None: the request names none.
+            allowed: whether the client may know of a model; only such are suggested to it.
+            guess: take the one model for meant where there is one only, and none is named. Not for what a GET asks for,
+                or a stray look at any page would load it.
+
+        Raises:
+            Refusal: 404 there is no such model, 400 none is named.
+        """
+        if self._now() >= self._due:
+            self._refresh()
+        if text is not None:
+            serving = self._by_name.get(text)
+            if serving is None and self._is_new(text):
+                serving = self._by_name.get(text)
+            if serving is None:
+                raise self._unknown(text, allowed)
+            return serving
+        if guess and len(self._servings) == 1:
+            return next(iter(self._servings.values()))
+        hint = 'Name it by "model" in the body, by ?model= or by the header X-Model.'
+        raise Refusal(400, "The request names no model.", hint=hint, code="missing_model", param="model")
+
+    def locate(self, named: Route, *, allowed: Allowed = lambda _: True) -> tuple[Serving, bytes]:
+        """The model of a NAMED route, and the target for its engine. Aliases may have slashes: the longest name counts.
+
+        Raises:
+            Refusal: 404 there is no such model; 308 a slash is missing behind its name.
+        """
+        if self._now() >= self._due:
+            self._refresh()
+        found: tuple[str, bytes] | None = None
+        for name, rest in routes.names_in(named, self._deepest):
+            if name in self._by_name:
+                found = name, rest
+        if found is None:
+            raise self._unknown(named.name or "", allowed)
+        name, rest = found
+        if not rest.startswith(b"/"):
+            raise routes.to_pages(name, rest)
+        return self._by_name[name], rest
+
+    def listing(self, allowed: Allowed) -> bytes:
+        """The list of models as OpenAI, Anthropic and llama-server's router have it, all at once; JSON.
+
+        Args:
+            allowed: whether the client may know of a model.
+        """
+        self._refresh()
+        data = [
+            entry for serving in self._servings.values() if allowed(serving.name) for entry in self._entries(serving)
+        ]
+        page = {
+            "object": "list",
+            "data": data,
+            "has_more": False,
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+        }
+        return _encode(page)
+
+    def card(self, text: str, *, allowed: Allowed = lambda _: True) -> bytes:
+        """What the list says of one model, under the name asked for; JSON.
+
+        Raises:
+            Refusal: 404 there is no such model.
+        """
+        serving = self.resolve(text, allowed=allowed)
+        if not allowed(serving.name):
+            raise self._unknown(text, allowed)
+        return _encode(self._entry(serving, text, self._created(serving), self._state(serving)))
+
+    def _refresh(self) -> None:
+        """Look at the files again, unless that was just done."""
+        now = self._now()
+        if now < self._due:
+            return
+        self._due = now + FRESH_SECONDS
+        try:
+            names = config.model_names(self._paths)
+        except GpusvcError as error:
+            log(_WARNING, str(error))
+            return
+        servings = {name: serving for name in names if (serving := self._watched.serving(name)) is not None}
+        if servings == self._servings:
+            return
+        by_name: dict[str, Serving] = {}
+        for serving in servings.values():
+            for alias in serving.aliases:
+                by_name.setdefault(alias, serving)  # `gpusvc check` tells of one that two have
+        self._by_name = by_name | servings
+        self._servings = servings
+        self._deepest = max((name.count("/") for name in self._by_name), default=0)
+
+    def _is_new(self, text: str) -> bool:
+        """Whether there is a file of that name by now, and so a look at all: who adds a model asks for it next."""
+        now = self._now()
+        if now < self._due - FRESH_SECONDS + _AGAIN_SECONDS or not is_name(text):
+            return False
+        if not os.path.lexists(self._paths.model_file(text)):
+            return False
+        self._due = now
+        self._refresh()
+        return True
+
+    def _unknown(self, text: str, allowed: Allowed) -> Refusal:
+        from difflib import get_close_matches  # noqa: PLC0415 - not needed by most
+
+        known = {name.casefold(): name for name, serving in self._by_name.items() if allowed(serving.name)}
+        near = get_close_matches(text[:_MAX_COMPARED].casefold(), known, n=3)
+        if near:
+            hint = f"Did you mean {' or '.join(repr(known[name]) for name in near)}?"
+        else:
+            hint = "GET /v1/models lists those that there are." if known else "There is none at all."
+        return Refusal(404, f"There is no model {shown(text)}.", hint=hint, code="model_not_found", param="model")
+
+    def _entries(self, serving: Serving) -> Iterator[dict[str, object]]:
+        created, state = self._created(serving), self._state(serving)
+        for name in (serving.name, *serving.aliases):
+            if self._by_name.get(name) is serving:
+                yield self._entry(serving, name, created, state)
+
+    def _entry(self, serving: Serving, name: str, created: int, state: _State) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "gpusvc",
+            "type": "model",
+            "display_name": serving.description or serving.name,
+            "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "status": {"value": _ROUTER_STATES.get(state.state, "unloaded")},
+            "gpusvc": {
+                "name": serving.name,
+                "aliases": serving.aliases,
+                "state": state.state,
+                "gpus": state.gpus,
+                "used_bytes": state.used_bytes,
+                "concurrency": serving.concurrency,
+                "preload": serving.preload,
+                "keep": serving.keep,
+            },
+        }
+
+    def _created(self, serving: Serving) -> int:
+        """When the model's file was changed last, in seconds since 1970."""
+        try:
+            return int(self._paths.model_file(serving.name).stat().st_mtime)
+        except OSError:
+            return 0
+
+    def _state(self, serving: Serving) -> _State:
+        try:
+            lease = leases.read(self._paths, serving.name)
+        except BrokenLeaseError:
+            return _State("unknown")
+        if lease is None:
+            return _State("stopped")
+        return _State(
+            "ready" if lease.ready else "loading",
+            tuple(gpu.index for gpu in lease.gpus),
+            total(gpu.used_bytes for gpu in lease.gpus),
+        )
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

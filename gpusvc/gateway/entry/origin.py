@@ -1,0 +1,150 @@
+"""Which pages of a browser may use the gateway, by the headers that no page can forge.
+
+A browser runs strangers' programs at a place that we trust: the user's machine. Where no key is asked for, such a page
+could load models, read answers and stop what others use. Three ways are closed here:
+
+- **Rebinding:** a stranger's name that all at once means 127.0.0.1 is of the same origin as the page. Host shows it.
+- **Cross-origin requests** (CSRF): sent even where the page may not read the answer. The Origin shows them.
+- **Images, links and forms** that GET: they carry no Origin. Sec-Fetch-Site shows them, in every browser since 2023.
+
+Programs that are no browsers send none of these headers, but for Host, and are let through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from gpusvc.config.host import HostGateway
+from gpusvc.gateway.http.replies import Headers, Refusal, Reply
+
+OWNED_PREFIX = b"access-control-"
+"""Headers of an answer that are for nobody else to send: an engine's own would let in whom it likes."""
+
+_ADDRESS = re.compile(rb"\[[0-9a-f:.]+\]|[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
+_AUTHORITY = re.compile(rb"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5})?)?")
+_TOKENS = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:[ \t]*,[ \t]*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
+_PORTS = {b"http": b"80", b"https": b"443"}
+
+_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_EXPOSED = b"retry-after, x-request-id"
+_PREFLIGHT_SECONDS = b"600"
+
+# Hosts that were found to be ours are known by their bytes. Clients could make up as many as they like.
+_MAX_KNOWN = 1024
+
+
+class Guard:
+    """The judgement for one set of settings."""
+
+    def __init__(self, settings: HostGateway, *, keyed: bool, names: Collection[str] = ()) -> None:
+        """
+        Args:
+            settings: ``hosts`` and ``cors_origins``.
+            keyed: every request needs a key. No page of strangers has one, whatever it calls us.
+            names: more names of this machine, which are of nobody else; its host name.
+        """
+        self._is_keyed = keyed
+        self._hosts = {host.lower().encode() for host in (*settings.hosts, *names)}
+        self._origins = {origin.encode() for origin in settings.cors_origins}
+        self._known: set[bytes] = set()
+
+    def judge(
+        self,
+        method: bytes,
+        target: bytes,
+        *,
+        host: bytes | None,
+        origin: bytes | None = None,
+        fetch_site: bytes | None = None,
+        fetch_mode: bytes | None = None,
+        request_method: bytes | None = None,
+        request_headers: bytes | None = None,
+        private_network: bytes | None = None,
+    ) -> Headers | Reply:
+        """Headers for the answer, or the whole answer where the browser only asks for leave (a preflight).
+
+        Args:
+            method: of the request.
+            target: likewise, path and query.
+            host: ``Host``, or the authority of the target where it has one.
+            origin: ``Origin``.
+            fetch_site: ``Sec-Fetch-Site``.
+            fetch_mode: ``Sec-Fetch-Mode``.
+            request_method: ``Access-Control-Request-Method``.
+            request_headers: ``Access-Control-Request-Headers``.
+            private_network: ``Access-Control-Request-Private-Network``.
+
+        Raises:
+            Refusal: 403 the request is not let in, 400 the host is none.
+        """
+        if not self._is_keyed and host is not None and host not in self._known:
+            self._admit(host)
+        if origin is None:
+            if fetch_site in (b"cross-site", b"same-site") and not _is_visit(method, target, fetch_mode):
+                raise _refused("The page of another site cannot do that.")
+            return ()
+        if fetch_site == b"same-origin" or _is_same(origin, host):
+            return ()
+        granted = self._granted(origin)
+        if method == b"OPTIONS" and request_method is not None:
+            return Reply(204, (*granted, *_leave(request_headers, private_network)), b"")
+        return (*granted, (b"access-control-expose-headers", _EXPOSED))
+
+    def _admit(self, host: bytes) -> None:
+        """Raises Refusal if ``host`` may be a stranger's name for this machine."""
+        parts = _AUTHORITY.fullmatch(host.lower())
+        if parts is None:
+            raise Refusal(400, "The Host of the request is no host.", code="invalid_host", close=True)
+        name = parts[1].rstrip(b".")
+        # An address is no name that could be made to mean another; .localhost is the machine itself by RFC 6761.
+        is_ours = name in self._hosts or name == b"localhost" or name.endswith(b".localhost")
+        if not is_ours and not _ADDRESS.fullmatch(name):
+            raise Refusal(
+                403,
+                f"This host is not known as {name.decode()}.",
+                hint="Name it in hosts of [gateway] in gpusvc.toml, or have requests need a key.",
+                code="host_not_allowed",
+            )
+        if len(self._known) < _MAX_KNOWN:
+            self._known.add(host)
+
+    def _granted(self, origin: bytes) -> Headers:
+        """Raises Refusal if the pages of ``origin`` may not use the gateway."""
+        if b"*" in self._origins:
+            return ((b"access-control-allow-origin", b"*"),)
+        if origin.lower() in self._origins:
+            return ((b"access-control-allow-origin", origin), (b"vary", b"Origin"))
+        raise _refused("Pages of this origin cannot use the gateway.")
+
+
+def _is_visit(method: bytes, target: bytes, fetch_mode: bytes | None) -> bool:
+    """Somebody follows a link to the status page."""
+    return method in (b"GET", b"HEAD") and fetch_mode == b"navigate" and target.partition(b"?")[0] == b"/"
+
+
+def _is_same(origin: bytes, host: bytes | None) -> bool:
+    """Whether ``origin`` is the gateway itself. The scheme does not count: a front proxy may have ended TLS."""
+    scheme, _, authority = origin.lower().partition(b"://")
+    if host is None or scheme not in _PORTS:
+        return False
+    implied = b":" + _PORTS[scheme]
+    return authority.removesuffix(implied) == host.lower().removesuffix(implied)
+
+
+def _leave(request_headers: bytes | None, private_network: bytes | None) -> Headers:
+    """What a preflight is granted, which is all that it asks for: what counts is the origin, and the key."""
+    headers: Headers = (
+        (b"access-control-allow-methods", _METHODS),
+        (b"access-control-max-age", _PREFLIGHT_SECONDS),
+    )
+    if request_headers is not None and _TOKENS.fullmatch(request_headers):
+        headers += ((b"access-control-allow-headers", request_headers),)
+    if private_network == b"true":
+        headers += ((b"access-control-allow-private-network", b"true"),)
+    return headers
+
+
+def _refused(message: str) -> Refusal:
+    hint = "Their origins can be let in by cors_origins of [gateway] in gpusvc.toml."
+    return Refusal(403, message, hint=hint, code="origin_not_allowed")

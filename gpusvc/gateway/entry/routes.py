@@ -1,0 +1,267 @@
+"""Where a request goes, by its method and its target alone. It knows no model's name, and reads no body.
+
+Everything that is not the gateway's own goes to a model, whatever the path: engines have more paths than anybody could
+list. A target that two programs could read differently, one as a path and one as a way out of it, goes nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+from gpusvc.gateway.http.replies import Dialect, Refusal
+
+MODEL_HEADER = b"x-model"
+"""The header, in lower case, that names the model of a request whose body and query do not."""
+
+
+class Target(StrEnum):
+    """What answers a request."""
+
+    MODEL = "model"  # one that the body names, or the query, or the header
+    NAMED = "named"  # one that the path names: /upstream/NAME/…
+    MODELS = "models"  # the list of models
+    MODEL_CARD = "model-card"  # what the list says of one
+    HEALTH = "health"
+    MANAGEMENT = "management"  # the API socket
+
+
+class Right(StrEnum):
+    """What a key must allow for it."""
+
+    NONE = "none"
+    USE = "use"
+    METRICS = "metrics"  # or admin
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes."""
+
+    target: Target
+    right: Right
+    dialect: Dialect
+    name: str | None
+    """MODEL: what the query says, if it does. NAMED: the first segment behind /upstream/; see ``names_in()``.
+    MODEL_CARD: which one."""
+    path: bytes
+    """What is sent on, path and query. Of NAMED it is what follows the name, and has no path where nothing does."""
+
+
+def route(method: bytes, target: bytes) -> Route:
+    """Where a request goes.
+
+    Args:
+        method: as it stands in the request.
+        target: likewise, in the form of a path; see ``in_origin_form()``.
+
+    Raises:
+        Refusal: 400 a target that cannot be right, 404 a path that leads nowhere, 405 or 501 a wrong method.
+    """
+    if method == b"POST":
+        known = _POSTED.get(target)
+        if known is not None:
+            return known
+    elif method not in _METHODS:
+        raise _no_such_method(method)
+    if target == b"*" and method == b"OPTIONS":
+        return _HEALTH  # RFC 9110, 9.3.7: a ping of the server as a whole
+    path, mark, query = target.partition(b"?")
+    path = _checked(path, query)
+    if path in _MODELS:
+        return _reading(method, Route(Target.MODELS, Right.USE, Dialect.OPENAI, None, path + mark + query))
+    for prefix in _CARDS:
+        if path.startswith(prefix) and method in _READING:
+            name = unquote(path.removeprefix(prefix))
+            return Route(Target.MODEL_CARD, Right.USE, Dialect.OPENAI, name, path + mark + query)
+    if path.startswith(_UPSTREAM):
+        return _named(path, mark + query)
+    if path in _HEALTHS:
+        return _reading(method, _HEALTH)
+    model = _model_of(query) if query else None
+    if path == b"/metrics" and model is None:
+        return Route(Target.MANAGEMENT, Right.METRICS, Dialect.OPENAI, None, path + mark + query)
+    if path in _MANAGED or path.startswith(_MANAGED_BELOW):
+        return Route(Target.MANAGEMENT, Right.ADMIN, Dialect.OPENAI, None, path + mark + query)
+    if path.startswith(_OF_BROWSERS):
+        raise Refusal(404, f"There is no {path.decode()} here.", code="not_found")
+    return Route(Target.MODEL, Right.USE, _dialect(path), model, path + mark + query)
+
+
+def in_origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
+    """Authority and path of a target that does not begin with a slash; RFC 9112, 3.2, has three forms of it.
+
+    The authority stands for the Host of the request, also where origins are judged; None: there is none.
+
+    Raises:
+        Refusal: 400 it is none of them, 405 it is for a proxy.
+    """
+    if target == b"*":
+        if method != b"OPTIONS":
+            raise _malformed("The target * is for OPTIONS.")
+        return None, target
+    if method == b"CONNECT":
+        raise _no_such_method(method)
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None:
+        raise _malformed("The target of the request is no path.")
+    authority, rest = absolute.groups()
+    return authority, rest if rest.startswith(b"/") else b"/" + rest
+
+
+def dialect_of(target: bytes) -> Dialect:
+    """In which form to answer a request that has no route."""
+    path = target.partition(b"?")[0]
+    if path.startswith(_UPSTREAM):
+        path = b"/" + path.removeprefix(_UPSTREAM).partition(b"/")[2]
+    return _dialect(path)
+
+
+def names_in(named: Route, deepest: int) -> Iterator[tuple[str, bytes]]:
+    """What may be the name in the path of a NAMED route, shortest first, each with what follows it.
+
+    Args:
+        named: the route.
+        deepest: the most slashes that any name has.
+    """
+    name = named.name or ""
+    path, mark, query = named.path.partition(b"?")
+    yield name, named.path
+    while path not in (b"", b"/") and name.count("/") < deepest:
+        segment, slash, rest = path[1:].partition(b"/")
+        name = f"{name}/{unquote(segment)}"
+        path = slash + rest
+        yield name, path + mark + query
+
+
+def to_pages(name: str, query: bytes) -> Refusal:
+    """The answer to /upstream/NAME: links of the engine's pages are right only where /upstream/NAME/ is the page.
+
+    Args:
+        name: the model's, or an alias.
+        query: with its question mark, if there is one.
+    """
+    location = _UPSTREAM + quote(name, safe="").encode() + b"/" + query
+    return Refusal(308, "The engine's pages have a slash behind its name.", headers=((b"location", location),))
+
+
+_METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
+_READING = frozenset({b"GET", b"HEAD"})
+
+# What may stand in a target: the characters of RFC 3986, and those that clients forget to encode and that mean nothing.
+# Not among them are "#", which belongs to the browser, and "\", which some programs take for a slash.
+_LETTERS = re.compile(rb'[!"$-\[\]-~]*')
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_ABSOLUTE = re.compile(rb"https?://([A-Za-z0-9_.:\[\]-]+)((?:[/?].*)?)", re.IGNORECASE)
+
+_UPSTREAM = b"/upstream/"
+_MODELS = frozenset({b"/v1/models", b"/models"})
+_CARDS = (b"/v1/models/", b"/models/")
+_HEALTHS = frozenset({b"/health", b"/healthz"})
+_MANAGED = frozenset(
+    {b"/", b"/gpusvc", b"/running", b"/unload", b"/api/models/unload", b"/backend/shutdown", b"/openapi.json"}
+)
+_MANAGED_BELOW = (b"/gpusvc/", b"/api/models/unload/")
+
+# What browsers ask for unasked. No model shall be loaded for it.
+_OF_BROWSERS = (b"/favicon.ico", b"/robots.txt", b"/apple-touch-icon", b"/.well-known/")
+
+_ANTHROPIC = (b"/v1/messages", b"/messages")
+
+_HEALTH = Route(Target.HEALTH, Right.NONE, Dialect.OPENAI, None, b"/health")
+
+
+def _dialect(path: bytes) -> Dialect:
+    for prefix in _ANTHROPIC:
+        if path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in (b"", b"/"):
+            return Dialect.ANTHROPIC
+    return Dialect.OPENAI
+
+
+# The paths of nearly all requests; each is what route() would make of it.
+_POSTED = {
+    prefix + path: Route(Target.MODEL, Right.USE, _dialect(prefix + path), None, prefix + path)
+    for prefix in (b"/v1", b"")
+    for path in (
+        b"/chat/completions",
+        b"/completions",
+        b"/responses",
+        b"/embeddings",
+        b"/messages",
+        b"/messages/count_tokens",
+        b"/rerank",
+        b"/audio/speech",
+        b"/audio/transcriptions",
+        b"/completion",
+        b"/infill",
+        b"/tokenize",
+    )
+}
+
+
+def _checked(path: bytes, query: bytes) -> bytes:
+    """The path, with one slash at its beginning. Raises Refusal 400."""
+    if not _LETTERS.fullmatch(path) or not _LETTERS.fullmatch(query):
+        raise _malformed("The target of the request has characters that must be percent-encoded.")
+    if not path.startswith(b"/"):
+        raise _malformed("The target of the request is no path.")
+    if path.startswith(b"//"):
+        path = b"/" + path.lstrip(b"/")  # of clients whose base URL ends with a slash
+    plain = path
+    if b"%" in path:
+        if _BAD_ESCAPE.search(path):
+            raise _malformed("The path has a % that begins no percent-encoding.")
+        # Whoever decodes early and whoever decodes late must see the same segments.
+        plain = unquote_to_bytes(path).replace(b"\\", b"/")
+        if any(character < 0x20 or character == 0x7F for character in plain):
+            raise _malformed("The path has encoded control characters.")
+    if b"/." in plain and not {b".", b".."}.isdisjoint(plain.split(b"/")):
+        raise _malformed("The path has a segment . or .., which could lead out of where it seems to lead.")
+    return path
+
+
+def _named(path: bytes, query: bytes) -> Route:
+    name, slash, rest = path.removeprefix(_UPSTREAM).partition(b"/")
+    if not name:
+        raise Refusal(
+            404, "The path names no model.", hint="An engine's own pages are at /upstream/NAME/.", code="not_found"
+        )
+    rest = slash + rest
+    return Route(Target.NAMED, Right.USE, _dialect(rest), unquote(name), rest + query)
+
+
+def _model_of(query: bytes) -> str | None:
+    """The parameter ``model``; of several the first."""
+    for parameter in query.split(b"&"):
+        key, _, value = parameter.partition(b"=")
+        if key == b"model" and value:
+            return unquote(value.replace(b"+", b" "))
+    return None
+
+
+def _reading(method: bytes, read: Route) -> Route:
+    """Raises Refusal 405 for a method that would do more than read."""
+    if method in _READING:
+        return read
+    raise Refusal(
+        405,
+        f"{read.path.partition(b'?')[0].decode()} can only be read.",
+        code="method_not_allowed",
+        headers=((b"allow", b"GET, HEAD"),),
+    )
+
+
+def _no_such_method(method: bytes) -> Refusal:
+    shown = method[:20].decode("ascii", "replace")
+    if method in (b"CONNECT", b"TRACE"):  # no tunnel to anywhere, and no echo of a request's keys
+        allow = b", ".join(sorted(_METHODS))
+        return Refusal(405, f"{shown} is not for here.", code="method_not_allowed", headers=((b"allow", allow),))
+    return Refusal(501, f"There is no method {shown}.", code="method_not_implemented")
+
+
+def _malformed(message: str) -> Refusal:
+    return Refusal(400, message, code="invalid_url")

@@ -1,0 +1,1 @@
+"""A request to its upstream, and the response back."""

@@ -1,0 +1,367 @@
+"""Connections to engines, and to the API: one request at a time on each, and then kept for the next one.
+
+It frames requests no more than it was told, and takes answers apart. What they mean is for an exchange to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, cast
+
+from gpusvc.gateway.http import head as heads
+from gpusvc.gateway.http.chunks import BadChunkError, Chunks
+from gpusvc.gateway.http.head import BadAnswerError, ResponseHead
+from gpusvc.gateway.limits import Limits
+
+Address = tuple[str, int] | Path
+"""Of an engine, or a socket in the file system."""
+
+_UNTIL_CLOSE = -1
+
+# tcpi_bytes_acked of struct tcp_info: what the other side's kernel took, and one more for the connection itself.
+_ACKED = struct.Struct("=120xQ")
+
+
+class Consumer(Protocol):
+    """What takes an answer. After on_end() and on_lost() it hears no more, and the connection is another's."""
+
+    def on_head(self, head: ResponseHead, *, has_body: bool) -> None:
+        """The head of the answer, or of an interim one (1xx, but neither 100 nor 101)."""
+
+    def on_upgrade(self, upstream: Upstream, head: ResponseHead, rest: bytes) -> None:
+        """The engine goes on with another protocol, of which ``rest`` came already: detach() comes next."""
+
+    def on_body(self, data: bytes) -> None: ...
+
+    def on_end(self, trailers: list[bytes]) -> None: ...
+
+    def on_pause(self) -> None:
+        """All that came at once was told: now is the time to pass it on."""
+
+    def on_lost(self, upstream: Upstream, reason: str) -> None:
+        """There will be no end; ``reason`` goes on after "the engine". It is aborted once this returns."""
+
+    def on_writable(self) -> None:
+        """``is_blocked`` was, and is no longer, set."""
+
+
+class Upstream(asyncio.Protocol):
+    """One connection."""
+
+    __slots__ = (
+        "_buffer",
+        "_chunks",
+        "_consumer",
+        "_has_head",
+        "_is_head_only",
+        "_keeps_alive",
+        "_missing",
+        "_pool",
+        "_reading",
+        "_sent_bytes",
+        "_takes_upgrade",
+        "_transport",
+        "address",
+        "heard",
+        "is_blocked",
+        "is_used",
+        "is_written",
+        "was_heard",
+    )
+
+    def __init__(self, pool: Pool, address: Address) -> None:
+        self._pool = pool
+        self.address = address
+        self.is_used = False
+        """It has carried a request before this one: an engine may have closed it just now."""
+        self.is_blocked = False
+        """More should be written after Consumer.on_writable() only."""
+        self.is_written = False
+        """The request was written to its end."""
+        self.was_heard = False
+        """Something of the answer came."""
+        self.heard = 0.0
+        """When the last byte came, or the request began; by the pool's clock."""
+        self._consumer: Consumer | None = None
+        self._buffer = b""
+        self._sent_bytes = 0  # of all requests
+        self._reading = True
+        self._chunks: Chunks | None = None
+        self._missing = 0
+        self._has_head = self._is_head_only = self._takes_upgrade = self._keeps_alive = False
+
+    def begin(self, consumer: Consumer, data: bytes, *, is_head_only: bool, takes_upgrade: bool) -> None:
+        """Send the first bytes of a request.
+
+        Args:
+            consumer: of the answer.
+            data: what there is of the request.
+            is_head_only: it is a HEAD, whose answer has no body.
+            takes_upgrade: an answer 101 was asked for.
+        """
+        self._consumer = consumer
+        self._is_head_only = is_head_only
+        self._takes_upgrade = takes_upgrade
+        self._has_head = self.is_written = self.was_heard = False
+        self.heard = self._pool.now
+        self._sent_bytes += len(data)
+        self._transport.write(data)
+
+    def write(self, data: bytes) -> None:
+        """More of the request."""
+        self._sent_bytes += len(data)
+        self._transport.write(data)
+
+    def end(self) -> None:
+        """The request was written to its end; only then the connection may carry another one."""
+        self.is_written = True
+        self.heard = self._pool.now
+
+    def pause(self) -> None:
+        """Read no more of the answer for now."""
+        if self._reading:
+            self._reading = False
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self.heard = self._pool.now
+            self._transport.resume_reading()
+
+    @property
+    def is_awaited(self) -> bool:
+        """The next byte has to come from the engine."""
+        return self.is_written and self._reading
+
+    def is_untaken(self) -> bool:
+        """Of one that is lost, whether it was closed before all of the request was there: then it was not acted on."""
+        connection = self._transport.get_extra_info("socket")
+        if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        try:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.size)
+        except (OSError, ValueError):
+            return False
+        return len(info) == _ACKED.size and int(_ACKED.unpack(info)[0]) <= self._sent_bytes
+
+    def abort(self) -> None:
+        """Nobody wants the rest: close at once, which is how the engine learns that it can stop."""
+        self._consumer = None
+        self._transport.abort()
+
+    def detach(self) -> asyncio.Transport:
+        """The connection without what is told here, for whoever gives it another protocol."""
+        self._consumer = None
+        return self._transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        consumer = self._consumer
+        if consumer is None:  # nobody asked
+            self._pool.forget(self)
+            self._transport.abort()
+            return
+        self.was_heard = True
+        self.heard = self._pool.now
+        try:
+            if not self._has_head:
+                rest = self._read_heads(consumer, data)
+                if rest is None:
+                    return
+                data = rest
+                if not data and self._missing:
+                    consumer.on_pause()
+                    return
+            self._read_body(consumer, data)
+        except (BadAnswerError, BadChunkError) as error:
+            self._lose(f"sent something that is no HTTP: {error}")
+
+    def eof_received(self) -> None:
+        if self._consumer is None:
+            self._pool.forget(self)  # before anybody takes it
+        elif self._has_head and self._missing == _UNTIL_CLOSE and self._chunks is None:
+            self._finish([])
+        else:
+            self._lose("closed the connection")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._consumer is None:
+            self._pool.forget(self)
+        else:
+            detail = f" ({os.strerror(exc.errno)})" if isinstance(exc, OSError) and exc.errno else ""
+            self._lose("dropped the connection" + detail)
+
+    def pause_writing(self) -> None:
+        self.is_blocked = True
+
+    def resume_writing(self) -> None:
+        self.is_blocked = False
+        if self._consumer is not None:
+            self._consumer.on_writable()
+
+    def _read_heads(self, consumer: Consumer, data: bytes) -> bytes | None:
+        """What follows the head of the answer; None: nothing more for now."""
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        limits = self._pool.limits
+        while True:
+            end = data.find(heads.END)
+            if end < 0 or end > limits.head_bytes:
+                if len(data) > limits.head_bytes:
+                    raise BadAnswerError("its head does not end")
+                self._buffer = data
+                return None
+            end += len(heads.END)
+            head = heads.read_response(data[:end], limits)
+            data = data[end:]
+            if head.status >= 200:
+                break
+            if head.status == 101:
+                if not self._takes_upgrade:
+                    raise BadAnswerError("it changes the protocol, which nobody wanted")
+                consumer.on_upgrade(self, head, data)
+                return None
+            if head.status != 100:  # its body was on its way anyhow
+                consumer.on_head(head, has_body=False)
+                consumer.on_pause()
+        self._has_head = True
+        self._keeps_alive = head.keeps_alive
+        self._chunks = None
+        self._missing = 0
+        if not self._is_head_only and head.status not in heads.NO_BODY:
+            if head.chunked:
+                self._chunks = Chunks()
+                self._missing = _UNTIL_CLOSE
+            elif head.content_length is None:
+                self._missing = _UNTIL_CLOSE
+            else:
+                self._missing = head.content_length
+        consumer.on_head(head, has_body=self._missing != 0)
+        return data
+
+    def _read_body(self, consumer: Consumer, data: bytes) -> None:
+        missing = self._missing
+        if missing >= 0:
+            size = len(data)
+            if size < missing:
+                self._missing = missing - size
+                consumer.on_body(data)
+                consumer.on_pause()
+                return
+            if size > missing:
+                self._keeps_alive = False  # what else comes is not asked for
+                data = data[:missing]
+            if data:
+                consumer.on_body(data)
+            self._finish([])
+            return
+        chunks = self._chunks
+        if chunks is not None:
+            data = chunks.feed(data)
+            if data:
+                consumer.on_body(data)
+            if chunks.ended:
+                self._keeps_alive = self._keeps_alive and not chunks.left
+                self._finish(chunks.trailers)
+                return
+        elif data:
+            consumer.on_body(data)
+        consumer.on_pause()
+
+    def _finish(self, trailers: list[bytes]) -> None:
+        consumer, self._consumer = self._consumer, None
+        if self._keeps_alive and self.is_written and (self._chunks is not None or self._missing != _UNTIL_CLOSE):
+            self._pool.give(self)
+        else:
+            self._transport.abort()
+        if consumer is not None:
+            consumer.on_end(trailers)
+
+    def _lose(self, reason: str) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.on_lost(self, reason)
+        self._transport.abort()
+
+
+class Pool:
+    """The connections of one worker that wait for their next request."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+        self.limits = limits
+        self.now = loop.time()
+        """The time of the last sweep: exact enough for what is kept in seconds, and free."""
+        self._loop = loop
+        self._idle: dict[Address, list[Upstream]] = {}
+
+    def take(self, address: Address) -> Upstream | None:
+        """One that idles, the last that was used; None: there is none."""
+        idle = self._idle.get(address)
+        if not idle:
+            return None
+        taken = idle.pop()
+        taken.is_used = True
+        return taken
+
+    def make_room(self, address: Address) -> None:
+        """Close one that idles, for an engine with few threads: a new connection is about to want one."""
+        taken = self.take(address)
+        if taken is not None:
+            taken.abort()
+
+    async def connect(self, address: Address) -> Upstream:
+        """A new one. Raises OSError, and TimeoutError."""
+        async with asyncio.timeout(self.limits.connect_seconds):
+            # TCP_NODELAY is set by asyncio and uvloop themselves.
+            if isinstance(address, Path):
+                _, made = await self._loop.create_unix_connection(lambda: Upstream(self, address), str(address))
+            else:
+                _, made = await self._loop.create_connection(lambda: Upstream(self, address), *address)
+        return made
+
+    def give(self, upstream: Upstream) -> None:
+        """The request on it is over, and it can carry another."""
+        idle = self._idle.get(upstream.address)
+        if idle is None:
+            idle = self._idle[upstream.address] = []
+        if len(idle) < self.limits.pooled:
+            upstream.resume()
+            upstream.heard = self.now
+            idle.append(upstream)
+        else:
+            upstream.abort()
+
+    def forget(self, upstream: Upstream) -> None:
+        """It is closed."""
+        idle = self._idle.get(upstream.address)
+        if idle is not None and upstream in idle:
+            idle.remove(upstream)
+
+    def sweep(self, now: float) -> None:
+        """Close those that have not been used for too long."""
+        self.now = now
+        for address, idle in list(self._idle.items()):
+            old = [upstream for upstream in idle if now - upstream.heard > self.limits.pooled_seconds]
+            for upstream in old:
+                idle.remove(upstream)
+                upstream.abort()
+            if not idle:
+                del self._idle[address]
+
+    def close(self) -> None:
+        """Close all."""
+        for upstream in self._all():
+            upstream.abort()
+        self._idle.clear()
+
+    def _all(self) -> Iterator[Upstream]:
+        for idle in self._idle.values():
+            yield from idle

@@ -1,0 +1,1 @@
+"""gpusvc-hooks.service: the administrator's programs, run on events."""

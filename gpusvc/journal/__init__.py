@@ -1,0 +1,1 @@
+"""What is written to the journal, and read back from it."""

@@ -1,0 +1,1 @@
+"""ExecStart= of model@NAME.service: one run of a model."""

@@ -1,0 +1,1 @@
+"""What the kernel shows as files and calls: control groups, processes, sockets, users."""

@@ -1,0 +1,32 @@
+"""Users of the machine, as the user database has them (getpwnam(3))."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from dataclasses import dataclass
+from typing import Self
+
+from gpusvc.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who the engine runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+    shell: str
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Raises ConfigError if there is no such user."""
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            raise ConfigError(f"There is no user {name!r}.") from None
+        groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+        return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir, entry.pw_shell)

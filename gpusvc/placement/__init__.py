@@ -1,0 +1,1 @@
+"""Which GPUs a model gets, and how room is made for it."""

@@ -1,0 +1,246 @@
+"""Who holds what on the GPUs right now: the leases of all models laid over one reading of NVML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.config.files import load_sound_model
+from gpusvc.gpu.reading import total
+from gpusvc.linux import processes
+from gpusvc.linux.cgroup import Cgroup
+from gpusvc.placement.plan import Claim, Resident, standing
+from gpusvc.quantity import format_amount
+from gpusvc.state import lease as leases
+from gpusvc.state import use
+from gpusvc.state.lease import BrokenLeaseError, Lease
+
+if TYPE_CHECKING:
+    from gpusvc.config.files import HostConfig, ModelConfig
+    from gpusvc.gpu.reading import Gpu
+    from gpusvc.linux.processes import Process
+    from gpusvc.paths import Paths
+    from gpusvc.placement.waitlist import Wish
+
+# Where models come and go all the time, the last look has to do.
+_LOOKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A lease and the processes that stand behind it now."""
+
+    lease: Lease
+    pids: frozenset[int]
+    populated: bool
+    """Whether any process is in its control group."""
+    attended: bool
+    """Whether a launcher or a release is at it."""
+    ending: bool = False
+    """Whether its engine is dead, and its service still sees to the rest: what it leaves will be known in a moment."""
+
+    @property
+    def loading(self) -> bool:
+        return self.attended and not self.lease.ready
+
+    def claims(self, gpus: Sequence[Gpu]) -> list[Claim]:
+        """What it was promised and has not taken. A model that is ready has taken what it takes.
+
+        One that ends keeps what came back already until its release is proven, and is worth waiting for.
+        """
+        if self.lease.ready and self.populated and not self.ending:
+            return []
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        found = []
+        for leased in self.lease.gpus:
+            gpu = by_uuid.get(leased.uuid)
+            if gpu is None:
+                continue
+            promised = leased.reserved_bytes
+            if promised is None and self.lease.ready:
+                promised = leased.used_bytes  # it did not say what it needs, but was seen to hold that
+            if promised is not None:
+                outstanding = max(0, promised - (gpu.used_by(self.pids) or 0))
+            else:
+                # It did not say what it needs, so that until it is loaded all that is free may be its.
+                outstanding = (gpu.free_bytes or 0) if self.loading else 0
+            if outstanding or self.loading:
+                waits = self.loading or self.ending
+                is_open = promised is None and self.loading
+                found.append(Claim(self.lease.model, leased.uuid, outstanding, loading=waits, is_open=is_open))
+        return found
+
+
+def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
+    """Every lease that can be read, but that of the model ``but``."""
+    found = []
+    for name in leases.holders(paths):
+        try:
+            lease = leases.read(paths, name) if name != but else None
+        except BrokenLeaseError:
+            continue  # its processes show up as foreign ones, and what it was promised is lost
+        if lease is None:
+            continue
+        inside = Cgroup(lease.cgroup).pids() if lease.cgroup is not None else ()
+        service = Cgroup(f"{paths.control_group}/{names.service(name)}")
+        found.append(
+            Holding(
+                lease=lease,
+                pids=frozenset(inside) | {process.pid for process in lease.processes if _is_its(process)},
+                populated=bool(inside),
+                attended=leases.is_held(paths, name),
+                ending=lease.ready and lease.pid not in inside and service.populated(),
+            )
+        )
+    return found
+
+
+def look(
+    paths: Paths, read_gpus: Callable[[], Sequence[Gpu]], *, but: str | None = None
+) -> tuple[list[Holding], Sequence[Gpu]]:
+    """What models hold and what NVML says, of one moment.
+
+    One that gets ready in between had taken less when NVML was read than it has, and has no claim any more; one that
+    dies in between has given its bytes back to NVML, and keeps them until its release is proven.
+
+    Args:
+        paths: where the leases are.
+        read_gpus: reads NVML.
+        but: the model that is not counted.
+    """
+    before = holdings(paths, but=but)
+    for _ in range(_LOOKS):
+        gpus = read_gpus()
+        held = holdings(paths, but=but)
+        if _states(held) == _states(before):
+            break
+        before = held
+    return held, gpus
+
+
+def _states(held: Sequence[Holding]) -> list[object]:
+    return [(h.lease.model, h.lease.created, h.lease.ready, h.populated, h.attended, h.ending) for h in held]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All that a placement has to know of the others."""
+
+    held: tuple[Holding, ...]
+    claims: tuple[Claim, ...]
+    residents: tuple[Resident, ...]
+
+    def holders(self, gpus: Sequence[Gpu], now_seconds: float) -> dict[str, list[str]]:
+        """in_words(), with each model's standing at ``now_seconds`` since the epoch."""
+        return in_words(gpus, self.held, {r.model: standing(r, now_seconds) for r in self.residents})
+
+
+def scene(
+    paths: Paths,
+    host: HostConfig,
+    held: Sequence[Holding],
+    gpus: Sequence[Gpu],
+    ahead: Sequence[Wish],
+    *,
+    drained: Collection[str] = (),
+) -> Scene:
+    """What there is, under the placement lock.
+
+    Args:
+        paths: where their files are.
+        host: the policy.
+        held: what models hold.
+        gpus: a reading of NVML, of the same moment; see look().
+        ahead: what is promised to those who wait for longer.
+        drained: those whose doors the caller holds closed, with nobody inside.
+    """
+    claims = [claim for holding in held for claim in holding.claims(gpus)]
+    claims += [Claim(wish.model, uuid, size, loading=True) for wish in ahead for uuid, size in wish.bytes.items()]
+    starting = (name for holding in held if holding.loading for name in holding.lease.evicting)
+    leaving = frozenset(starting) | {name for wish in ahead for name in wish.victims}
+    found = residents(paths, host, held, gpus, drained=drained, leaving=leaving)
+    return Scene(tuple(held), tuple(claims), tuple(found))
+
+
+def residents(
+    paths: Paths,
+    host: HostConfig,
+    held: Sequence[Holding],
+    gpus: Sequence[Gpu],
+    *,
+    drained: Collection[str],
+    leaving: Collection[str],
+) -> list[Resident]:
+    """The models that hold something, as a placement sees them.
+
+    Args:
+        paths: where their files are.
+        host: the policy.
+        held: what they hold.
+        gpus: a reading of NVML.
+        drained: those whose doors the caller holds closed, with nobody inside.
+        leaving: those that somebody evicts already.
+    """
+    by_uuid = {gpu.uuid: gpu for gpu in gpus}
+    found = []
+    for holding in held:
+        lease = holding.lease
+        config = load_sound_model(paths, lease.model, host)
+        given = {leased.uuid: by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid}
+        found.append(
+            Resident(
+                model=lease.model,
+                gives={uuid: gpu.used_by(holding.pids) or 0 for uuid, gpu in given.items()},
+                priority=config.priority if config is not None else 0,
+                last_use=use.last_use(paths, lease.model) or lease.created,
+                # What cannot be looked at counts as in use.
+                busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
+                pinned=is_pinned(paths, lease.model, config),
+                loading=holding.loading or holding.ending,
+                leaving=lease.model in leaving or holding.ending or not (holding.populated or holding.loading),
+                exclusive=frozenset(config.exclusive) if config is not None else frozenset(),
+            )
+        )
+    return found
+
+
+def is_pinned(paths: Paths, name: str, config: ModelConfig | None) -> bool:
+    """Whether it is never evicted: its file says so, or an operator did until the next boot."""
+    return (config is not None and config.pinned) or paths.pin_file(name).exists()
+
+
+def in_words(
+    gpus: Sequence[Gpu], held: Sequence[Holding], standings: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """By the GPU's UUID: each model and each foreign process on it, with the bytes that NVML attributes to it.
+
+    Args:
+        gpus: a reading of NVML.
+        held: the leases.
+        standings: by model, whether it is in use, and since when it is not.
+    """
+    said = {model: f" ({standing})" for model, standing in (standings or {}).items()}
+    owner = {pid: holding.lease.model for holding in held for pid in holding.pids}
+    found: dict[str, list[str]] = {}
+    for gpu in gpus:
+        by_model: dict[str, list[int | None]] = {}
+        words = []
+        for process in gpu.processes or ():
+            model = owner.get(process.pid)
+            if model is not None:
+                by_model.setdefault(model, []).append(process.used_bytes)
+            else:
+                command = processes.command(process.pid) or "gone"
+                words.append(f"PID {process.pid} ({command}) {format_amount(process.used_bytes)}")
+        models = [
+            f"{model} {format_amount(total(used))}{said.get(model, '')}" for model, used in sorted(by_model.items())
+        ]
+        found[gpu.uuid] = models + words
+    return found
+
+
+def _is_its(process: Process) -> bool:
+    # A PID that somebody else has by now is not the model's; one that nobody has may be a ghost in the driver, and is.
+    return processes.identify(process.pid) in {process, None}

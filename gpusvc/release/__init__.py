@@ -1,0 +1,1 @@
+"""The proof that a model gave its VRAM back."""

@@ -1,0 +1,241 @@
+"""The release of a model: its scope stopped, its control group empty, its VRAM proven free, its lease dropped.
+
+Runs as ExecStopPost= of model@.service after every end of it, at the beginning of the next start, as `gpusvc release`,
+and where the watchdog finds something left, as gpusvc-release@.service. Only a proof removes a lease.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.errors import GpusvcError, NvmlError, UnreleasedError, UsageError
+from gpusvc.gpu.nvml import Nvml
+from gpusvc.gpu.reading import total
+from gpusvc.journal import events
+from gpusvc.linux import processes
+from gpusvc.linux.cgroup import Cgroup
+from gpusvc.log import log
+from gpusvc.paths import Paths
+from gpusvc.quantity import format_size, shown
+from gpusvc.release import proof
+from gpusvc.release.proof import Obstacle
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import BrokenLeaseError, Lease
+from gpusvc.systemd.notify import ROPE_SECONDS, Notifier
+
+if TYPE_CHECKING:
+    from gpusvc.systemd.manager import Manager
+
+# NVML has nothing to wait on, and its process lists take the driver's lock: look often at first, then less so.
+_FIRST_PAUSE_SECONDS = 0.002
+_LONGEST_PAUSE_SECONDS = 0.5
+
+# An operator's `gpusvc release` may be at it; it takes no longer than this one would.
+_PATIENCE_SECONDS = 30.0
+
+# Beyond the model's own stop_timeout, for PID 1 to send SIGKILL to all and to see them go.
+_KILL_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A proven release: what came back (None: NVML could not tell), and how long that took."""
+
+    model: str
+    bytes: int | None
+    seconds: float
+    gpus: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if not self.gpus:
+            return f"{self.model} is released after {self.seconds:.2f} s: no process of it is left."
+        where = "GPU " + ", ".join(map(str, self.gpus))
+        held = "its VRAM" if self.bytes is None else f"{format_size(self.bytes)} of VRAM"
+        back = f"{held} on {where} came back"
+        return f"{self.model} is released after {self.seconds:.2f} s: no process of it is left, {back}."
+
+    def tell(self) -> None:
+        """Let the journal know."""
+        events.emit(events.Kind.RELEASE, str(self), model=self.model, gpu=self.gpus, bytes=self.bytes)
+
+
+def release(
+    paths: Paths,
+    name: str,
+    *,
+    on_wait: Callable[[str], None] = lambda _: None,
+    patience_seconds: float | None = None,
+) -> Release | None:
+    """Prove the release of ``name`` and drop its lease; None if it held nothing. To be called within lease.hold().
+
+    Args:
+        paths: where the lease is.
+        name: the model.
+        on_wait: told in a sentence what is being waited for, at least twice a second.
+        patience_seconds: how long the driver may take at most, if that is less than the model's own release_timeout.
+
+    Raises:
+        UnreleasedError: it is not proven; the lease stays.
+    """
+    # Where a lease is lost or cannot be read, it is still known where the processes would be.
+    scope = f"{paths.control_group}/{names.SLICE}/{names.scope(name)}"
+    unknown = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=scope)
+    try:
+        lease = leases.read(paths, name)
+    except BrokenLeaseError as error:
+        log(4, str(error))
+        _empty(unknown, Cgroup(scope), on_wait)
+        leases.set_aside(paths, name)
+        return Release(model=name, bytes=None, seconds=0.0, gpus=())
+    if lease is None:
+        if not Cgroup(scope).populated():
+            return None
+        lease = unknown
+    if patience_seconds is not None:
+        lease = replace(lease, release_timeout_seconds=min(patience_seconds, lease.release_timeout_seconds))
+    began = time.monotonic()
+    if lease.cgroup is not None:
+        lease = _empty(lease, Cgroup(lease.cgroup), on_wait)
+    if lease.gpus:
+        _wait_for_vram(lease, on_wait)
+    leases.remove(paths, name)
+    return Release(
+        model=name,
+        bytes=total(gpu.used_bytes for gpu in lease.gpus),
+        seconds=time.monotonic() - began,
+        gpus=tuple(gpu.index for gpu in lease.gpus),
+    )
+
+
+def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Lease:
+    """Have the scope stopped, and wait until no process is in it. Returns the lease with all whom it saw there."""
+    if not cgroup.populated():
+        return lease
+    lease = lease.seen(processes.identify_all(cgroup.pids()))
+    _stop_scope(lease.scope, cgroup)
+    deadline = time.monotonic() + lease.stop_timeout_seconds + _KILL_GRACE_SECONDS
+    while not cgroup.wait_empty(0.5):
+        on_wait(f"Stopping: {_count(cgroup)} of {lease.model} still there.")
+        if time.monotonic() > deadline:
+            break
+    else:
+        return lease
+    # PID 1 should have done this long ago. Perhaps it cannot be reached; the kernel can.
+    try:
+        cgroup.kill()
+    except OSError as error:
+        log(4, f"cgroup.kill of {lease.scope}: {os.strerror(error.errno or 0)}.")
+    deadline = time.monotonic() + lease.release_timeout_seconds
+    while not cgroup.wait_empty(0.5):
+        on_wait(f"Stopping: {_count(cgroup)} of {lease.model} still there, after SIGKILL.")
+        if time.monotonic() > deadline:
+            left = [Obstacle(f"PID {pid} survives SIGKILL", pid) for pid in cgroup.pids()]
+            raise _unreleased(lease, left, lease.stop_timeout_seconds + lease.release_timeout_seconds)
+    return lease
+
+
+def _count(cgroup: Cgroup) -> str:
+    number = len(cgroup.pids())
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _stop_scope(scope: str, cgroup: Cgroup) -> None:
+    from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most ends need no bus: PID 1 has emptied the scope already
+
+    try:
+        with Manager() as manager:
+            if manager.unit(scope) is not None:
+                if cgroup.frozen():  # systemd does not stop it then
+                    _thaw(manager, scope)
+                manager.enqueue("Stop", scope)
+    except GpusvcError as error:
+        if cgroup.populated():  # it may have gone by itself between the two
+            log(4, str(error))
+
+
+def _thaw(manager: Manager, scope: str) -> None:
+    try:
+        manager.thaw(scope)
+    except GpusvcError as error:
+        log(4, f"{error} SIGKILL reaches it all the same.")  # a slice above it may be frozen
+        manager.kill(scope, signal.SIGKILL)
+
+
+def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
+    began = time.monotonic()
+    pause = _FIRST_PAUSE_SECONDS
+    told = began
+    nvml: Nvml | None = None
+    try:
+        while True:
+            try:
+                nvml = nvml or Nvml()
+                left = proof.obstacles(lease, nvml.snapshot(), processes.identify)
+            except NvmlError as error:
+                # Unknown is not released. A fresh client may see more.
+                left = [Obstacle(str(error))]
+                if nvml is not None:
+                    nvml.close()
+                    nvml = None
+            if not left:
+                return
+            now = time.monotonic()
+            if now - began > lease.release_timeout_seconds:
+                raise _unreleased(lease, left, now - began)
+            if now - told > _LONGEST_PAUSE_SECONDS:
+                on_wait(f"Stopping: {left[0].sentence.rstrip('.')}.")
+                told = now
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+    finally:
+        if nvml is not None:
+            nvml.close()
+
+
+def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> UnreleasedError:
+    lines = [f"{lease.model} is stuck: its release is not proven after {seconds:.0f} s."]
+    lines += [f"{obstacle.sentence.rstrip('.')}." for obstacle in left]
+    for pid in sorted({obstacle.pid for obstacle in left if obstacle.pid is not None}):
+        trace = processes.trace(pid)
+        state = "no such process" if trace.state is None else f"state {trace.state}"
+        lines.append(f"PID {pid}: {trace.command}, {state}; kernel stack: {trace.stack or 'not readable'}")
+    return UnreleasedError(
+        "\n".join(lines),
+        hint=f"Its VRAM counts as taken. `gpusvc release {lease.model}` tries the proof again, and with --forget takes "
+        "your word for it. A process in state D "
+        "that SIGKILL does not end hangs in the driver: dmesg may say why, and a GPU reset (nvidia-smi --gpu-reset) "
+        "or a reboot ends it.",
+    )
+
+
+def main() -> int:
+    """ExecStopPost= of model@NAME.service: the exit status is 0 only for a proven release."""
+    name, paths, notifier = sys.argv[1], Paths.here(), Notifier()
+    if not names.is_name(name):
+        log(3, f"{shown(name)} cannot be a model's name.")
+        return UsageError.exit_code
+
+    notifier.extend_timeout(ROPE_SECONDS)
+    try:
+        with leases.hold(paths, name, patience_seconds=_PATIENCE_SECONDS):
+            released = release(paths, name, on_wait=notifier.waiting)
+    except UsageError as error:
+        log(4, str(error))  # somebody else is at it, so that there is nothing to be said of the release
+        return error.exit_code
+    except GpusvcError as error:
+        notifier.status(error.message.replace("\n", " "))
+        events.emit(events.Kind.UNRELEASED, str(error), model=name, level=3)
+        return error.exit_code
+    except OSError as error:
+        log(3, f"The release of {name} could not be looked at: {error}.")
+        return 1
+    if released is not None:
+        released.tell()
+    return 0

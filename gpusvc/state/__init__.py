@@ -1,0 +1,1 @@
+"""The files under /run/gpusvc and /var/lib/gpusvc."""

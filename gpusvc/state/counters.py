@@ -1,0 +1,307 @@
+"""What the gateway counts of each model's requests: a file for each worker, written in place and read by anybody.
+
+A worker maps its file, and counts by adding to doubles in it: no lock, no system call and no message to another
+process, so that counting costs a request about a microsecond. Readers add up the files of all workers. What was counted
+is still there after a restart of the gateway, and gone after a reboot.
+
+A file is a row of chunks of records, one record for each model: a magic number, the model's name, and its cells. A
+worker holds its file locked shared (flock(2)) as long as it lives; what is in flight or waiting in a file that nobody
+holds ended with its worker, and does not count.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import struct
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from gpusvc import files as statefile
+from gpusvc.errors import GpusvcError
+from gpusvc.log import log
+from gpusvc.paths import Paths
+
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Upper bounds of the histograms' buckets, in seconds: from a cached answer to one that waits for a large model."""
+
+CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
+"""Of statuses, by their first digit; "none": the client was gone before there was one."""
+
+# It changes with the layout: totals of another layout are not carried over, nor read.
+_MAGIC = 0x67707573_76630001
+_HEAD = struct.Struct("=Q248s")  # and the name, padded with zeros
+_RECORD_BYTES = 1024
+_CHUNK_BYTES = 64 * _RECORD_BYTES  # no kernel has larger pages, so that a chunk can be mapped anywhere
+
+_BUCKETS = len(BOUNDS) + 1
+_IN_FLIGHT = 0
+_WAITING = 1
+_REQUESTS = 2
+_FIRST_BYTE = _REQUESTS + len(CLASSES)  # the sum, then the buckets
+_DURATION = _FIRST_BYTE + 1 + _BUCKETS
+_PROMPT_TOKENS = _DURATION + 1 + _BUCKETS
+_COMPLETION_TOKENS = _PROMPT_TOKENS + 1
+_RECEIVED = _COMPLETION_TOKENS + 1
+_SENT = _RECEIVED + 1
+_CELLS = struct.Struct(f"={_SENT + 1}d")
+_GAUGES = (_IN_FLIGHT, _WAITING)
+
+_LAST_CLASS = len(CLASSES) - 1
+_STATUS_END = 100 * len(CLASSES)  # engines may say what HTTP knows nothing of
+
+_READ_AND_WRITE = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# Of sixty thousand models.
+_MAX_FILE_BYTES = 64 * 1024 * 1024
+
+_FIRST_BYTE_BUCKETS = _FIRST_BYTE + 1
+_DURATION_BUCKETS = _DURATION + 1
+
+
+class ModelCounters:
+    """What one worker counts of one model; each call costs some 0.2 µs."""
+
+    __slots__ = ("_cells",)
+
+    def __init__(self, cells: memoryview[float]) -> None:
+        self._cells = cells
+
+    def began(self) -> None:
+        """A request is in flight, from its head to the end of its answer."""
+        self._cells[_IN_FLIGHT] += 1.0
+
+    def waiting(self, change: int) -> None:
+        """So many more, or fewer, wait for the model to be ready or to have room for them."""
+        self._cells[_WAITING] += change
+
+    def first_byte(self, seconds: float) -> None:
+        """The engine's answer began, so long after the request did."""
+        cells = self._cells
+        cells[_FIRST_BYTE] += seconds
+        cells[_FIRST_BYTE_BUCKETS + bisect_left(BOUNDS, seconds)] += 1.0
+
+    def ended(self, status: int, seconds: float) -> None:
+        """A request that began is over.
+
+        Args:
+            status: that was answered; 0: the client was gone before that.
+            seconds: since it began.
+        """
+        cells = self._cells
+        cells[_IN_FLIGHT] -= 1.0
+        cells[_REQUESTS + (status // 100 if status < _STATUS_END else _LAST_CLASS)] += 1.0
+        cells[_DURATION] += seconds
+        cells[_DURATION_BUCKETS + bisect_left(BOUNDS, seconds)] += 1.0
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        """An engine said that so many were read and written."""
+        self._cells[_PROMPT_TOKENS] += prompt
+        self._cells[_COMPLETION_TOKENS] += completion
+
+    def received(self, size: int) -> None:
+        """Bytes of request bodies came from clients."""
+        self._cells[_RECEIVED] += size
+
+    def sent(self, size: int) -> None:
+        """Bytes of answers went to clients."""
+        self._cells[_SENT] += size
+
+
+class Counters:
+    """One worker's file, which only this process writes.
+
+    Where it cannot be made, all is counted in memory, where nobody sees it: requests go on, whatever becomes of their
+    count.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._models: dict[str, ModelCounters] = {}
+        self._chunks: list[mmap.mmap] = []
+        self._fd: int | None = None
+        self._is_full = False
+        try:
+            self._open(file)
+        except OSError as error:
+            log(4, f"Nobody will see what is counted: {file} cannot be used ({os.strerror(error.errno or 0)}).")
+
+    def of(self, model: str) -> ModelCounters:
+        """Those of ``model``, which is a model's name, or "" for requests that are for no model."""
+        found = self._models.get(model)
+        if found is None:
+            found = self._models[model] = self._add(model)
+        return found
+
+    def close(self) -> None:
+        """Let go of the file. What is counted from now on is counted all the same."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            fcntl.flock(fd, fcntl.LOCK_UN)  # each mapping has a duplicate of the file, and so of the lock
+            os.close(fd)
+
+    def _open(self, file: Path) -> None:
+        """Go on with the totals in ``file``; one of another layout makes way for a new one.
+
+        It is replaced and not emptied: to truncate a file that somebody has mapped is to kill him by SIGBUS.
+        """
+        self._fd = os.open(file, _READ_AND_WRITE)
+        records = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        if len(records) % _CHUNK_BYTES or (records and _HEAD.unpack_from(records)[0] not in (0, _MAGIC)):
+            log(5, f"The counts in {file} are those of another version of gpusvc, and begin anew.")
+            self.close()
+            file.unlink()
+            self._fd = os.open(file, _READ_AND_WRITE | os.O_EXCL)
+            records = b""
+        os.fchmod(self._fd, 0o644)  # whatever the unit's umask
+        fcntl.flock(self._fd, fcntl.LOCK_SH)  # whoever looks whether it is held is done in microseconds
+        for _ in range(len(records) // _CHUNK_BYTES):
+            self._map()
+        for index, (name, _) in enumerate(_records(records)):
+            cells = self._cells(index)
+            for gauge in _GAUGES:
+                cells[gauge] = 0.0
+            self._models[name] = ModelCounters(cells)
+
+    def _add(self, model: str) -> ModelCounters:
+        index = len(self._models)
+        if index * _RECORD_BYTES == len(self._chunks) * _CHUNK_BYTES:
+            self._map()
+        chunk, offset = self._place(index)
+        # The magic number comes last: it says to a reader that the rest is complete.
+        for magic in (0, _MAGIC):
+            _HEAD.pack_into(chunk, offset, magic, model.encode())
+        return ModelCounters(self._cells(index))
+
+    def _map(self) -> None:
+        """One chunk more. Its memory is asked for first: a write to a page that tmpfs has not got kills by SIGBUS."""
+        offset = len(self._chunks) * _CHUNK_BYTES
+        if self._fd is not None and not self._is_full:
+            try:
+                os.posix_fallocate(self._fd, offset, _CHUNK_BYTES)
+                self._chunks.append(mmap.mmap(self._fd, _CHUNK_BYTES, offset=offset))
+            except OSError as error:
+                log(4, f"Nobody will see what is counted of further models ({os.strerror(error.errno or 0)}).")
+                self._is_full = True
+            else:
+                return
+        self._chunks.append(mmap.mmap(-1, _CHUNK_BYTES))
+
+    def _place(self, index: int) -> tuple[mmap.mmap, int]:
+        chunk, offset = divmod(index * _RECORD_BYTES, _CHUNK_BYTES)
+        return self._chunks[chunk], offset
+
+    def _cells(self, index: int) -> memoryview[float]:
+        chunk, offset = self._place(index)
+        return memoryview(chunk)[offset + _HEAD.size : offset + _HEAD.size + _CELLS.size].cast("d")
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many were within each of BOUNDS but not the one before, and last how many were beyond all; and their sum."""
+
+    counts: tuple[int, ...]
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What all workers counted of one model since the machine was started; ``in_flight`` and ``waiting`` are of now."""
+
+    in_flight: int
+    waiting: int
+    requests: dict[str, int]
+    """By CLASSES of their status; those that are over."""
+    first_byte_seconds: Histogram
+    """From a request's begin to the first byte of the engine's answer."""
+    seconds: Histogram
+    """From a request's begin to the end of its answer."""
+    prompt_tokens: int
+    completion_tokens: int
+    received_bytes: int
+    sent_bytes: int
+
+    @classmethod
+    def from_cells(cls, cells: Sequence[float]) -> Self:
+        return cls(
+            in_flight=int(cells[_IN_FLIGHT]),
+            waiting=int(cells[_WAITING]),
+            requests=dict(zip(CLASSES, map(int, cells[_REQUESTS:_FIRST_BYTE]), strict=True)),
+            first_byte_seconds=_histogram(cells[_FIRST_BYTE:_DURATION]),
+            seconds=_histogram(cells[_DURATION:_PROMPT_TOKENS]),
+            prompt_tokens=int(cells[_PROMPT_TOKENS]),
+            completion_tokens=int(cells[_COMPLETION_TOKENS]),
+            received_bytes=int(cells[_RECEIVED]),
+            sent_bytes=int(cells[_SENT]),
+        )
+
+
+def directory(paths: Paths) -> Path:
+    """Where the gateway's workers count."""
+    return paths.runtime / "gateway"
+
+
+def file_of(directory: Path, worker: int) -> Path:
+    """Where the worker of this number counts."""
+    return directory / f"counters-{worker}"
+
+
+def read(directory: Path) -> dict[str, Totals]:
+    """What the workers whose files are in ``directory`` counted, by model.
+
+    Raises:
+        GpusvcError: one of them cannot be read, so that the totals are unknown.
+    """
+    sums: dict[str, list[float]] = {}
+    for file in sorted(directory.glob("counters-*")):
+        try:
+            records, alive = _look(file)
+        except FileNotFoundError:
+            continue  # it has just made way for a new one, as after an upgrade
+        except OSError as error:
+            raise GpusvcError(f"The counters {file} cannot be read: {os.strerror(error.errno or 0)}.") from None
+        except ValueError as error:
+            raise GpusvcError(f"The counters {file} cannot be read: {error}.") from None
+        for name, cells in _records(records):
+            values = list(cells)
+            if not alive:
+                for gauge in _GAUGES:
+                    values[gauge] = 0.0
+            before = sums.get(name)
+            sums[name] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
+    return {name: Totals.from_cells(cells) for name, cells in sums.items()}
+
+
+def _look(file: Path) -> tuple[bytes, bool]:
+    """What stands in ``file``, and whether there is a worker that writes it."""
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        statefile.require_regular(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alive = True
+        else:
+            alive = False
+        return os.pread(fd, min(os.fstat(fd).st_size, _MAX_FILE_BYTES), 0), alive
+    finally:
+        os.close(fd)
+
+
+def _records(records: bytes) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Names and cells of those that are complete."""
+    for offset in range(0, len(records) - _RECORD_BYTES + 1, _RECORD_BYTES):
+        magic, name = _HEAD.unpack_from(records, offset)
+        if magic == _MAGIC:
+            cells = _CELLS.unpack_from(records, offset + _HEAD.size)
+            # What no counting comes to says nothing.
+            if all(map(math.isfinite, cells)):
+                yield name.rstrip(b"\0").decode(errors="replace"), cells
+
+
+def _histogram(cells: Sequence[float]) -> Histogram:
+    return Histogram(counts=tuple(map(int, cells[1:])), sum=cells[0])

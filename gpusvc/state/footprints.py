@@ -1,0 +1,118 @@
+"""Learned footprints: the most VRAM that a model was seen to take on one GPU, kept across reboots.
+
+One file for each model, with a peak for each configuration (its digest) and type of GPU. Losing a file, or an update to
+one, only forgets: what is forgotten is learned again by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpusvc import files as statefile
+from gpusvc.log import log
+from gpusvc.paths import Paths
+
+VERSION = 1
+
+# Of a model whose configuration is being tried out; the newest stay.
+MAX_DIGESTS = 8
+
+# What a file of ours could never reach.
+_MAX_FILE_BYTES = 256 * 1024
+
+Peaks = Mapping[str, Mapping[str, int]]
+"""Digest of the configuration → name of the GPU → bytes; the digest that was learned last comes last."""
+
+
+def learned(paths: Paths, name: str, digest: str, gpu_name: str) -> int | None:
+    """The most bytes that ``name`` was seen to take on one GPU of this type; None: never seen."""
+    return peaks(paths, name, digest).get(gpu_name)
+
+
+def peaks(paths: Paths, name: str, digest: str) -> Mapping[str, int]:
+    """The most bytes that ``name`` was seen to take on one GPU, by the type of the GPU."""
+    try:
+        return _read(_file(paths, name)).get(digest, {})
+    except (OSError, ValueError):
+        return {}
+
+
+def learn(paths: Paths, name: str, digest: str, gpu_name: str, size_bytes: int) -> None:
+    """Keep ``size_bytes`` if ``name`` was never seen to take as much; what cannot be kept is logged, and forgotten."""
+    file = _file(paths, name)
+    try:
+        peaks = _known(file)
+        raised = with_peak(peaks, digest, gpu_name, size_bytes)
+        if raised != peaks:
+            _write(file, raised)
+    except OSError as error:
+        log(4, f"What {name} takes of {gpu_name} cannot be kept in {file}: {os.strerror(error.errno or 0)}.")
+
+
+def with_peak(peaks: Peaks, digest: str, gpu_name: str, size_bytes: int) -> Peaks:
+    """``peaks`` with one reading taken in."""
+    own = peaks.get(digest, {})
+    if size_bytes <= own.get(gpu_name, 0):
+        return peaks
+    others = [(other, known) for other, known in peaks.items() if other != digest]
+    return dict([*others[-(MAX_DIGESTS - 1) :], (digest, {**own, gpu_name: size_bytes})])
+
+
+def to_json(peaks: Peaks) -> dict[str, Any]:
+    return {"version": VERSION, "peaks": peaks}
+
+
+def from_json(value: object) -> Peaks:
+    """The inverse of to_json(); raises ValueError for anything else."""
+    match value:
+        case {"version": 1, "peaks": dict(peaks)} if all(map(_are_sizes, peaks.values())):
+            return peaks
+    raise ValueError("It is no file of footprints.")
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, dict) and all(type(size) is int and 0 < size < 2**63 for size in value.values())
+
+
+def _file(paths: Paths, name: str) -> Path:
+    return paths.state / "footprints" / f"{name}.json"
+
+
+def _read(file: Path) -> Peaks:
+    """Raises OSError, or ValueError if it does not say what it should."""
+    text = statefile.read(file, limit_bytes=_MAX_FILE_BYTES)
+    try:
+        return from_json(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("It is nested too deeply.") from error
+
+
+def _known(file: Path) -> Peaks:
+    """What was learned so far. A file that makes no sense is set aside, for whoever wonders where it came from."""
+    try:
+        return _read(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        aside = file.with_suffix(".broken")
+        file.replace(aside)
+        log(4, f"{file} cannot be read ({error}) and is set aside as {aside.name}: its model is learned anew.")
+        return {}
+
+
+def _write(file: Path, peaks: Peaks) -> None:
+    """Whole or not at all, whoever else writes it now. Everybody may read it, whatever the umask of the unit says."""
+    if not file.parent.is_dir():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.chmod(0o755)
+    draft = file.with_suffix(f".{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(to_json(peaks)) + "\n")
+        draft.chmod(0o644)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)

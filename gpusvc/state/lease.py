@@ -1,0 +1,261 @@
+"""A lease: what one model was given, from its placement to the proof that it gave it back.
+
+A file in /run for each model, written by the launcher and removed by nothing but a proven release. It survives whatever
+happens to the processes of gpusvc, and is gone after a reboot, as the model is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from gpusvc import files as statefile
+from gpusvc import names
+from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
+from gpusvc.linux.processes import Process
+from gpusvc.paths import Paths
+
+VERSION = 1
+
+# No moment and no time span of ours is as large, in seconds.
+_MAX_SECONDS = 2.0**40
+
+# What a pid_t holds.
+_MAX_PID = 2**31 - 1
+
+# is_held() takes a lock itself, for microseconds; hold() outlasts that.
+_ONLOOKER_SECONDS = 0.5
+
+
+class BrokenLeaseError(GpusvcError):
+    """A lease file that cannot be read for what it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedGpu:
+    """One GPU of a lease; the index is the one that NVML gave when the model was placed."""
+
+    index: int
+    uuid: str
+    reserved_bytes: int | None
+    """What the model said that it needs; None: it did not say."""
+    baseline_bytes: int | None
+    """Bytes in use that NVML attributes to no process, as seen last while all was well; None: unknown."""
+    used_bytes: int | None = None
+    """What the model's processes held when that was last looked at; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a model holds. ``created`` is in seconds since the epoch."""
+
+    model: str
+    port: int
+    gpus: tuple[LeasedGpu, ...]
+    created: float
+    config_digest: str = ""
+    release_timeout_seconds: float = 30.0
+    stop_timeout_seconds: float = 10.0
+    evicting: tuple[str, ...] = ()
+    """The models that leave for this one while it starts."""
+    ready: bool = False
+    pid: int | None = None
+    """The engine's main process."""
+    address: str | None = None
+    """Where the engine listens."""
+    cgroup: str | None = None
+    """The scope's control group; None: no engine was let into one yet."""
+    processes: frozenset[Process] = field(default_factory=frozenset)
+    """Every process of the model that was seen."""
+
+    @property
+    def scope(self) -> str:
+        return names.scope(self.model)
+
+    def seen(self, processes: Collection[Process]) -> Self:
+        """This lease with ``processes`` among those that it remembers."""
+        return (
+            self if self.processes.issuperset(processes) else replace(self, processes=self.processes.union(processes))
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self), "processes": sorted(self.processes)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The inverse of to_json(); raises KeyError, TypeError or ValueError for anything else."""
+        if value["version"] != VERSION:
+            raise ValueError(f"version {value['version']!r}")
+        return cls(
+            model=str(value["model"]),
+            port=_within(value["port"], 65535),
+            gpus=tuple(
+                LeasedGpu(
+                    index=_within(gpu["index"]),
+                    uuid=str(gpu["uuid"]),
+                    reserved_bytes=_optional(gpu["reserved_bytes"]),
+                    baseline_bytes=_optional(gpu["baseline_bytes"]),
+                    used_bytes=_optional(gpu["used_bytes"]),
+                )
+                for gpu in value["gpus"]
+            ),
+            created=_seconds(value["created"]),
+            config_digest=str(value["config_digest"]),
+            release_timeout_seconds=_seconds(value["release_timeout_seconds"]),
+            stop_timeout_seconds=_seconds(value["stop_timeout_seconds"]),
+            evicting=tuple(map(str, value.get("evicting", ()))),
+            ready=bool(value["ready"]),
+            pid=None if value["pid"] is None else _within(value["pid"], _MAX_PID),
+            address=None if value["address"] is None else str(value["address"]),
+            cgroup=None if value["cgroup"] is None else str(value["cgroup"]),
+            processes=frozenset(Process(_within(pid, _MAX_PID), _within(ticks)) for pid, ticks in value["processes"]),
+        )
+
+
+def write(paths: Paths, lease: Lease) -> None:
+    """Put ``lease`` in its place, whole or not at all.
+
+    Raises:
+        GpusvcError: the file system does not take it.
+    """
+    target = paths.lease_file(lease.model)
+    draft = target.with_suffix(".new")
+    try:
+        _make_directory(target.parent)
+        draft.write_text(json.dumps(lease.to_json()) + "\n")
+        draft.chmod(0o644)
+        draft.replace(target)
+    except OSError as error:
+        raise GpusvcError(f"The lease {target} cannot be written: {os.strerror(error.errno or 0)}.") from error
+
+
+def read(paths: Paths, model: str) -> Lease | None:
+    """The lease of ``model``; None if it holds nothing.
+
+    Raises:
+        BrokenLeaseError: there is a file, but it does not say what it should.
+    """
+    file = paths.lease_file(model)
+    try:
+        lease = Lease.from_json(json.loads(statefile.read(file)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise BrokenLeaseError(
+            f"The lease {file} cannot be read ({type(error).__name__}: {error}).",
+            hint=f"`gpusvc release {model}` sets it aside once nothing of the model is left.",
+        ) from error
+    if lease.model != model:
+        raise BrokenLeaseError(
+            f"The lease {file} is that of {lease.model!r}.", hint=f"`gpusvc release {model}` sets it aside."
+        )
+    if lease.cgroup is not None and not _is_scope(lease.cgroup, lease.scope):
+        # All that is in it is going to be killed.
+        raise BrokenLeaseError(
+            f"The lease {file} names the control group {lease.cgroup}, which is none of a model's.",
+            hint=f"`gpusvc release {model}` sets it aside.",
+        )
+    return lease
+
+
+def remove(paths: Paths, model: str) -> None:
+    """Forget the lease; only after a proven release."""
+    paths.lease_file(model).unlink(missing_ok=True)
+
+
+def set_aside(paths: Paths, model: str) -> None:
+    """Keep a lease that cannot be read for whoever wants to know, where it counts for nothing any more."""
+    file = paths.lease_file(model)
+    file.replace(file.with_suffix(".broken"))
+
+
+def holders(paths: Paths) -> list[str]:
+    """The models that have a lease, readable or not."""
+    return sorted(file.parent.name for file in paths.leases_directory.glob("*/lease.json"))
+
+
+@contextmanager
+def hold(paths: Paths, name: str, *, patience_seconds: float = _ONLOOKER_SECONDS) -> Iterator[None]:
+    """Be the only one who makes or drops the lease of ``name``. The kernel lets go for whoever dies.
+
+    Args:
+        paths: where the lease is.
+        name: the model.
+        patience_seconds: how long to wait for whoever is at it.
+
+    Raises:
+        UsageError: somebody else is at it: the model runs, starts or is being stopped.
+        PermissionDeniedError: the caller may not.
+    """
+    file = paths.lease_directory(name) / "lock"
+    try:
+        _make_directory(file.parent)
+        handle = file.open("a")
+        file.chmod(0o600)  # whoever can open it can lock it
+    except PermissionError:
+        raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
+    except OSError as error:
+        raise GpusvcError(f"{file} cannot be made: {os.strerror(error.errno or 0)}.") from None
+    with handle:
+        deadline = time.monotonic() + patience_seconds
+        while not _try_lock(handle, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise UsageError(f"{name} is running, starting or stopping.", hint=f"`gpusvc stop {name}` stops it.")
+            time.sleep(0.005)
+        yield
+
+
+def is_held(paths: Paths, name: str) -> bool:
+    """Whether somebody is within hold(): the model's launcher as long as it lives, or a release. For root to ask."""
+    try:
+        handle = (paths.lease_directory(name) / "lock").open()
+    except OSError:
+        return False
+    with handle:
+        return not _try_lock(handle, fcntl.LOCK_SH)
+
+
+def _make_directory(directory: Path) -> None:
+    """Everybody may look, whatever the umask of the unit says."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o755)
+
+
+def _try_lock(handle: TextIO, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_scope(cgroup: str, scope: str) -> bool:
+    *parents, name = cgroup.split("/")
+    return name == scope and parents[:1] == [""] and not {".", ".."}.intersection(parents) and "\0" not in cgroup
+
+
+def _optional(value: Any) -> int | None:
+    return None if value is None else _within(value)
+
+
+def _within(value: Any, maximum: int = 2**64 - 1) -> int:
+    """A number that is not negative; raises ValueError, TypeError or OverflowError for anything else."""
+    number = int(value)
+    if not 0 <= number <= maximum:
+        raise ValueError("a number is out of range")
+    return number
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not (math.isfinite(seconds) and 0 <= seconds <= _MAX_SECONDS):
+        raise ValueError("a time is out of range")
+    return seconds

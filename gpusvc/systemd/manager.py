@@ -1,0 +1,405 @@
+"""The service manager, as it answers on D-Bus.
+
+Everything here is about units in general. What a model is, and which properties its scope needs, is for others to know.
+Interface: org.freedesktop.systemd1(5).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self, TypeVar
+
+from gpusvc.errors import ConfigError, SystemdError, UnansweredError
+from gpusvc.paths import Paths, is_user_instance
+from gpusvc.systemd.bus import (
+    DBus,
+    DBusAddress,
+    DBusBaseError,
+    apply_signature,
+    code_of,
+    encode,
+    patiently,
+    translated,
+    undisturbed,
+)
+
+_NAME = b"org.freedesktop.systemd1"
+_PATH = b"/org/freedesktop/systemd1"
+_MANAGER = b"org.freedesktop.systemd1.Manager"
+_JOB = b"org.freedesktop.systemd1.Job"
+
+# systemd executes itself anew within this time, and nobody answers meanwhile.
+_ABSENT_SECONDS = 10.0
+
+# How long a job may take before it is seen to that it has not ended unheard.
+_HEARSAY_SECONDS = 2.0
+
+_T = TypeVar("_T")
+
+
+class JobResult(StrEnum):
+    """How a job ended. A result that a newer systemd invents counts as OTHER."""
+
+    DONE = "done"
+    CANCELED = "canceled"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+    DEPENDENCY = "dependency"
+    SKIPPED = "skipped"
+    OTHER = "other"
+
+    @classmethod
+    def _missing_(cls, value: object) -> JobResult:  # noqa: ARG003
+        return cls.OTHER
+
+
+class ActiveState(StrEnum):
+    """The high-level state of a unit. One that a newer systemd invents counts as OTHER."""
+
+    ACTIVE = "active"
+    RELOADING = "reloading"
+    REFRESHING = "refreshing"
+    INACTIVE = "inactive"
+    FAILED = "failed"
+    ACTIVATING = "activating"
+    DEACTIVATING = "deactivating"
+    MAINTENANCE = "maintenance"
+    OTHER = "other"
+
+    @classmethod
+    def _missing_(cls, value: object) -> ActiveState:  # noqa: ARG003
+        return cls.OTHER
+
+
+_UP = frozenset({ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING})
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A loaded unit, as one answer of the manager describes it."""
+
+    name: str
+    active: ActiveState
+    sub: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """What a service says of itself. ``since`` is when it entered its state, in seconds since the epoch; 0: never."""
+
+    text: str
+    result: str
+    exit_status: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job that is over, whoever queued it; ``path`` is what enqueue() returned to him."""
+
+    path: str
+    unit: str
+    result: JobResult
+
+
+@dataclass(slots=True)
+class _Queued:
+    """A job that this connection queued, and has not heard of since."""
+
+    verb: str
+    unit: str
+    looked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A transient scope to be made around processes that exist already."""
+
+    name: str
+    description: str
+    slice: str
+    pids: tuple[int, ...]
+    binds_to: str
+    devices: tuple[str, ...] | None
+    """Paths of the device nodes that its processes may open; everything but the pseudo devices is denied. None: they
+    may open what its user may, as a user's manager cannot deny it."""
+    stop_timeout_seconds: float
+
+    def properties(self) -> Iterator[tuple[str, str, Any]]:
+        """Name, D-Bus signature and value of each property, in the order in which systemd must see them."""
+        yield "Description", "s", self.description
+        yield "Slice", "s", self.slice
+        # No After=: the scope is made while the service's own start job runs, and would queue behind it for ever.
+        yield "BindsTo", "as", [self.binds_to]
+        yield "KillMode", "s", "control-group"
+        yield "SendSIGHUP", "b", False
+        yield "TimeoutStopUSec", "t", int(self.stop_timeout_seconds * 1_000_000)
+        # A scope that ended badly must not stay loaded: the next start makes one of the same name.
+        yield "CollectMode", "s", "inactive-or-failed"
+        if self.devices is not None:
+            # DeviceAllow before DevicePolicy: the other order leaves NeedDaemonReload=yes (systemd #35710).
+            yield "DeviceAllow", "a(ss)", [(path, "rw") for path in self.devices]
+            yield "DevicePolicy", "s", "closed"
+        yield "PIDs", "au", list(self.pids)
+
+
+class Manager:
+    """One connection to the service manager of this instance; a context manager. Not for threads, nor across a fork.
+
+    Raises:
+        SystemdError: from every method, when the manager refuses or cannot be reached.
+        UnansweredError: likewise, when nobody answered.
+        PermissionDeniedError: from every method that changes something, when the caller may not.
+    """
+
+    def __init__(self, *, patience_seconds: float = _ABSENT_SECONDS) -> None:
+        """``patience_seconds``: how long a manager that executes itself anew is asked again and again."""
+        self._patience_seconds = patience_seconds
+        self._queued: dict[str, _Queued] = {}
+        self._ended: dict[str, EndedJob] = {}
+        self._on_signal: Callable[..., None] | None = None
+        # Whom signals are from; on a connection without a bus in between nobody has a name.
+        self._sender: bytes | None = _NAME
+        if is_user_instance():
+            self._open_user()
+            return
+        self._bus = DBus()
+        with translated("reach the service manager"):
+            self._bus.open()
+
+    def _open_user(self) -> None:
+        """By the user's bus; where there is none (dbus-user-session), by the socket that systemctl(1) itself uses."""
+        self._bus = DBus(user_mode=True)
+        try:
+            self._bus.open()
+        except DBusBaseError:
+            private = Paths.here().runtime.parent / "systemd/private"
+            self._bus = DBusAddress(b"unix:path=" + os.fsencode(private), peer_to_peer=True)
+            self._sender = None
+            try:
+                self._bus.open()
+            except DBusBaseError as error:
+                raise SystemdError(
+                    f"Could not reach the service manager of this user: {os.strerror(code_of(error))}.",
+                    hint="It runs while the user is logged in; `loginctl enable-linger` has it run from boot on.",
+                ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bus.close()
+
+    def enqueue(self, verb: str, unit: str, *, replace: bool = True) -> str:
+        """Queue a job: ``verb`` is "Start", "Stop" or "Restart". Its path, for wait() or drain().
+
+        Args:
+            verb: what is to be done.
+            unit: to which unit.
+            replace: whether a job that is queued for it, and wants something else, is cancelled.
+
+        Raises:
+            JobConflictError: there is such a job, and it is not to be replaced.
+        """
+        self._subscribe()
+        mode = "replace" if replace else "fail"
+        path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, mode)
+        return self._remember(path, verb, unit)
+
+    def reset_failed(self, unit: str) -> None:
+        """Forget that ``unit`` failed."""
+        self._call(f"reset {unit}", "ResetFailedUnit", "s", unit)
+
+    def kill(self, unit: str, number: int) -> None:
+        """Send the signal ``number`` to every process of ``unit``."""
+        self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", number, again=False)
+
+    def thaw(self, unit: str) -> None:
+        """Let the processes of ``unit`` go on, which somebody froze; nothing, if nobody did."""
+        self._call(f"thaw {unit}", "ThawUnit", "s", unit)
+
+    def version(self) -> str:
+        """The release of systemd, as it spells it."""
+        with translated("read the version of the service manager"):
+            return bytes(self._bus.get_property(_NAME, _PATH, _MANAGER, b"Version", b"s")).decode()
+
+    def reload(self) -> None:
+        """Have all unit files read again."""
+        self._call("have unit files read again", "Reload", "")
+
+    def start_scope(self, scope: Scope) -> str:
+        """Queue the making of ``scope``. The job's path, for wait()."""
+        self._subscribe()
+        arguments = apply_signature(b"ss", [scope.name.encode(), b"fail"])
+        arguments.append((ord("a"), b"(sv)"))
+        for name, signature, value in scope.properties():
+            arguments += [(ord("r"), b"sv"), (ord("s"), name.encode()), (ord("v"), signature.encode())]
+            arguments += apply_signature(signature.encode(), [encode(value)])
+            arguments += [(-1, None), (-1, None)]
+        arguments.append((-1, None))
+        arguments += [(ord("a"), b"(sa(sv))"), (-1, None)]
+        with translated(f"make {scope.name}"), undisturbed():
+            path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
+        return self._remember(path, "Start", scope.name)
+
+    def wait(self, job: str, timeout_seconds: float) -> JobResult | None:
+        """How ``job``, which this connection queued, ended; None if it has not within the time."""
+        deadline = time.monotonic() + timeout_seconds
+        poll = select.poll()
+        poll.register(self._bus.get_fd(), select.POLLIN)
+        while True:
+            self._process()
+            result = self._ended.pop(job).result if job in self._ended else self._unheard(job)
+            if result is not None:
+                self._queued.pop(job, None)
+                return result
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            poll.poll(min(remaining, _HEARSAY_SECONDS) * 1000)
+
+    def listen(self) -> int:
+        """For who cannot wait(): hear of the end of every job from now on. A file that is readable when drain() is due.
+
+        Any other call may take the news along, so that drain() is due after each of those too.
+        """
+        self._subscribe()
+        fd: int = self._bus.get_fd()
+        return fd
+
+    def drain(self) -> list[EndedJob]:
+        """The jobs of all units that ended since the last call; without waiting."""
+        self._process()
+        ended = list(self._ended.values())
+        self._ended.clear()
+        return ended
+
+    def units(self, *patterns: str) -> list[Unit]:
+        """The loaded units whose names match any of the shell ``patterns``."""
+        rows = self._call("list units", "ListUnitsByPatterns", "asas", [], list(patterns)) or []
+        # pystemd unwraps an answer of one element.
+        rows = [rows] if isinstance(rows, tuple) else rows
+        return [
+            Unit(name=row[0].decode(), active=ActiveState(row[3].decode()), sub=row[4].decode(), path=row[6].decode())
+            for row in rows
+        ]
+
+    def unit(self, name: str) -> Unit | None:
+        """The unit if it is loaded."""
+        return next(iter(self.units(name)), None)
+
+    def service_status(self, unit: Unit) -> ServiceStatus:
+        """What the service ``unit`` says of itself."""
+        service = b"org.freedesktop.systemd1.Service"
+        return ServiceStatus(
+            text=self._get(unit, service, "StatusText", "s").decode(errors="replace"),
+            result=self._get(unit, service, "Result", "s").decode(),
+            exit_status=self._get(unit, service, "ExecMainStatus", "i"),
+            since=self._get(unit, b"org.freedesktop.systemd1.Unit", "StateChangeTimestamp", "t") / 1_000_000,
+        )
+
+    def _get(self, unit: Unit, interface: bytes, name: str, signature: str) -> Any:
+        path = unit.path.encode()
+        return patiently(
+            f"read {name} of {unit.name}",
+            lambda: self._bus.get_property(_NAME, path, interface, name.encode(), signature.encode()),
+            patience_seconds=self._patience_seconds,
+        )
+
+    def _call(self, doing: str, method: str, signature: str, *arguments: object, again: bool = True) -> Any:
+        """``again``: it does no harm if it is heard twice."""
+        encoded = apply_signature(signature.encode(), [encode(argument) for argument in arguments])
+
+        def call() -> Any:
+            return self._bus.call_method(_NAME, _PATH, _MANAGER, method.encode(), encoded).body
+
+        if again:
+            return patiently(doing, call, patience_seconds=self._patience_seconds)
+        with translated(doing), undisturbed():
+            return call()
+
+    def _remember(self, path: bytes, verb: str, unit: str) -> str:
+        self._queued[path.decode()] = _Queued(verb, unit, time.monotonic())
+        return path.decode()
+
+    def _unheard(self, job: str) -> JobResult | None:
+        """How a job ended of which nobody was told, as is the case while systemd executes itself anew."""
+        queued = self._queued.get(job)
+        if queued is None or time.monotonic() - queued.looked_at < _HEARSAY_SECONDS:
+            return None
+        queued.looked_at = time.monotonic()
+        try:
+            with translated(f"look at a job of {queued.unit}"):
+                self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
+            return None  # it goes on
+        except UnansweredError:
+            return None
+        except SystemdError:
+            pass  # there is no such job any more
+        unit = self.unit(queued.unit)
+        self._process()
+        if job in self._ended:
+            return self._ended.pop(job).result
+        is_up = unit is not None and unit.active in _UP
+        return JobResult.DONE if is_up is (queued.verb != "Stop") else JobResult.FAILED
+
+    def _process(self) -> None:
+        with translated("hear from the service manager"), undisturbed():
+            # What libsystemd keeps to itself looks like nothing; and nobody polls for what it has read already.
+            nothing = 0
+            while nothing < 2:
+                nothing = nothing + 1 if self._bus.process().is_empty() else 0
+
+    def _subscribe(self) -> None:
+        """Hear of the end of jobs; before the first job is queued, so that none can end unheard."""
+        if self._on_signal is not None:
+            return
+
+        def job_removed(message: Any, error: object = None, userdata: object = None) -> None:  # noqa: ARG001
+            message.process_reply(False)
+            _id, path, unit, result = message.body
+            job = EndedJob(path.decode(), unit.decode(), JobResult(result.decode()))
+            self._ended[job.path] = job
+
+        # pystemd keeps a bare pointer to the callback: this attribute is what keeps it alive.
+        self._on_signal = job_removed
+        with translated("listen to the service manager"):
+            self._bus.match_signal(self._sender, _PATH, _MANAGER, b"JobRemoved", job_removed)
+        self._call("subscribe to the service manager", "Subscribe", "")
+
+
+def set_properties(unit: str, properties: Mapping[str, str]) -> None:
+    """Give ``unit`` the ``properties``, spelt as in a unit file, for as long as it is loaded.
+
+    systemctl is the only thing that reads every property of the systemd release at hand in its own syntax.
+
+    Raises:
+        ConfigError: systemd does not take one of them.
+        SystemdError: systemctl could not be run, or did not come back.
+    """
+    import subprocess  # noqa: PLC0415  most models set none
+
+    settings = [f"{name}={value}" for name, value in properties.items()]
+    manager = ["--user"] if is_user_instance() else []
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["systemctl", *manager, "set-property", "--runtime", unit, *settings],  # noqa: S607
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SystemdError(f"Could not set the properties of {unit}: {error}.") from None
+    if done.returncode != 0:
+        raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")

@@ -1,0 +1,1 @@
+"""gpusvc-watchdog.service: idle, stuck and leaking models."""

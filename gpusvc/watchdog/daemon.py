@@ -1,0 +1,259 @@
+"""gpusvc-watchdog.service: looks at the models each tick, has them judged, and acts on it through systemd.
+
+It holds nothing that is not elsewhere too. Killed at any moment, even while a model leaves, it loses a look or two: the
+kernel opens the doors that it held, systemd goes on with the job that it queued, and the next one begins where the
+locks, the leases and the control groups are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.config.host import HostWatchdog
+from gpusvc.config.watched import Watched
+from gpusvc.errors import GpusvcError
+from gpusvc.gpu.meter import Meter
+from gpusvc.journal import events
+from gpusvc.log import log
+from gpusvc.paths import Paths
+from gpusvc.state import use
+from gpusvc.systemd.connection import Connection, ServiceManager
+from gpusvc.systemd.notify import Notifier
+from gpusvc.watchdog import verdicts
+from gpusvc.watchdog.departures import Departures
+from gpusvc.watchdog.judge import History, Judgement, Kind, Pressure, Verdict, judge
+from gpusvc.watchdog.leaks import Strays, Unattended
+from gpusvc.watchdog.observer import Observation, Observer
+
+if TYPE_CHECKING:
+    from gpusvc.errors import ConfigError
+
+# Beside the tick: how often a model that leaves is looked at, as somebody may wait at its door; and how often systemd
+# hears that all is well, however long the tick is.
+_FOLLOW_SECONDS = 0.2
+_FEED_SECONDS = 15.0
+
+# How often `systemctl status` is told nothing but how time goes by, and of how many models it tells.
+_STATUS_SECONDS = 10.0
+_STATUS_MODELS = 5
+
+
+class Watchdog:
+    """One process of it. ``now`` is CLOCK_BOOTTIME, in seconds."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        watched: Watched,
+        observer: Observer,
+        connect: Callable[[], ServiceManager],
+        notifier: Notifier,
+        *,
+        now: Callable[[], float],
+    ) -> None:
+        self._paths = paths
+        self._watched = watched
+        self._observer = observer
+        self._notifier = notifier
+        self._systemd = Connection(connect, now=now, on_answer=notifier.feed_watchdog)
+        self._departures = Departures(paths, self._systemd, now)
+        self._history = History()
+        self._short: set[str] = set()
+        self._strays = Strays()
+        self._unattended = Unattended()
+        self._shown: object = None
+        self._status_due = 0.0
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT. SIGHUP has the configuration read again."""
+        # Blocked but when they are waited for: they interrupt nothing.
+        signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        self._notifier.ready("Watching.")
+        due = time.monotonic()
+        while True:
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._interval()
+                self.tick()
+            else:
+                self._departures.follow()
+            self._notifier.feed_watchdog()
+            rest = min(due - time.monotonic(), _FOLLOW_SECONDS if self._departures.models else _FEED_SECONDS)
+            received = signal.sigtimedwait(signals, max(0.0, rest))
+            if received is None:
+                continue
+            if received.si_signo != signal.SIGHUP:
+                break
+            log(6, "The configuration is read again.")
+            self._watched.reread()
+            due = time.monotonic()
+        self._notifier.stopping()
+        self.close()
+
+    def tick(self) -> Judgement:
+        """Look, judge, act, and tell."""
+        self._departures.follow()
+        seen = self._observer.look(self._departures.models)
+        policy = seen.host.watchdog if seen.host is not None else HostWatchdog()
+        judgement = judge(
+            self._history,
+            seen.now_seconds,
+            list(seen.evidence.values()),
+            seen.gpus,
+            interval_seconds=policy.interval_seconds,
+            pressure_seconds=policy.pressure_time_seconds,
+        )
+        self._history = judgement.history
+        for name, evidence in seen.evidence.items():
+            if evidence.gpu_active:
+                with contextlib.suppress(GpusvcError):
+                    use.touch(self._paths, name)
+        for verdict in judgement.verdicts:
+            if verdict.kind is Kind.IDLE:
+                self._evict(seen, verdict.model, verdict.reason, partial(_tell_idle, seen, verdict))
+            elif verdict.kind is Kind.STUCK:
+                self._departures.unstick(seen.evidence[verdict.model], seen.leases[verdict.model], verdict)
+        self._relieve(seen, judgement.pressures)
+        self._tend(seen)
+        if not self._departures.models:
+            self._systemd.close()
+        self._tell(seen, judgement)
+        return judgement
+
+    def close(self) -> None:
+        self._departures.close()
+        self._systemd.close()
+        self._observer.close()
+
+    def _interval(self) -> float:
+        host = self._watched.host()
+        return (host.watchdog if host is not None else HostWatchdog()).interval_seconds
+
+    def _evict(self, seen: Observation, name: str, reason: str, announce: Callable[[], None]) -> None:
+        self._departures.evict(seen.evidence[name], seen.leases[name], reason=reason, announce=announce)
+
+    def _relieve(self, seen: Observation, pressures: Iterable[Pressure]) -> None:
+        """Evict the victims; where there is none, that is said once for as long as it lasts."""
+        short, self._short = self._short, set()
+        for pressure in pressures:
+            self._short.add(pressure.gpu_uuid)
+            if pressure.victim is not None:
+                self._evict(seen, pressure.victim, pressure.reason, partial(_tell_pressure, seen, pressure))
+            elif pressure.gpu_uuid not in short:
+                _tell_pressure(seen, pressure)
+
+    def _tend(self, seen: Observation) -> None:
+        """Name what models left behind, and have it cleared away where that can be done."""
+        now = seen.now_seconds
+        for stray in self._strays.news(now, seen.strays):
+            _tell_leak(str(stray), stray.model, "a process", gpu=[stray.gpu_index], vram_bytes=stray.used_bytes)
+
+        def in_the_way(name: str) -> tuple[object, ...]:
+            return seen.problem, frozenset(stray for stray in seen.strays if stray.model == name)
+
+        due = self._unattended.due(now, seen.unattended, in_the_way)
+        states = (
+            self._systemd.states([unit(name) for name in due for unit in (names.service, names.proof)]) if due else {}
+        )
+        if states is None:
+            return
+        for name in due:
+            is_new = self._unattended.is_new(name)
+            self._unattended.postpone(now, name)
+            state, proof = states[names.service(name)], states[names.proof(name)]
+            if state not in {"inactive", "failed"} or proof not in {"inactive", "failed"}:
+                continue  # somebody is at it, only not in the control group where services of ours are
+            if state == "failed" and is_new and any(in_the_way(name)):
+                continue  # that its proof failed is what its own unit has just said
+            if is_new:
+                left = "its lease" if name in seen.leases else "something of it"
+                _tell_leak(f"{name} does not run, and {left} is left: its release is proven now.", name, left)
+            self._systemd.ask(partial(_prove, unit=names.proof(name)))
+
+    def _tell(self, seen: Observation, judgement: Judgement) -> None:
+        """Let systemctl and the command know, as far as there is news; time goes by in between."""
+        shown = [(verdict.model, verdict.kind, verdict.source) for verdict in judgement.verdicts]
+        now = seen.now_seconds
+        if shown != self._shown:
+            verdicts.write(self._paths, judgement.verdicts)
+        elif now < self._status_due:
+            return
+        self._shown, self._status_due = shown, now + _STATUS_SECONDS
+        self._notifier.status(status(judgement, seen.problem))
+
+
+def status(judgement: Judgement, problem: str | None) -> str:
+    """What `systemctl status` shows: what is the matter first, and then what is not."""
+    told = sorted(judgement.verdicts, key=lambda verdict: verdict.kind is Kind.NONE)
+    number = len(told)
+    count = "no model" if not number else "1 model" if number == 1 else f"{number} models"
+    sentences = [f"Watching {count}."]
+    sentences += [problem] if problem is not None else []
+    sentences += [pressure.reason for pressure in judgement.pressures]
+    sentences += [verdict.reason for verdict in told[:_STATUS_MODELS]]
+    sentences += [f"And {number - _STATUS_MODELS} more."] if number > _STATUS_MODELS else []
+    return " ".join(sentences)
+
+
+def _prove(manager: ServiceManager, *, unit: str) -> str:
+    # Not "Start": polkit cannot tell that from the making of a transient unit of the same name, which is root.
+    return manager.enqueue("Restart", unit)
+
+
+def _tell_idle(seen: Observation, verdict: Verdict) -> None:
+    events.emit(
+        events.Kind.IDLE,
+        verdict.reason,
+        model=verdict.model,
+        gpu=[gpu.index for gpu in seen.leases[verdict.model].gpus],
+        bytes=seen.evidence[verdict.model].vram_bytes,
+        reason=verdict.reason,
+    )
+
+
+def _tell_pressure(seen: Observation, pressure: Pressure) -> None:
+    gpu = next(gpu for gpu in seen.gpus if gpu.uuid == pressure.gpu_uuid)
+    events.emit(
+        events.Kind.PRESSURE,
+        pressure.reason,
+        model=pressure.victim,
+        gpu=[gpu.index],
+        bytes=None if gpu.free_bytes is None else gpu.reserve_bytes - gpu.free_bytes,
+        reason=pressure.reason,
+        level=4,
+    )
+
+
+def _tell_leak(
+    sentence: str, model: str, what: str, *, gpu: list[int] | None = None, vram_bytes: int | None = None
+) -> None:
+    events.emit(events.Kind.LEAK, sentence, model=model, gpu=gpu, bytes=vram_bytes, reason=f"{what} is left", level=4)
+
+
+def boottime() -> float:
+    """Seconds since the machine was started, those that it slept included; nobody sets it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def main() -> int:
+    """ExecStart= of gpusvc-watchdog.service."""
+
+    def report(error: ConfigError) -> None:
+        log(4, str(error))
+
+    def connect() -> ServiceManager:
+        from gpusvc.systemd.manager import Manager  # noqa: PLC0415  a machine without models needs no bus
+
+        return Manager()
+
+    paths = Paths.here()
+    watched = Watched(paths, report)
+    observer = Observer(paths, watched, Meter(), now=boottime, wall=time.time)
+    Watchdog(paths, watched, observer, connect, Notifier(), now=boottime).run()
+    return 0

@@ -1,0 +1,212 @@
+"""The models that the watchdog has leave: their doors are held closed, and they are followed until they are gone.
+
+Nothing here waits. What takes time is begun, and looked at again when somebody calls follow().
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.backoff import Backoff
+from gpusvc.config.host import BusyAction
+from gpusvc.errors import GpusvcError
+from gpusvc.journal import events
+from gpusvc.journal import units as unitlog
+from gpusvc.log import log
+from gpusvc.placement import eviction
+from gpusvc.state import use
+from gpusvc.state.use import Drain
+
+if TYPE_CHECKING:
+    from gpusvc.paths import Paths
+    from gpusvc.state.lease import Lease
+    from gpusvc.systemd.connection import Connection
+    from gpusvc.watchdog.judge import Evidence, Verdict
+
+# A model that was to leave and is up by now is up because somebody else wanted that.
+_CHANGE_OF_MIND_SECONDS = 5.0
+
+# Beyond the model's own timeouts; then its door opens again whatever became of it.
+_GRACE_SECONDS = 90.0
+
+# How long the journal may take to tell the last words of an engine, and how many lines those are.
+_WORDS_SECONDS = 5.0
+_WORDS = 10
+
+# What systemd refused is not asked for at every tick.
+_FIRST_PAUSE_SECONDS = 10.0
+_LONGEST_PAUSE_SECONDS = 300.0
+
+_OVER = ("inactive", "failed")
+
+_THEN = {
+    BusyAction.RESTART: ("Restart", " It is restarted."),
+    BusyAction.STOP: ("Stop", " It is stopped."),
+    BusyAction.NONE: (None, ""),
+}
+
+
+class _Words:
+    """The last words of an engine, out of the journal: asked for now, and there some time later."""
+
+    def __init__(self, name: str) -> None:
+        self._deadline = time.monotonic() + _WORDS_SECONDS
+        self._file = os.memfd_create("words")  # a pipe could fill up
+        self._child: subprocess.Popen[bytes] | None = None
+        command = unitlog.command(name, f"--lines={_WORDS}", "--output=cat", "--quiet")
+        with contextlib.suppress(OSError):
+            self._child = subprocess.Popen(  # noqa: S603
+                [*command, "--no-pager"], stdin=subprocess.DEVNULL, stdout=self._file, stderr=subprocess.DEVNULL
+            )
+
+    def are_there(self) -> bool:
+        """Whether no more will come."""
+        return self._child is None or self._child.poll() is not None or time.monotonic() > self._deadline
+
+    def take(self) -> list[str]:
+        """The lines, oldest first; ends this."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        with open(self._file, "rb") as file:  # noqa: PTH123  a descriptor
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines()
+        return [line for line in lines if line.strip()]
+
+
+@dataclass(slots=True)
+class _Departure:
+    """One of them; its door is closed from when it was asked to go."""
+
+    door: Drain
+    since: float
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Stuck:
+    """One that will be dealt with as soon as its last words are heard."""
+
+    evidence: Evidence
+    lease: Lease
+    verdict: Verdict
+    words: _Words
+
+
+class Departures:
+    """All that leave now. ``now`` is a clock that nobody sets, in seconds."""
+
+    def __init__(self, paths: Paths, systemd: Connection, now: Callable[[], float]) -> None:
+        self._paths = paths
+        self._systemd = systemd
+        self._now = now
+        self._leaving: dict[str, _Departure] = {}
+        self._stuck: dict[str, _Stuck] = {}
+        self._refused: dict[str, Backoff] = {}
+
+    @property
+    def models(self) -> frozenset[str]:
+        return frozenset({*self._leaving, *self._stuck})
+
+    def evict(self, evidence: Evidence, lease: Lease, *, reason: str, announce: Callable[[], None]) -> None:
+        """Have an idle model leave, unless somebody uses it after all. ``announce`` is called once it is certain."""
+        name = lease.model
+        refused = self._refused.setdefault(name, Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
+        if not refused.is_due(self._now()):
+            return
+        with contextlib.ExitStack() as undo:
+            try:
+                door = undo.enter_context(Drain(self._paths, name))
+            except GpusvcError as error:
+                self._systemd.complain(error)
+                return
+            # Whoever came in since the tick began has left a mark, even if he is gone again.
+            if not door.wait_idle() or use.last_use(self._paths, name) != evidence.last_use or not self._is_up(name):
+                return
+            announce()
+            if self._systemd.ask(lambda manager: eviction.begin(manager, name, reason=reason.rstrip("."))) is None:
+                refused.postpone(self._now())
+                return
+            undo.pop_all()
+        self._refused.pop(name, None)
+        self._leaving[name] = self._departure(door, lease)
+
+    def unstick(self, evidence: Evidence, lease: Lease, verdict: Verdict) -> None:
+        """Have a stuck model's last words looked for; then it is restarted, stopped or left alone, as it should be."""
+        self._stuck[lease.model] = _Stuck(evidence, lease, verdict, _Words(lease.model))
+
+    def follow(self) -> None:
+        """See how far they are."""
+        for name, stuck in list(self._stuck.items()):
+            if stuck.words.are_there():
+                del self._stuck[name]
+                self._unstick(stuck, stuck.words.take())
+        if not self._leaving:
+            return
+        states = self._systemd.states([names.service(name) for name in self._leaving])
+        for name, departure in list(self._leaving.items()):
+            if self._is_over(name, departure, states):
+                departure.door.close()
+                del self._leaving[name]
+
+    def close(self) -> None:
+        """Open all doors; systemd goes on with what it was asked for."""
+        for departure in self._leaving.values():
+            departure.door.close()
+        for stuck in self._stuck.values():
+            stuck.words.take()
+        self._leaving.clear()
+        self._stuck.clear()
+
+    def _unstick(self, stuck: _Stuck, words: Sequence[str]) -> None:
+        name, before = stuck.lease.model, stuck.evidence
+        verb, sentence = _THEN[stuck.verdict.action or BusyAction.NONE]
+        if use.last_progress(self._paths, name) != before.last_progress or not use.is_used(self._paths, name):
+            return  # it moves
+        if verb is not None and not self._is_up(name):
+            return
+        said = "\n".join(["Its last words:", *words]) if words else "It left no word."
+        events.emit(
+            events.Kind.STUCK,
+            f"{stuck.verdict.reason}{sentence}\n{said}",
+            model=name,
+            gpu=[gpu.index for gpu in stuck.lease.gpus],
+            bytes=before.vram_bytes,
+            reason=stuck.verdict.reason,
+            level=4,
+        )
+        if verb is None:
+            return
+        with contextlib.ExitStack() as undo:
+            door = undo.enter_context(Drain(self._paths, name))
+            door.close_door()  # nobody new has to see it go; somebody else at the door sees to the same
+            if self._systemd.ask(lambda manager: manager.enqueue(verb, names.service(name))) is not None:
+                undo.pop_all()
+                self._leaving[name] = self._departure(door, stuck.lease)
+
+    def _departure(self, door: Drain, lease: Lease) -> _Departure:
+        now = self._now()
+        patience = lease.stop_timeout_seconds + lease.release_timeout_seconds + _GRACE_SECONDS
+        return _Departure(door, since=now, deadline=now + patience)
+
+    def _is_up(self, name: str) -> bool:
+        """Whether it is neither gone nor on its way already."""
+        service = names.service(name)
+        return (self._systemd.states([service]) or {}).get(service) == "active"
+
+    def _is_over(self, name: str, departure: _Departure, states: Mapping[str, str] | None) -> bool:
+        now = self._now()
+        if now > departure.deadline:
+            log(4, f"{name} was to leave and has not; `systemctl status {names.service(name)}` says what it does.")
+            return True
+        if states is None:
+            return False
+        state = states[names.service(name)]
+        return state in _OVER or (state == "active" and now - departure.since > _CHANGE_OF_MIND_SECONDS)

@@ -1,0 +1,334 @@
+"""Which models are idle or stuck, and whom to evict from a GPU that runs short: evidence in, verdicts out.
+
+It looks at no clock and at no model. Its memory is a value, History, that goes in with each tick and comes out renewed;
+a watchdog that lost it begins anew, with nothing lost but a few looks.
+
+A clock of a model (how long it is idle, how long it is stuck) goes on only while somebody looks. Where that was not so
+for a while, because the machine slept, the clock was set or NVML failed, it starts again: no verdict rests on evidence
+that is missing. Wall-clock times are compared with nothing but their own former value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from gpusvc.config.host import BusyAction
+from gpusvc.quantity import format_amount, format_duration, format_size
+
+# One moment without work proves little: utilisation comes in samples, and a request has pauses.
+_LOOKS = 3
+
+# As in progress.py: a tenth of a core is work, what an idle server uses is far less.
+_CPU_SHARE = 0.1
+
+_LONGEST_GAP_TICKS = 10
+_LONGEST_GAP_SECONDS = 30.0
+
+
+class Kind(StrEnum):
+    """What is to be said of a model."""
+
+    NONE = "none"
+    IDLE = "idle"
+    STUCK = "stuck"
+
+
+class Source(StrEnum):
+    """Where the knowledge comes from whether a model's processes work."""
+
+    NVML = "NVML"
+    CPU = "CPU time"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one tick saw of a model that holds a lease."""
+
+    name: str
+    run: float
+    """When its lease was made: another value means another run, of which nothing is known yet."""
+    ready: bool
+    leaving: bool
+    """Whether it is being evicted or stopped already."""
+    missing: str | None
+    """In a sentence, what should have been seen and was not, such as an error of NVML; None: nothing."""
+    in_use: bool | None
+    last_use: float | None
+    """When it was last entered or made progress, in seconds since the epoch, as use.last_use() says."""
+    last_progress: float | None
+    """Likewise, as use.last_progress() says."""
+    unused_seconds: float | None
+    """How long ago last_use was, and at most how long it is ready; counts only for who has no History of it."""
+    gpu_active: bool | None
+    """Whether the GPU worked for it since the last tick; None: NVML does not tell on this GPU, or there is none."""
+    cpu_seconds: float | None
+    """What its control group has used so far."""
+    gpu_uuids: tuple[str, ...]
+    vram_bytes: int | None
+    pinned: bool
+    idle_timeout_seconds: float
+    """0: never idle."""
+    busy_timeout_seconds: float
+    """0: never stuck."""
+    busy_action: BusyAction
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEvidence:
+    """What one tick saw of a GPU. ``free_bytes`` None: NVML did not say."""
+
+    uuid: str
+    index: int
+    free_bytes: int | None
+    reserve_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On a model: what it is, why, for how long, and on what that rests."""
+
+    model: str
+    kind: Kind
+    reason: str
+    seconds: float = 0.0
+    source: Source | None = None
+    action: BusyAction | None = None
+    """What is to become of a stuck model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """On a GPU with less free than its reserve for too long. ``victim`` None: there is nobody to evict, now."""
+
+    gpu_uuid: str
+    victim: str | None
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """What is remembered of a model. Seconds are those of the ticks' clock."""
+
+    run: float
+    seen_seconds: float
+    """When it was last seen completely."""
+    quiet_seconds: float
+    """Since when nobody uses it."""
+    quiet_looks: int
+    still_seconds: float
+    """Since when it is used and gets nowhere."""
+    last_use: float | None
+    last_progress: float | None
+    cpu_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Since when a GPU runs short, and when that was last seen."""
+
+    since_seconds: float
+    seen_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What judge() remembers from tick to tick; an empty one knows nothing."""
+
+    models: Mapping[str, Track] = field(default_factory=dict)
+    shortages: Mapping[str, Shortage] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What came of one tick: one verdict on each model, and the GPUs under pressure."""
+
+    history: History
+    verdicts: tuple[Verdict, ...]
+    pressures: tuple[Pressure, ...]
+
+
+def judge(
+    history: History,
+    now_seconds: float,
+    models: Sequence[Evidence],
+    gpus: Iterable[GpuEvidence] = (),
+    *,
+    interval_seconds: float,
+    pressure_seconds: float,
+) -> Judgement:
+    """One tick.
+
+    Args:
+        history: out of the last Judgement.
+        now_seconds: by a clock that nobody sets; best one that counts while the machine sleeps (CLOCK_BOOTTIME).
+        models: all that hold a lease, each once.
+        gpus: those whose free bytes are watched.
+        interval_seconds: how far apart ticks should be.
+        pressure_seconds: how long a GPU may run short.
+    """
+    gap_seconds = max(_LONGEST_GAP_TICKS * interval_seconds, _LONGEST_GAP_SECONDS)
+    tracks: dict[str, Track] = {}
+    verdicts: list[Verdict] = []
+    for evidence in models:
+        track, verdict = _judge_model(history.models.get(evidence.name), evidence, now_seconds, gap_seconds)
+        verdicts.append(verdict)
+        if track is not None:
+            tracks[evidence.name] = track
+
+    gpus = sorted(gpus, key=lambda gpu: gpu.index)
+    shortages = dict(_shortages(history.shortages, gpus, now_seconds, gap_seconds))
+    idle = {verdict.model for verdict in verdicts if verdict.kind is Kind.IDLE}
+    going = [evidence for evidence in models if evidence.leaving or evidence.name in idle]
+    pressures: list[Pressure] = []
+    for gpu in gpus:
+        short = shortages.get(gpu.uuid)
+        if short is None or short.seen_seconds != now_seconds or now_seconds - short.since_seconds < pressure_seconds:
+            continue
+        # One at a time: what the last one leaves may be enough.
+        waits = any(gpu.uuid in evidence.gpu_uuids for evidence in going)
+        victim = None if waits else _victim(gpu, models, tracks, now_seconds)
+        going += [victim] if victim is not None else []
+        pressures.append(_pressure(gpu, victim, now_seconds - short.since_seconds, waits=waits))
+    return Judgement(History(tracks, shortages), tuple(verdicts), tuple(pressures))
+
+
+def _judge_model(
+    track: Track | None, evidence: Evidence, now_seconds: float, gap_seconds: float
+) -> tuple[Track | None, Verdict]:
+    name = evidence.name
+    if track is not None and track.run != evidence.run:
+        track = None
+    if not evidence.ready:
+        return None, Verdict(name, Kind.NONE, f"{name} is loading.")
+    missing = _missing(evidence)
+    if missing is not None:
+        return track, Verdict(name, Kind.NONE, f"There is no verdict on {name}: {missing}")
+    if track is None:
+        track = _begin(evidence, now_seconds, evidence.unused_seconds or 0.0)
+    elif not 0 <= now_seconds - track.seen_seconds <= gap_seconds:
+        track = _begin(evidence, now_seconds, 0.0)
+    track, source = _look(track, evidence, now_seconds)
+    verdict = _verdict(track, evidence, now_seconds, source)
+    if verdict.kind is Kind.STUCK:
+        # Said once, and again only if that did not help for as long.
+        track = replace(track, still_seconds=now_seconds)
+    return track, verdict
+
+
+def _missing(evidence: Evidence) -> str | None:
+    if evidence.missing is not None:
+        return evidence.missing
+    if evidence.in_use is None or evidence.last_use is None:
+        return "its locks cannot be looked at."
+    return "the CPU time of its processes is unknown." if evidence.cpu_seconds is None else None
+
+
+def _begin(evidence: Evidence, now_seconds: float, unused_seconds: float) -> Track:
+    return Track(
+        run=evidence.run,
+        seen_seconds=now_seconds,
+        quiet_seconds=now_seconds - max(0.0, unused_seconds),
+        quiet_looks=0,
+        still_seconds=now_seconds,
+        last_use=evidence.last_use,
+        last_progress=evidence.last_progress,
+        cpu_seconds=evidence.cpu_seconds,
+    )
+
+
+def _look(before: Track, evidence: Evidence, now_seconds: float) -> tuple[Track, Source]:
+    """The Track with this look added, and what told whether the processes work."""
+    elapsed = now_seconds - before.seen_seconds
+    cpu_used = (evidence.cpu_seconds or 0.0) - (before.cpu_seconds or 0.0)
+    cpu_active = elapsed > 0 and cpu_used >= _CPU_SHARE * elapsed
+    # A server may well use some CPU for nothing, so that where NVML can tell, it alone does.
+    working, source = (cpu_active, Source.CPU) if evidence.gpu_active is None else (evidence.gpu_active, Source.NVML)
+    progressed = evidence.last_progress != before.last_progress
+    used = evidence.in_use or working or progressed or evidence.last_use != before.last_use
+    moving = not evidence.in_use or evidence.gpu_active or cpu_active or progressed
+    track = replace(
+        before,
+        seen_seconds=now_seconds,
+        quiet_seconds=now_seconds if used else before.quiet_seconds,
+        quiet_looks=0 if used else before.quiet_looks + 1,
+        still_seconds=now_seconds if moving else before.still_seconds,
+        last_use=evidence.last_use,
+        last_progress=evidence.last_progress,
+        cpu_seconds=evidence.cpu_seconds,
+    )
+    return track, source
+
+
+def _verdict(track: Track, evidence: Evidence, now_seconds: float, source: Source) -> Verdict:
+    name = evidence.name
+    if evidence.leaving:
+        return Verdict(name, Kind.NONE, f"{name} is leaving.", source=source)
+    if evidence.in_use:
+        still, limit = now_seconds - track.still_seconds, evidence.busy_timeout_seconds
+        if limit and still >= limit:
+            reason = f"{name} is in use, and for {_span(still)} made no progress: no output, no work of its processes."
+            return Verdict(name, Kind.STUCK, reason, still, source, evidence.busy_action)
+        return Verdict(name, Kind.NONE, f"{name} is in use.", still, source)
+    quiet, limit = now_seconds - track.quiet_seconds, evidence.idle_timeout_seconds
+    if evidence.pinned or not limit:
+        why = "is pinned" if evidence.pinned else "has no idle_timeout"
+        return Verdict(name, Kind.NONE, f"{name} was not used for {_span(quiet)}, and {why}.", quiet, source)
+    if quiet >= limit and track.quiet_looks >= _LOOKS:
+        reason = f"{name} was not used for {_span(quiet)}, and its processes did no work, by their {_NOUN[source]}."
+        return Verdict(name, Kind.IDLE, reason, quiet, source)
+    reason = f"{name} was not used for {_span(quiet)}; it may stay for {_span(limit)}."
+    return Verdict(name, Kind.NONE, reason, quiet, source)
+
+
+_NOUN = {Source.NVML: "use of the GPU", Source.CPU: "CPU time"}
+
+
+def _span(seconds: float) -> str:
+    return format_duration(round(seconds) if seconds >= 1 else seconds)
+
+
+def _shortages(
+    before: Mapping[str, Shortage], gpus: Iterable[GpuEvidence], now_seconds: float, gap_seconds: float
+) -> Iterable[tuple[str, Shortage]]:
+    for gpu in gpus:
+        known = before.get(gpu.uuid)
+        if known is not None and not 0 <= now_seconds - known.seen_seconds <= gap_seconds:
+            known = None
+        if gpu.free_bytes is None:
+            if known is not None:
+                yield gpu.uuid, known
+        elif gpu.free_bytes < gpu.reserve_bytes:
+            yield gpu.uuid, Shortage(now_seconds if known is None else known.since_seconds, now_seconds)
+
+
+def _victim(
+    gpu: GpuEvidence, models: Iterable[Evidence], tracks: Mapping[str, Track], now_seconds: float
+) -> Evidence | None:
+    """The model on ``gpu`` whose last use is longest ago, of those that nobody uses and nobody pinned."""
+
+    def may_go(evidence: Evidence) -> bool:
+        track = tracks.get(evidence.name)
+        return (
+            gpu.uuid in evidence.gpu_uuids
+            and evidence.vram_bytes != 0
+            and not evidence.pinned
+            and track is not None
+            and track.seen_seconds == now_seconds
+            and track.quiet_looks >= _LOOKS
+        )
+
+    return min(filter(may_go, models), key=lambda evidence: (evidence.last_use or 0.0, evidence.name), default=None)
+
+
+def _pressure(gpu: GpuEvidence, victim: Evidence | None, seconds: float, *, waits: bool) -> Pressure:
+    free = format_amount(gpu.free_bytes)
+    what = f"GPU {gpu.index} has {free} free, and for {_span(seconds)} less than its reserve of"
+    if victim is not None:
+        then = f"of its idle models {victim.name} was used least recently."
+    else:
+        then = "a model is leaving it." if waits else "there is no idle model on it that may go."
+    name = None if victim is None else victim.name
+    return Pressure(gpu.uuid, name, f"{what} {format_size(gpu.reserve_bytes)}; {then}", seconds)

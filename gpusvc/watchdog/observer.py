@@ -1,0 +1,298 @@
+"""All that one tick of the watchdog sees: leases, locks, control groups and GPUs, joined into evidence for judge().
+
+It changes nothing and concludes nothing. What could not be seen is said, so that nothing follows from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.config.host import BusyAction
+from gpusvc.gpu.meter import Reading
+from gpusvc.gpu.reading import total
+from gpusvc.linux import processes
+from gpusvc.linux.cgroup import Cgroup
+from gpusvc.state import lease as leases
+from gpusvc.state import use
+from gpusvc.state.lease import BrokenLeaseError, Lease
+from gpusvc.watchdog.judge import Evidence, GpuEvidence
+from gpusvc.watchdog.leaks import Stray
+
+if TYPE_CHECKING:
+    from gpusvc.config.files import HostConfig, ModelConfig
+    from gpusvc.config.watched import Watched
+    from gpusvc.gpu.meter import Meter
+    from gpusvc.paths import Paths
+
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+_Stamp = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One tick. ``now_seconds`` is by CLOCK_BOOTTIME."""
+
+    now_seconds: float
+    host: HostConfig | None
+    """None: the policy is unknown."""
+    leases: Mapping[str, Lease]
+    evidence: Mapping[str, Evidence]
+    gpus: tuple[GpuEvidence, ...]
+    unattended: frozenset[str]
+    """Models of which a lease or processes are left, but no control group of their service."""
+    strays: tuple[Stray, ...]
+    problem: str | None
+    """In a sentence, what could not be read."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A lease as it was when it was read last; None: it makes no sense. And where its model's files are."""
+
+    stamp: _Stamp
+    lease: Lease | None
+    recorded: dict[int, processes.Process]
+    directory: str
+    pin: str
+    cgroup: Cgroup | None
+
+
+class Observer:
+    """Looks again and again, and keeps what makes that cheap."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        watched: Watched,
+        meter: Meter,
+        *,
+        now: Callable[[], float],
+        wall: Callable[[], float],
+        group_of: Callable[[int], Cgroup | None] = Cgroup.of_process,
+    ) -> None:
+        """
+        Args:
+            paths: where leases, locks and pins are.
+            watched: the configuration.
+            meter: NVML, which is asked only while there is a model with a GPU: an open client keeps GPUs awake, and
+                the driver from being replaced.
+            now: CLOCK_BOOTTIME, in seconds.
+            wall: seconds since the epoch.
+            group_of: the control group of a PID.
+        """
+        self._paths = paths
+        self._services = Cgroup(paths.control_group)
+        self._scopes = Cgroup(f"{paths.control_group}/{names.SLICE}")
+        self._watched = watched
+        self._meter = meter
+        self._now = now
+        self._wall = wall
+        self._group_of = group_of
+        self._kept: dict[str, _Kept] = {}
+
+    def look(self, leaving: Collection[str]) -> Observation:
+        """``leaving`` are the models that are being stopped already."""
+        host = self._watched.host()
+        self._kept = dict(self._read_leases())
+        held = {name: kept.lease for name, kept in self._kept.items() if kept.lease is not None}
+        attended = set(filter(None, map(names.of_service, self._services.children())))
+        now, wall = self._now(), self._wall()
+        configs = self._watched.models(held)
+        reading = self._read_gpus(now, wall, held)
+        members = self._members(reading, held)
+        leaving = {*leaving, *_evicted(held, attended)}
+        return Observation(
+            now_seconds=now,
+            host=host,
+            leases=held,
+            evidence={
+                name: self._evidence(
+                    lease,
+                    host,
+                    configs[name],
+                    reading,
+                    members.get(name, frozenset()),
+                    now,
+                    wall,
+                    leaving=name in leaving,
+                )
+                for name, lease in held.items()
+            },
+            gpus=_free(reading, host),
+            unattended=frozenset({*self._kept, *_populated(self._scopes, but=attended)} - attended),
+            strays=tuple(self._strays(reading, members)),
+            problem=reading.problem,
+        )
+
+    def close(self) -> None:
+        self._meter.close()
+
+    def _read_leases(self) -> Iterator[tuple[str, _Kept]]:
+        """Those that changed are read again; those that are gone are forgotten."""
+        # Strings rather than pathlib: this is done for every model at every tick.
+        directory = str(self._paths.leases_directory)
+        try:
+            found = os.listdir(directory)  # noqa: PTH208
+        except OSError:
+            return
+        for name in sorted(filter(names.is_name, found)):
+            try:
+                status = os.stat(f"{directory}/{name}/lease.json")  # noqa: PTH116
+            except OSError:
+                continue
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            before = self._kept.get(name)
+            yield name, before if before is not None and before.stamp == stamp else self._read_lease(name, stamp)
+
+    def _read_lease(self, name: str, stamp: _Stamp) -> _Kept:
+        lease = None
+        with contextlib.suppress(BrokenLeaseError):
+            lease = leases.read(self._paths, name)
+        return _Kept(
+            stamp,
+            lease,
+            recorded={process.pid: process for process in lease.processes} if lease is not None else {},
+            directory=str(self._paths.lease_directory(name)),
+            pin=str(self._paths.pin_file(name)),
+            cgroup=Cgroup(lease.cgroup) if lease is not None and lease.cgroup is not None else None,
+        )
+
+    def _read_gpus(self, now: float, wall: float, held: Mapping[str, Lease]) -> Reading:
+        of_interest = {gpu.uuid for lease in held.values() for gpu in lease.gpus}
+        if not of_interest:
+            self._meter.close()
+            return Reading()
+        return self._meter.read(now, wall, of_interest)
+
+    def _members(self, reading: Reading, held: Mapping[str, Lease]) -> dict[str, frozenset[int]]:
+        """Of each model, the processes on GPUs that are in its control group or below."""
+        owners = {lease.cgroup: name for name, lease in held.items() if lease.cgroup is not None}
+        found: dict[str, set[int]] = {}
+        for pid in {process.pid for gpu in reading.gpus for process in gpu.processes or ()}:
+            group = self._group_of(pid)
+            path = "" if group is None else group.path
+            while path:
+                if path in owners:
+                    found.setdefault(owners[path], set()).add(pid)
+                    break
+                path = path.rpartition("/")[0]
+        return {name: frozenset(pids) for name, pids in found.items()}
+
+    def _strays(self, reading: Reading, members: Mapping[str, frozenset[int]]) -> Iterator[Stray]:
+        inside = frozenset[int]().union(*members.values())
+        for gpu in reading.gpus:
+            for listed in gpu.processes or ():
+                if listed.pid in inside:
+                    continue
+                for name, kept in self._kept.items():
+                    known = kept.recorded.get(listed.pid)
+                    now = processes.identify(listed.pid) if known is not None else None
+                    # A PID that somebody else has by now is not the model's; one that nobody has is a ghost, and is.
+                    if known is not None and now in {known, None}:
+                        yield Stray(name, known, gpu.index, alive=now is not None, used_bytes=listed.used_bytes)
+
+    def _evidence(
+        self,
+        lease: Lease,
+        host: HostConfig | None,
+        config: ModelConfig | None,
+        reading: Reading,
+        pids: frozenset[int],
+        now: float,
+        wall: float,
+        *,
+        leaving: bool,
+    ) -> Evidence:
+        name = lease.model
+        policy = config or (host.watchdog if host is not None else None)
+        is_kept = config is not None and config.serving.keep
+        kept = self._kept[name]
+        glance = use.glance(kept.directory)
+        by_uuid = {gpu.uuid: gpu for gpu in reading.gpus}
+        given = [by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid]
+        # Frozen by somebody it makes no progress, and is not stuck.
+        is_frozen = kept.cgroup is not None and glance.in_use is True and kept.cgroup.frozen()
+        return Evidence(
+            name=name,
+            run=lease.created,
+            ready=lease.ready,
+            leaving=leaving,
+            missing=self._missing(lease, host, config, reading),
+            in_use=glance.in_use,
+            last_use=glance.last_use,
+            last_progress=glance.last_progress,
+            unused_seconds=None if glance.last_use is None else min(max(0.0, wall - glance.last_use), _age(kept, now)),
+            gpu_active=_has_worked(lease, reading, pids),
+            cpu_seconds=kept.cgroup.cpu_seconds() if kept.cgroup is not None else None,
+            gpu_uuids=tuple(gpu.uuid for gpu in lease.gpus),
+            vram_bytes=total(gpu.used_by(pids) for gpu in given),
+            pinned=(config is not None and config.pinned) or os.path.exists(kept.pin),  # noqa: PTH110
+            # Where the policy is unknown, nothing follows from these.
+            idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None and not is_kept else 0.0,
+            busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None and not is_frozen else 0.0,
+            busy_action=policy.busy_action if policy is not None else BusyAction.NONE,
+        )
+
+    def _missing(
+        self, lease: Lease, host: HostConfig | None, config: ModelConfig | None, reading: Reading
+    ) -> str | None:
+        if host is None:
+            return "the host's configuration cannot be read."
+        # One without a file runs on with nothing special about it. But one that cannot be read may have it pinned.
+        if config is None and os.path.lexists(self._paths.model_file(lease.model)):
+            return "its configuration cannot be read."
+        if not lease.gpus:
+            return None
+        if reading.problem is not None:
+            return reading.problem
+        by_uuid = {gpu.uuid: gpu for gpu in reading.gpus}
+        for leased in lease.gpus:
+            gpu = by_uuid.get(leased.uuid)
+            if gpu is None:
+                return f"NVML does not show GPU {leased.index}."
+            if gpu.problem is not None or gpu.processes is None:
+                return f"GPU {gpu.index} cannot be read: {gpu.problem or 'its processes are unknown.'}"
+            if gpu.uuid in reading.problems:
+                return reading.problems[gpu.uuid]
+        return None
+
+
+def _age(kept: _Kept, now: float) -> float:
+    """How long its engine runs, by a clock that nobody sets; 0 where that is not recorded."""
+    engine = None if kept.lease is None else kept.recorded.get(kept.lease.pid or 0)
+    return 0.0 if engine is None else max(0.0, now - engine.start_ticks / _TICKS_PER_SECOND)
+
+
+def _has_worked(lease: Lease, reading: Reading, pids: frozenset[int]) -> bool | None:
+    """Whether any of its GPUs worked for it; None: there is none, or one that does not tell."""
+    told = [reading.workers.get(gpu.uuid) for gpu in lease.gpus]
+    if any(workers is not None and workers & pids for workers in told):
+        return True
+    return None if None in told or not told else False
+
+
+def _free(reading: Reading, host: HostConfig | None) -> tuple[GpuEvidence, ...]:
+    if host is None:
+        return ()
+    reserve = host.gpu.reserve_bytes
+    return tuple(GpuEvidence(gpu.uuid, gpu.index, gpu.free_bytes, reserve) for gpu in reading.gpus if gpu.uuid)
+
+
+def _evicted(held: Mapping[str, Lease], attended: Collection[str]) -> Iterator[str]:
+    """Those whom models that start have leave."""
+    for name, lease in held.items():
+        if not lease.ready and name in attended:
+            yield from lease.evicting
+
+
+def _populated(scopes: Cgroup, *, but: Collection[str]) -> Iterator[str]:
+    for unit in scopes.children():
+        name = names.of_scope(unit)
+        if name is not None and name not in but and Cgroup(f"{scopes.path}/{unit}").populated():
+            yield name
