@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from gpusvc.api.page.view import duration
+from gpusvc.api.page.clock import duration
 from gpusvc.journal.events import Kind
 from gpusvc.quantity import GIB
 from gpusvc.status.inventory import ModelState

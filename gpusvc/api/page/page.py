@@ -17,8 +17,8 @@ from aiohttp import web
 
 from gpusvc import names
 from gpusvc.api.backend import journal
-from gpusvc.api.page import view
-from gpusvc.api.page.view import Facts, Log, Moment
+from gpusvc.api.page import document
+from gpusvc.api.page.moment import Facts, Log, Moment
 from gpusvc.config.files import HostConfig, load_host
 from gpusvc.config.host import read_idle_timeout
 from gpusvc.config.serving import read_serving
@@ -63,11 +63,11 @@ def routes(service: Service) -> list[web.RouteDef]:
         """The status page."""
         chosen = request.query.get("log")
         log = None if chosen is None else await _read_log(chosen)
-        return _html(view.page(await moment(service), socket.gethostname(), log))
+        return _html(document.page(await moment(service), socket.gethostname(), log))
 
     async def parts(_: web.Request) -> web.Response:
         """The parts of the status page that change, as HTML."""
-        return _html(view.parts(await moment(service)))
+        return _html(document.parts(await moment(service)))
 
     async def static(request: web.Request) -> web.StreamResponse:
         """A file of the status page."""
@@ -82,7 +82,7 @@ def routes(service: Service) -> list[web.RouteDef]:
 
 def refusal(error: GpusvcError) -> web.Response:
     """``error`` for a person whose browser sent a form."""
-    return _html(view.refusal(error.message, error.hint), status=error.http_status)
+    return _html(document.refusal(error.message, error.hint), status=error.http_status)
 
 
 async def moment(service: Service) -> Moment:

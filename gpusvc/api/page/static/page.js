@@ -12,7 +12,7 @@
 
   let ahead = 0; // seconds of the server's clock before ours
 
-  // As view.duration() has it.
+  // As duration() of clock.py has it.
   function duration(seconds) {
     const whole = Math.trunc(seconds);
     if (whole <= 0) return "a moment";

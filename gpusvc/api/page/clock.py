@@ -1,0 +1,41 @@
+"""Times and durations on the status page. ``page.js`` moves them on."""
+
+from __future__ import annotations
+
+import time
+
+from gpusvc.api.page.html import Html, element
+
+
+def clock(seconds: float, now: float) -> Html:
+    """The time of day, and of another day the day."""
+    moment = time.localtime(seconds)
+    is_today = moment[:3] == time.localtime(now)[:3]
+    return element(
+        "time",
+        time.strftime("%H:%M:%S" if is_today else "%d %b %H:%M", moment),
+        datetime=time.strftime("%Y-%m-%dT%H:%M:%S%z", moment),
+        title=time.strftime("%Y-%m-%d %H:%M:%S %Z", moment),
+    )
+
+
+def since(then: float, now: float) -> Html:
+    return element("span", duration(now - then), data_since=f"{then:.3f}")
+
+
+def until(then: float, now: float) -> Html:
+    return element("span", duration(then - now), data_until=f"{then:.3f}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds to the minute, then minutes to the hour, and so on; a moment if it is none. As page.js has it."""
+    whole = int(seconds)
+    if whole <= 0:
+        return "a moment"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
