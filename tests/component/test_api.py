@@ -247,6 +247,35 @@ async def running(directory: Path) -> AsyncIterator[Api]:
         await snapshots.close()
 
 
+@asynccontextmanager
+async def serving(api: Api, values: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """A route of its own that sends ``values`` as an array; its URL."""
+
+    async def send(request: web.Request) -> web.StreamResponse:
+        return await api.service.streams.send_array(request, values)
+
+    made = web.Application()
+    made.router.add_get("/", send)
+    runner = web.AppRunner(made, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}/"
+    finally:
+        await runner.cleanup()
+
+
+async def array_of(api: Api, number: int) -> tuple[int, Any]:
+    async def values() -> AsyncIterator[dict[str, int]]:
+        for n in range(number):
+            yield {"n": n}
+
+    async with serving(api, values()) as url, aiohttp.ClientSession() as client, client.get(url) as response:
+        return response.status, await response.json()
+
+
 @pytest.fixture
 def api(tmp_path: Path) -> Callable[[Callable[[Api], Coroutine[Any, Any, None]]], None]:
     """Runs a coroutine with an API of its own."""
@@ -702,7 +731,7 @@ def test_tools_that_know_llama_swap_find_their_way(api: Run) -> None:
         api.model("qwen", runs=True)
         proxy = "http://127.0.0.1:4711"
         assert await api.get("/running") == {"running": [{"model": "qwen", "state": "ready", "proxy": proxy}]}
-        unload = asyncio.ensure_future(api.client.get("http://api/unload"))
+        unload = asyncio.ensure_future(api.client.post("http://api/unload"))
         await api.asked("Stop", "qwen")
         api.systemd.stopped("qwen")
         response = await unload
@@ -711,12 +740,58 @@ def test_tools_that_know_llama_swap_find_their_way(api: Run) -> None:
     api(scenario)
 
 
-def test_to_look_at_a_route_that_unloads_unloads_nothing(api: Run) -> None:
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_any_page_can_send_unloads_nothing(api: Run, method: str) -> None:
     async def scenario(api: Api) -> None:
         api.model("qwen", runs=True)
-        async with api.client.head("http://api/unload") as response:
+        async with api.client.request(method, "http://api/unload") as response:
             assert response.status == 405
+            if method == "GET":
+                assert "POST /unload" in (await response.json())["error"]["hint"]
         assert api.systemd.asked == []
+
+    api(scenario)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_an_array_is_sent_as_it_is_read(api: Run, number: int) -> None:
+    async def scenario(api: Api) -> None:
+        assert await array_of(api, number) == (200, [{"n": n} for n in range(number)])
+
+    api(scenario)
+
+
+def test_a_client_that_does_not_read_an_array_holds_little_of_it(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        made = 0
+
+        async def values() -> AsyncIterator[str]:
+            nonlocal made
+            while made < 10_000:
+                made += 1
+                yield "x" * 10_000
+
+        async with serving(api, values()) as url, aiohttp.ClientSession() as client, client.get(url) as response:
+            assert await response.content.readexactly(2) == b'["'
+            # The sockets' buffers are full once no more is made.
+            before = -1
+            while before != made:
+                before = made
+                await asyncio.sleep(0.05)
+            assert made * 10_000 < 20_000_000
+
+    api(scenario)
+
+
+def test_an_array_that_breaks_off_has_no_clean_end(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        async def values() -> AsyncIterator[int]:
+            yield 1
+            raise PermissionDeniedError("The journal cannot be read.")
+
+        async with serving(api, values()) as url, aiohttp.ClientSession() as client, client.get(url) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
 
     api(scenario)
 

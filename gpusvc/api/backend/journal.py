@@ -27,8 +27,11 @@ QUEUE_LENGTH = 256
 # A journalctl that ended, as when journald was restarted, has a successor.
 _PAUSE_SECONDS = 5.0
 
-# A line of the journal is rarely longer; a longer one ends the child that printed it.
+# A line of the journal is rarely longer. A longer one is left out, and the next one read.
 _LONGEST_LINE_BYTES = 1 << 20
+
+# An engine may write lines of any length. A message is cut here, so that few lines cannot fill the memory.
+_LONGEST_MESSAGE_CHARACTERS = 16 * 1024
 
 _ANSWER_SECONDS = 10.0
 
@@ -168,7 +171,7 @@ async def read(command: list[str]) -> list[bytes]:
 
 @asynccontextmanager
 async def log_of(name: str, lines: int, *, follow: bool) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-    """What the journal has of the model's unit, the engine's lines among it, oldest first: entries as told().
+    """The log of the model's unit with the engine's lines, oldest first: entries as told() returns them.
 
     Raises:
         GpusvcError: the journal cannot be read.
@@ -204,8 +207,13 @@ def told(entry: dict[str, Any]) -> dict[str, Any]:
         "cursor": str(entry["__CURSOR"]),
         "level": int(entry.get("PRIORITY", 6)),
         "from": entry.get("SYSLOG_IDENTIFIER"),
-        "message": message or "",
+        "message": _cut(message or ""),
     }
+
+
+def _cut(message: str) -> str:
+    rest = len(message) - _LONGEST_MESSAGE_CHARACTERS
+    return message if rest <= 0 else f"{message[:_LONGEST_MESSAGE_CHARACTERS]}… ({rest} more characters)"
 
 
 @asynccontextmanager
@@ -237,7 +245,13 @@ async def _lines_of(child: asyncio.subprocess.Process) -> AsyncIterator[bytes]:
     # Read on the side, so that a child with much to complain of does not come to a halt.
     listener = asyncio.ensure_future(_keep(child.stderr, complaints))
     try:
-        async for line in child.stdout:
+        while True:
+            try:
+                line = await child.stdout.readline()
+            except ValueError:  # longer than the limit: asyncio has dropped what it held of it
+                continue
+            if not line:
+                break
             yield line.rstrip(b"\n")
         await listener
     finally:

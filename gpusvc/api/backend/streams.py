@@ -1,11 +1,14 @@
-"""Streams of server-sent events to few clients, each of whom has to read (WHATWG HTML, 9.2)."""
+"""Long responses to a few clients: server-sent events (WHATWG HTML, 9.2), and JSON arrays sent as they are read.
+
+A response holds one element at a time. A client that does not read is disconnected.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +17,21 @@ from aiohttp import web
 from gpusvc.errors import GpusvcError
 from gpusvc.printable import escaped_json
 
-# Followers at a time. One of a log has a journalctl(1) of his own.
+# Long responses at a time. Each one of a log has a journalctl(1) of its own.
 MAX_FOLLOWERS = 64
 
-# A comment now and then finds out who is gone, and keeps proxies from ending what is silent.
+# A comment in every pause shows whether the client is still connected, and keeps proxies from closing the stream.
 _SILENCE_SECONDS = 15.0
 
-# Who takes nothing for so long is not there.
+# A client that reads nothing for so long is disconnected.
 _PATIENCE_SECONDS = 30.0
 
 
+_END = object()
+
+
 class TooManyFollowersError(GpusvcError):
-    """Others are following, and all that can be."""
+    """The limit of long responses is reached."""
 
     http_status = 503
     retry_after_seconds = 30
@@ -59,14 +65,52 @@ class Streams:
         Raises:
             TooManyFollowersError: there are enough already.
         """
+        with self._counted():
+            async with aclosing(messages):
+                return await self._send(request, messages)
+
+    async def send_array(self, request: web.Request, values: AsyncIterator[Any]) -> web.StreamResponse:
+        """Send ``values`` as one JSON array. It never holds more than one of them.
+
+        An error before the first value is raised, so that it becomes a status. After that nothing can say so but the
+        end of the connection: the array then has no closing bracket.
+
+        Raises:
+            TooManyFollowersError: there are enough already.
+            GpusvcError: the first value could not be read.
+        """
+        with self._counted():
+            value = await anext(values, _END)
+            response = web.StreamResponse(headers={"Content-Type": "application/json", "Cache-Control": "no-store"})
+            await response.prepare(request)
+            if request.method == "HEAD":
+                return response
+            start = b"["
+            try:
+                while value is not _END:
+                    text = escaped_json(json.dumps(value, ensure_ascii=False))
+                    await _write(request, response, start + text.encode(errors="replace"))
+                    start = b", "
+                    value = await anext(values, _END)
+                await _write(request, response, b"[]\n" if start == b"[" else b"]\n")
+                await response.write_eof()
+            except GpusvcError:
+                if request.transport is not None:
+                    request.transport.abort()
+            except (ConnectionError, TimeoutError):
+                pass  # the client is gone
+            return response
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count this response among those that close() ends."""
         if len(self._tasks) >= MAX_FOLLOWERS:
             raise TooManyFollowersError(f"{MAX_FOLLOWERS} clients follow events and logs already.")
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
         self._tasks.add(task)
         try:
-            async with aclosing(messages):
-                return await self._send(request, messages)
+            yield
         finally:
             self._tasks.discard(task)
 
@@ -101,7 +145,7 @@ class Streams:
                 await _write(request, response, message.encode())
             await response.write_eof()
         except (ConnectionError, TimeoutError):
-            pass  # the client is gone, or as good as that
+            pass  # the client is gone
         finally:
             if pending is not None:
                 pending.cancel()

@@ -1,8 +1,8 @@
 """The status page as HTML: values in, markup out. It reads nothing, and the markup works without a script.
 
 ``parts()`` is everything that a refresh replaces. An element with an ``id`` stays the same element over refreshes, so
-that it keeps the focus. An element with ``data-since`` or ``data-until`` (seconds since the epoch) is a clock; the script
-moves it on.
+that it keeps the focus. An element with ``data-since`` or ``data-until`` (seconds since the epoch) is a clock,
+and the script moves it on.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def parts(moment: Moment) -> Html:
     )
 
 
-def refusal(message: str, hint: str | None) -> str:
+def error_page(message: str, hint: str | None) -> str:
     """The answer to a form of the page whose wish could not be granted."""
     head = join(
         element("meta", charset="utf-8"),

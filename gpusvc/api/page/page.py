@@ -80,9 +80,9 @@ def routes(service: Service) -> list[web.RouteDef]:
     return [web.get("/", page), web.get("/gpusvc/page", parts), web.get("/gpusvc/static/{file}", static)]
 
 
-def refusal(error: GpusvcError) -> web.Response:
+def error_page(error: GpusvcError) -> web.Response:
     """``error`` for a person whose browser sent a form."""
-    return _html(document.refusal(error.message, error.hint), status=error.http_status)
+    return _html(document.error_page(error.message, error.hint), status=error.http_status)
 
 
 async def moment(service: Service) -> Moment:

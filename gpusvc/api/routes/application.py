@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from gpusvc.api.backend import metrics
-from gpusvc.api.backend.answers import answer, refusal
+from gpusvc.api.backend.responses import error_response, json_response
 from gpusvc.api.backend.service import Service
 from gpusvc.api.page import page
 from gpusvc.api.routes import compatible, history, machine, models
@@ -60,7 +60,7 @@ def endpoints(service: Service) -> list[Endpoint]:
 
     async def openapi(_: web.Request) -> web.Response:
         """This API, as an OpenAPI document."""
-        return answer(document(found))
+        return json_response(document(found))
 
     found += [Endpoint("GET", "/gpusvc/openapi.json", openapi), Endpoint("GET", "/openapi.json", openapi)]
     return found
@@ -73,11 +73,11 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
     except GpusvcError as error:
         # A form of the page that was sent without JavaScript wants to be read by a person.
         is_form = request.method == "POST" and "text/html" in request.headers.get("Accept", "")
-        return page.refusal(error) if is_form else refusal(error)
+        return page.error_page(error) if is_form else error_response(error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        response = refusal(_HttpError(error))
+        response = error_response(_HttpError(error))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -85,9 +85,11 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
         raise  # the client's, or of a stream to it
     except Exception as error:  # one request must not take the others along
         if _is_want(error):
-            return refusal(_ExhaustedError(f"This machine has too little of something: {error}.", hint="Try again."))
+            return error_response(
+                _ExhaustedError(f"This machine has too little of something: {error}.", hint="Try again.")
+            )
         log(3, f"{request.method} {request.path} failed: {type(error).__name__}: {error}.")
-        return refusal(_InternalError("Something went wrong here.", hint="The journal of gpusvc-api has more."))
+        return error_response(_InternalError("Something went wrong here.", hint="The journal of gpusvc-api has more."))
 
 
 def _is_want(error: Exception) -> bool:

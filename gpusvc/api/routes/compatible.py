@@ -1,4 +1,4 @@
-"""Routes that tools know from elsewhere: llama-swap's /running and /unload, and LocalAI's /backend/shutdown."""
+"""Routes that other programs' clients use: llama-swap's /running and /unload, and LocalAI's /backend/shutdown."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 
 from aiohttp import web
 
-from gpusvc.api.backend.answers import answer
 from gpusvc.api.backend.caller import caller
+from gpusvc.api.backend.responses import json_response
 from gpusvc.api.backend.service import Service
 from gpusvc.api.routes.endpoints import Endpoint
-from gpusvc.errors import UsageError
+from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.log import log
 from gpusvc.status.inventory import ModelState, url
 
@@ -23,6 +23,12 @@ _RUNNING = {
 }
 
 
+class _PostOnlyError(GpusvcError):
+    """A request that changes something came as a GET, which a link or an image of any web page sends."""
+
+    http_status = 405
+
+
 class _Compatible:
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -30,7 +36,7 @@ class _Compatible:
     async def running(self, _: web.Request) -> web.Response:
         """The models that run, in llama-swap's form."""
         models = await self._service.snapshots.models()
-        return answer(
+        return json_response(
             {
                 "running": [
                     {
@@ -50,6 +56,10 @@ class _Compatible:
         await self._service.jobs.stop_all()
         return web.Response(text="OK")
 
+    async def refuse_get(self, _: web.Request) -> web.Response:
+        """Refuse to unload on a GET, which any page in a browser can send: POST does it."""
+        raise _PostOnlyError("GET /unload stops no model.", hint="POST /unload stops all models: curl -X POST …/unload")
+
     async def unload(self, request: web.Request) -> web.Response:
         """Stop a model, in use or not."""
         await self._stop(request, request.match_info["name"])
@@ -65,7 +75,7 @@ class _Compatible:
         if not isinstance(model, str):
             raise UsageError("The body names no model.", hint='It is {"model": NAME}.')
         await self._stop(request, model)
-        return answer({})
+        return json_response({})
 
     async def _stop(self, request: web.Request, text: str) -> None:
         name = self._service.resolve(text)
@@ -78,7 +88,7 @@ def endpoints(service: Service) -> list[Endpoint]:
     plain = ("text/plain",)
     return [
         Endpoint("GET", "/running", compatible.running),
-        Endpoint("GET", "/unload", compatible.unload_all, media=plain, changes=True),
+        Endpoint("GET", "/unload", compatible.refuse_get, media=plain),
         Endpoint("POST", "/unload", compatible.unload_all, media=plain),
         Endpoint("POST", "/api/models/unload", compatible.unload_all, media=plain),
         Endpoint("POST", "/api/models/unload/{name}", compatible.unload, media=plain),

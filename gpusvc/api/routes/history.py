@@ -1,4 +1,4 @@
-"""What happened and what was written: events and logs, so far and as they come."""
+"""Events and logs: the last ones, and new ones as they come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from aiohttp import web
 
 from gpusvc.api.backend import journal
-from gpusvc.api.backend.answers import answer
+from gpusvc.api.backend.responses import json_response
 from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.streams import Message
 from gpusvc.api.routes.endpoints import JSON, SSE, Endpoint, Parameter
@@ -18,8 +18,8 @@ from gpusvc.journal.eventlog import Event
 _MAX_LINES = 10_000
 _FEW_LINES = 10
 
-_LINES = Parameter("lines", "How many of those that were are told first.", {"type": "integer", "minimum": 0})
-_FOLLOW = Parameter("follow", "0: an array of those that were, and no stream.", {"enum": ["0", "1"], "default": "1"})
+_LINES = Parameter("lines", "How many of the last entries are sent first.", {"type": "integer", "minimum": 0})
+_FOLLOW = Parameter("follow", "0: an array of the last entries, and no stream.", {"enum": ["0", "1"], "default": "1"})
 _MODEL = Parameter("model", "Only of this model, or an alias of it.", {"type": "string"})
 
 
@@ -28,23 +28,23 @@ class _History:
         self._service = service
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """Events as they happen, and those that were."""
+        """The last events, and new ones as they happen."""
         text = request.query.get("model")
         model = None if text is None else self._service.resolve(text)
         lines = _lines(request)
         if not _follows(request):
-            return answer([event.to_json() for event in await self._service.events.last(lines, model=model)])
+            return json_response([event.to_json() for event in await self._service.events.last(lines, model=model)])
         seen = request.headers.get("Last-Event-ID", "")
         after = seen if eventlog.is_cursor(seen) else None
         return await self._service.streams.send(request, self._events(model, lines, after))
 
     async def log(self, request: web.Request) -> web.StreamResponse:
-        """What a model, gpusvc and systemd write about its runs, as it comes."""
+        """The last lines of a model's log, and new ones as they are written: by its engine, gpusvc and systemd."""
         name = self._service.resolve(request.match_info["name"])
         lines = _lines(request)
         if not _follows(request):
             async with journal.log_of(name, lines, follow=False) as entries:
-                return answer([entry async for entry in entries])
+                return await self._service.streams.send_array(request, entries)
         return await self._service.streams.send(request, _log(name, lines))
 
     async def _events(self, model: str | None, lines: int, after: str | None) -> AsyncGenerator[Message, None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from gpusvc.api.backend.answers import answer
+from gpusvc.api.backend.responses import json_response
 from gpusvc.api.backend.service import Service
 from gpusvc.api.routes.endpoints import Endpoint
 from gpusvc.config.effective import effective
@@ -17,7 +17,7 @@ class _Machine:
 
     async def gpus(self, _: web.Request) -> web.Response:
         """The GPUs, and who holds how much of each."""
-        return answer([gpu.to_json() for gpu in await self._service.snapshots.gpus()])
+        return json_response([gpu.to_json() for gpu in await self._service.snapshots.gpus()])
 
     async def host(self, _: web.Request) -> web.Response:
         """Each setting of the host in effect, and its source."""
@@ -29,7 +29,7 @@ class _Machine:
 
     async def _settings(self, name: str | None) -> web.Response:
         settings = await self._service.snapshots.beside(lambda: effective(self._service.paths, name))
-        return answer([{"key": each.key, "value": each.value, "source": each.source} for each in settings])
+        return json_response([{"key": each.key, "value": each.value, "source": each.source} for each in settings])
 
 
 def endpoints(service: Service) -> list[Endpoint]:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from gpusvc.api.backend import journal, pins
-from gpusvc.api.backend.answers import answer, refusal
 from gpusvc.api.backend.caller import caller
 from gpusvc.api.backend.jobs import Ready
+from gpusvc.api.backend.responses import error_response, json_response
 from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.shared import outcome
 from gpusvc.api.backend.streams import is_gone
@@ -51,7 +51,7 @@ class _Models:
 
     async def list_(self, _: web.Request) -> web.Response:
         """All models, those that are stopped too."""
-        return answer([model.to_json() for model in await self._service.snapshots.models()])
+        return json_response([model.to_json() for model in await self._service.snapshots.models()])
 
     async def show(self, request: web.Request) -> web.Response:
         """All there is to know of one model."""
@@ -66,7 +66,7 @@ class _Models:
             "processes": [process.to_json() for process in processes],
             "log": await journal.last_words(name, _LOG_LINES, 0.0),
         }
-        return answer(status.to_json() | more)
+        return json_response(status.to_json() | more)
 
     async def start(self, request: web.Request) -> web.StreamResponse:
         """Start a model, and wait until it is ready."""
@@ -90,7 +90,7 @@ class _Models:
                 if done:
                     return _ready(start.result())
         except GpusvcError as error:
-            return refusal(error, with_log=self._may_show_log(name))
+            return error_response(error, with_log=self._may_show_log(name))
         finally:
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
@@ -191,14 +191,14 @@ def endpoints(service: Service) -> list[Endpoint]:
 
 
 def _ready(ready: Ready) -> web.Response:
-    return answer({"name": ready.name, "state": "ready", "address": ready.address, "port": ready.port})
+    return json_response({"name": ready.name, "state": "ready", "address": ready.address, "port": ready.port})
 
 
 def _done(request: web.Request, value: dict[str, Any], *, status: int = 200) -> web.StreamResponse:
     """``value``, or for a person's form without a script the way back to the page."""
     if _is_form(request):
         return web.Response(status=303, headers={"Location": "/"})
-    return answer(value, status=status)
+    return json_response(value, status=status)
 
 
 def _is_form(request: web.Request) -> bool:

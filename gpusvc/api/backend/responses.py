@@ -1,4 +1,4 @@
-"""Answers in JSON, and errors in the form that all of the API's have."""
+"""JSON responses, and errors in the one form that the whole API uses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gpusvc.errors import GpusvcError
 from gpusvc.printable import escaped_json
 
 
-def answer(value: Any, *, status: int = 200) -> web.Response:
+def json_response(value: Any, *, status: int = 200) -> web.Response:
     """``value`` as JSON."""
     text = escaped_json(json.dumps(value, ensure_ascii=False)) + "\n"
     return web.Response(text=text, status=status, content_type="application/json")
 
 
-def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:
+def error_response(error: GpusvcError, *, with_log: bool = True) -> web.Response:
     """``error``: its sentence, what to do about it, and, of a start that failed, what the engine said last."""
     status = error.http_status
     told: dict[str, Any] = {
@@ -29,7 +29,7 @@ def refusal(error: GpusvcError, *, with_log: bool = True) -> web.Response:
     log = getattr(error, "log", None)
     if log is not None and with_log:
         told["log"] = list(log)
-    response = answer({"error": told}, status=status)
+    response = json_response({"error": told}, status=status)
     retry_after = getattr(error, "retry_after_seconds", None)
     if retry_after is not None:
         response.headers["Retry-After"] = str(retry_after)
