@@ -151,6 +151,10 @@ def _report(error: Exception) -> int:
         # Engines and foreign processes are quoted in it.
         typer.echo("gpusvc: " + "\n  ".join(map(printable, text.split("\n"))), err=True)
         return error.exit_code
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "gpusvc":
+        # dpkg replaces one file after the other.
+        typer.echo("gpusvc: Its files are being replaced by another version.\nRun the command again.", err=True)
+        return 1
     typer.echo(printable(f"gpusvc: {type(error).__name__}: {error}"), err=True)
     if os.environ.get("GPUSVC_DEBUG"):
         import traceback  # noqa: PLC0415

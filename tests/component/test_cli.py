@@ -152,6 +152,17 @@ def test_only_the_modules_that_a_command_needs_are_loaded() -> None:
     assert loaded & unwanted == set()
 
 
+def test_a_command_between_two_versions_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gpusvc.status.inventory", None)
+    monkeypatch.delattr("gpusvc.status.inventory", raising=False)
+    assert cli.run(Paths.system(), ["ps"]) == 1
+    assert capsys.readouterr().err == (
+        "gpusvc: Its files are being replaced by another version.\nRun the command again.\n"
+    )
+
+
 # ---- which model ----
 
 

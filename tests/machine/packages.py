@@ -1,10 +1,12 @@
-"""Packages made of packages: the next version of one, with something in it that can be seen to be another."""
+"""Packages other than the one under test: a next version, and one of an earlier commit."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 MODULES = "usr/lib/python3/dist-packages/gpusvc"
 
 
@@ -34,5 +36,25 @@ def newer(package: Path, directory: Path, *, version: str, changes: dict[str, tu
     return target
 
 
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+def of_commit(commit: str, directory: Path) -> Path | None:
+    """The package of an earlier commit of this repository; None where its history does not reach back so far.
+
+    Args:
+        commit: its full hash.
+        directory: an absent one, for its sources and the package.
+    """
+    git = ("git", "-c", "safe.directory=*")
+    known = subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True, check=False)
+    if known.returncode:
+        return None
+    _run(*git, "clone", "--quiet", "--no-checkout", "--shared", ROOT, directory)
+    _run(*git, "-C", directory, "checkout", "--quiet", "--detach", commit)
+    vendored = ROOT / "build/vendor"
+    if vendored.is_dir():  # the same wheel, so that the network is not needed again
+        shutil.copytree(vendored, directory / "build/vendor")
+    _run(directory / "packaging/build-deb", directory / "dist", timeout=300)
+    return next((directory / "dist").glob("*.deb"))
+
+
+def _run(*command: str | Path, timeout: float = 60) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=timeout)
