@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -133,4 +132,4 @@ class Room:
 def _without_limits(host: HostConfig, *, named: bool) -> HostConfig:
     """The policy for what is no model; a GPU that an operator names is meant, even if models are kept off it."""
     exclude = () if named else host.gpu.exclude
-    return replace(host, max_active=0, gpu=replace(host.gpu, max_active=0, exclude=exclude))
+    return host.replace(max_active=0, gpu=host.gpu.replace(max_active=0, exclude=exclude))

@@ -1,17 +1,18 @@
 """The configuration as a whole: the host's file and those of the models, loaded and checked.
 
-``host_file.py`` and ``model_file.py`` know the keys; this knows the files.
+``host.py`` and ``model.py`` know the keys; this knows the files.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from gpusvc import names
+from gpusvc.config import aliases, machine
 from gpusvc.config.host import (
     BusyAction,
     HostConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "load_host",
     "load_model",
     "load_sound_model",
+    "load_startable_model",
     "model_names",
 ]
 
@@ -67,26 +69,39 @@ def load_host(paths: Paths) -> HostConfig:
 
 
 def load_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
-    """A model's configuration, complete. It reads no other model's file.
+    """A model's configuration, complete. Reads no other model's file, and does not ask whether the model could start.
 
     Raises:
         UnknownModelError: there is no such file.
         InvalidFileError: (a ConfigError) the file cannot be right; it names all that is wrong.
     """
-    if names.is_name(name):
-        try:
-            return _load(paths.model_file(name), partial(read_model, name=name, host=host))
-        except FileNotFoundError:
-            pass
-        try:
-            return _load(paths.run_file(name), partial(read_run, name=name, host=host))
-        except FileNotFoundError:
-            pass
-    raise _unknown(paths, name)
+    return _load_model(paths, name, partial(read_model, name=name, host=host), partial(read_run, name=name, host=host))
+
+
+def load_startable_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
+    """A model's configuration, for a start of it.
+
+    Raises:
+        UnknownModelError: there is no such file.
+        InvalidFileError: (a ConfigError) the file cannot be right, it names something that this machine lacks, or
+            another model has one of its names; the error names all that is wrong.
+    """
+
+    def read(table: Table) -> ModelConfig:
+        model = _read_checked(table, name, host)
+        aliases.check(paths, model, table)
+        return model
+
+    def read_checked_run(table: Table) -> ModelConfig:
+        model = read_run(table, name, host)
+        machine.check(model, table)
+        return model
+
+    return _load_model(paths, name, read, read_checked_run)
 
 
 def load_sound_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig | None:
-    """The same; None: the file is gone or broken. A model that was started before runs on, with nothing special."""
+    """The same as load_model(); None if the file is gone or wrong, as it may be while the model runs."""
     try:
         return load_model(paths, name, host)
     except GpusvcError:
@@ -127,11 +142,39 @@ def check(paths: Paths, files: Sequence[Path] = ()) -> list[Problem]:
 
     # A file that is given stands for the installed one of the same name.
     everybody = {name: paths.model_file(name) for name in _names_or_none(paths)} | dict(models)
-    aliases = {name: _aliases_in(file) for name, file in everybody.items()}
+    named = {name: aliases.in_file(file) for name, file in everybody.items()}
+    checked = {name for name, _ in models}
+
     for name, file in models:
-        problems += _problems(file, partial(read_model, name=name, host=host))
-        problems += _contested(file, name, aliases, checked={name for name, _ in models})
+        problems += _problems(file, partial(_read_checked, name=name, host=host))
+        problems += [
+            Problem(file, None if contest.position is None else f"aliases[{contest.position}]", contest.message)
+            for contest in aliases.contested(name, named[name], named)
+            if contest.position is not None or contest.other not in checked
+        ]
     return problems
+
+
+def _read_checked(table: Table, name: str, host: HostConfig) -> ModelConfig:
+    model = read_model(table, name, host)
+    machine.check(model, table)
+    return model
+
+
+def _load_model(
+    paths: Paths, name: str, read: Callable[[Table], ModelConfig], read_run: Callable[[Table], ModelConfig]
+) -> ModelConfig:
+    """The model in its file, as ``read`` reads it, or that of a `gpusvc run`, as ``read_run`` does."""
+    if names.is_name(name):
+        try:
+            return _load(paths.model_file(name), read)
+        except FileNotFoundError:
+            pass
+        try:
+            return _load(paths.run_file(name), read_run)
+        except FileNotFoundError:
+            pass
+    raise _unknown(paths, name)
 
 
 def _load(file: Path, read: Callable[[Table], Value]) -> Value:
@@ -201,27 +244,3 @@ def _problems(file: Path, read: Callable[[Table], object]) -> Iterable[Problem]:
     except FileNotFoundError:
         return [Problem(file, None, "There is no such file.")]
     return []
-
-
-def _aliases_in(file: Path) -> tuple[str, ...]:
-    """A file's aliases, whatever else may be wrong with it."""
-    try:
-        return read_table(file).texts("aliases") or ()
-    except (InvalidFileError, FileNotFoundError):
-        return ()
-
-
-def _contested(
-    file: Path, name: str, aliases: Mapping[str, tuple[str, ...]], *, checked: Collection[str]
-) -> Iterable[Problem]:
-    """The names of a model that mean another model too."""
-    for other, others in aliases.items():
-        if other == name:
-            continue
-        for position, alias in enumerate(aliases[name]):
-            if alias == other or alias in others:
-                meaning = "name" if alias == other else "alias"
-                message = f"{shown(alias)} is the {meaning} of the model {shown(other)} too."
-                yield Problem(file, f"aliases[{position}]", message)
-        if name in others and other not in checked:
-            yield Problem(file, None, f"The model's name is an alias of the model {shown(other)}.")

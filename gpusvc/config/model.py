@@ -1,74 +1,168 @@
-"""One model, ``models/NAME.toml``: its values, and how they are read; gpusvc-model(5) says what they mean."""
+"""One model, ``models/NAME.toml``: its keys; gpusvc-model(5) says what they mean.
+
+Reading a file asks the machine nothing: whether the program, the user and the files exist is checked in ``machine.py``.
+"""
 
 from __future__ import annotations
 
 import os
 import pwd
-import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpusvc import names
-from gpusvc.config import presets as engines
-from gpusvc.config import resource_control
-from gpusvc.config.host import BusyAction, HostConfig, read_busy_timeout, read_idle_timeout
+from gpusvc.config import presets, resource_control
+from gpusvc.config.host import SHORTEST_SECONDS, BusyAction, HostConfig
+from gpusvc.config.section import (
+    Section,
+    boolean,
+    choice,
+    composed,
+    custom,
+    devices,
+    duration,
+    integer,
+    outside,
+    read,
+    section,
+    size,
+    text,
+)
 from gpusvc.config.serving import Serving, read_serving
 from gpusvc.config.table import Table, did_you_mean
 from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.paths import is_user_instance
 from gpusvc.quantity import MIB, shown
 
-# Variables of the engine's environment that the launcher sets, and why nobody else may.
+# Variables of the engine's environment that the launcher sets, and why a file may not set them.
 OWNED_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "gpusvc sets it to the GPUs that the model gets; see devices in [gpu].",
-    "CUDA_DEVICE_ORDER": "gpusvc sets it, so that indices mean the same to all.",
+    "CUDA_DEVICE_ORDER": "gpusvc sets it, so that an index means the same GPU to every program.",
     "PORT": "gpusvc sets it to the port that the engine must listen on; see port.",
     "NOTIFY_SOCKET": "gpusvc tells systemd itself when the engine is ready.",
 }
 
-# A model that must stay before or after all others needs no more than this.
+# Enough to order a thousand models; the bound catches typing errors.
 MAX_PRIORITY = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class GpuRequest:
+def default_user() -> str:
+    """The user of engines: the package's, or the one whose service manager runs this instance."""
+    return pwd.getpwuid(os.getuid()).pw_name if is_user_instance() else "gpusvc"
+
+
+def _read_env(table: Table, key: str, _default: object) -> dict[str, str]:
+    env = table.words(key, (str, int))
+    for variable in env:
+        if variable in OWNED_VARIABLES:
+            table.problem(f"{key}.{variable}", "It cannot be set.", OWNED_VARIABLES[variable])
+        elif not variable or "=" in variable or not variable.isprintable():
+            table.problem(f"{key}.{variable}", f"{shown(variable)} cannot name a variable.")
+    return env
+
+
+def _read_engine(table: Table, key: str, default: str | None) -> str | None:
+    engine = table.text(key, default)
+    if engine is not None and engine not in presets.PRESETS:
+        hint = did_you_mean(engine, presets.PRESETS) or "For any other engine write its command."
+        table.problem(key, f"{shown(engine)} is no preset: there are {', '.join(presets.PRESETS)}.", hint)
+    return engine
+
+
+def _read_working_directory(table: Table, key: str, default: Path) -> Path:
+    directory = Path(table.text(key, str(default)))
+    if not directory.is_absolute():
+        table.problem(key, f"{shown(str(directory))} is not an absolute path.")
+        return default
+    return directory
+
+
+def _read_exclusive(table: Table, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    groups = table.texts(key)
+    if groups is None:
+        return default
+    for position, group in enumerate(groups):
+        place = f"{key}[{position}]"
+        if not names.is_name(group):
+            hint = "It is written as a model's name: letters, digits, ':', '_', '.' or '-'."
+            table.problem(place, f"{shown(group)} cannot name a group.", hint)
+        elif group in groups[:position]:
+            table.problem(place, f"{shown(group)} is listed twice.")
+    return groups
+
+
+def _read_scope(table: Table, key: str, _default: object) -> dict[str, str]:
+    scope = table.words(key, (str, int, bool))
+    for name, value in scope.items():
+        place = f"{key}.{name}"
+        if not value.isprintable():
+            table.problem(place, f"{shown(value)} has characters that cannot be printed.")
+        if name in resource_control.OWNED:
+            table.problem(place, "gpusvc decides this property itself.", resource_control.OWNED[name])
+        elif name in resource_control.LEGACY:
+            table.problem(place, "It belongs to cgroup v1.", f"Use {resource_control.LEGACY[name]}.")
+        elif name not in resource_control.PROPERTIES:
+            hint = did_you_mean(name, resource_control.PROPERTIES) or resource_control.ELSEWHERE
+            table.problem(place, "It is no property of systemd.resource-control(5).", hint)
+    return scope
+
+
+class GpuRequest(Section):
     """What a model asks of the GPUs."""
 
-    count: int  # 0: it needs none
-    devices: tuple[str, ...]  # each as DeviceSelector.parse() takes it; empty: any GPU
-    vram_bytes: int | None  # on each GPU; None: not declared
+    count: int = integer("count", default=1, minimum=0, maximum=1024)  # 0: it needs none
+    devices: tuple[str, ...] = devices("devices", default=())  # empty: any GPU
+    vram_bytes: int | None = size("vram", default=None, minimum=MIB)  # on each GPU; None: not declared
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(Section, kw_only=True):
     """One model, ``models/NAME.toml``, with all defaults filled in."""
 
-    name: str
-    description: str
-    command: tuple[str, ...]  # a preset is expanded; "{port}" is still in its place
-    engine: str | None
-    model: str | None
-    aliases: tuple[str, ...]
-    user: str
-    env: Mapping[str, str]
-    working_directory: Path
-    port: int  # 0: any free one
-    health: str  # a path; "": the open port is enough
-    start_timeout_seconds: float  # without progress
-    stop_timeout_seconds: float
-    release_timeout_seconds: float
-    health_timeout_seconds: float  # 0: an engine that hangs is left alone
-    idle_timeout_seconds: float  # without use; 0: never
-    busy_timeout_seconds: float  # in use without progress; 0: never
-    busy_action: BusyAction
-    priority: int  # the lowest is evicted first
-    pinned: bool  # never evicted
-    exclusive: tuple[str, ...]  # names of groups; of each, one model runs at a time
-    gpu: GpuRequest
-    scope: Mapping[str, str]  # systemd.resource-control(5) properties, verbatim
-    serving: Serving  # what the gateway goes by
-    caller: Path | None = None  # the socket of who ran it with `gpusvc run`
+    name: str = outside()
+    serving: Serving = section("", Serving)
+    engine: str | None = custom("engine", _read_engine, default=None)
+    model: str | None = text("model", default=None)
+    args: tuple[str, ...] = composed("args", shown=False)
+    """A preset's further arguments. They are in ``command`` too."""
+    command: tuple[str, ...] = composed("command")
+    """With the preset expanded; ``{port}`` is still in its place."""
+    user: str = text("user", default=default_user)
+    env: Mapping[str, str] = custom("env", _read_env, default=dict)
+    working_directory: Path = custom("working_directory", _read_working_directory, default=Path("/"))
+    port: int = integer("port", default=0, minimum=0, maximum=65535)  # 0: any free one
+    health: str = composed("health")  # a path; "": the open port is enough
+    start_timeout_seconds: float = duration("start_timeout", default=600.0)  # without progress
+    stop_timeout_seconds: float = duration("stop_timeout", default=10.0)
+    release_timeout_seconds: float = duration("release_timeout", host="release_timeout")
+    health_timeout_seconds: float = duration("health_timeout", default=60.0, zero=True)
+    """0: an engine that does not answer is left alone."""
+    idle_timeout_seconds: float = duration(
+        "idle_timeout", host="watchdog.idle_timeout", minimum=SHORTEST_SECONDS, zero=True, live=True
+    )
+    """Without use; 0: never."""
+    busy_timeout_seconds: float = duration(
+        "busy_timeout", host="watchdog.busy_timeout", minimum=SHORTEST_SECONDS, zero=True, live=True
+    )
+    """In use without progress; 0: never."""
+    busy_action: BusyAction = choice("busy_action", host="watchdog.busy_action", live=True)
+    priority: int = integer("priority", default=0, minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY, live=True)
+    """The lowest is evicted first."""
+    pinned: bool = boolean("pinned", default=False, live=True)  # never evicted
+    exclusive: tuple[str, ...] = custom("exclusive", _read_exclusive, default=(), live=True)
+    """Names of groups; of each, one model runs at a time."""
+    gpu: GpuRequest = section("gpu", GpuRequest)
+    scope: Mapping[str, str] = custom("scope", _read_scope, default=dict)
+    """systemd.resource-control(5) properties, verbatim."""
+    caller: Path | None = outside()
+    """The socket of the `gpusvc run` that runs it; None: it has a file of its own."""
+
+    @property
+    def description(self) -> str:
+        return self.serving.description
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.serving.aliases
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change with whatever decides how much VRAM the engine takes."""
@@ -81,69 +175,38 @@ class ModelConfig:
 
 
 def read_run(table: Table, name: str, host: HostConfig) -> ModelConfig:
-    """What `gpusvc run` wrote down: a model like any other, but for its caller, and its arguments as given."""
+    """The model of `gpusvc run`: like any other, but with its caller, and its arguments without placeholders."""
     caller, arguments = table.text("caller", ""), table.texts("arguments") or ()
     model = read_model(table, name, host)
-    return replace(model, command=(*model.command, *arguments), caller=Path(caller))
+    return model.replace(command=(*model.command, *arguments), caller=Path(caller))
 
 
 def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
-    """Each key is one line. What is wrong is noted in ``table``, and a default stands in for it."""
-    gpu = _read_gpu(table.table("gpu"))
+    """The model's configuration in ``table``. What is wrong is noted there, and a default stands in for it."""
     serving = read_serving(table, name)
-    env = _read_env(table)
-    engine = table.text("engine", None)
-    model = table.text("model", None)
+    values = read(ModelConfig, table, host)
+    args = table.texts("args") or ()
+    preset = presets.PRESETS.get(values["engine"] or "")
+    served = None
+    if preset is not None and values["model"] is not None:
+        served = presets.Served(values["model"], (name, *serving.aliases), values["gpu"].count)
+    _check_gpu(table.table("gpu"), values["gpu"])
     return ModelConfig(
         name=name,
-        description=serving.description,
-        engine=engine,
-        model=model,
-        command=_read_command(table, engine, model, served_names=(name, *serving.aliases), gpus=gpu.count, env=env),
-        aliases=serving.aliases,
-        user=_read_user(table),
-        env=env,
-        working_directory=_read_working_directory(table),
-        port=table.integer("port", 0, minimum=0, maximum=65535),
-        health=_read_health(table, engine),
-        start_timeout_seconds=table.duration("start_timeout", 600.0),
-        stop_timeout_seconds=table.duration("stop_timeout", 10.0),
-        release_timeout_seconds=table.duration("release_timeout", host.release_timeout_seconds),
-        health_timeout_seconds=table.duration("health_timeout", 60.0, zero=True),
-        idle_timeout_seconds=read_idle_timeout(table, host.watchdog.idle_timeout_seconds),
-        busy_timeout_seconds=read_busy_timeout(table, host.watchdog.busy_timeout_seconds),
-        busy_action=table.choice("busy_action", host.watchdog.busy_action),
-        priority=table.integer("priority", 0, minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY),
-        pinned=table.boolean("pinned", default=False),
-        exclusive=_read_exclusive(table),
-        gpu=gpu,
-        scope=_read_scope(table),
         serving=serving,
+        args=args,
+        command=_read_command(table, preset, served, args),
+        health=_read_health(table, preset),
+        caller=None,
+        **values,
     )
 
 
-def _read_env(table: Table) -> dict[str, str]:
-    env = table.words("env", (str, int))
-    for variable in env:
-        if variable in OWNED_VARIABLES:
-            table.problem(f"env.{variable}", "It cannot be set.", OWNED_VARIABLES[variable])
-        elif not variable or "=" in variable or not variable.isprintable():
-            table.problem(f"env.{variable}", f"{shown(variable)} cannot name a variable.")
-    return env
-
-
 def _read_command(
-    table: Table,
-    engine: str | None,
-    model: str | None,
-    *,
-    served_names: tuple[str, ...],
-    gpus: int,
-    env: Mapping[str, str],
+    table: Table, preset: presets.Preset | None, served: presets.Served | None, args: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """What to run, from ``command`` or from ``engine``, ``model`` and ``args``; empty if that went wrong."""
+    """The command, from ``command`` or from ``engine``, ``model`` and ``args``; empty if there is none."""
     command = table.texts("command")
-    args = table.texts("args") or ()
     if table.has("command"):
         for key in ("engine", "model", "args"):
             if table.has(key):
@@ -151,91 +214,36 @@ def _read_command(
         if command is not None and not any(command[:1]):
             table.problem("command", "It names no program.")
     elif table.has("engine"):
-        command = _expand_preset(table, engine, model, served_names=served_names, gpus=gpus, args=args)
+        command = _expand(table, preset, served, args)
     else:
         table.problem("command", "It is missing.", "Say what to run, or give engine and model.")
         for key in ("model", "args"):
             if table.has(key):
-                table.problem(key, "It means nothing without engine.", f"Presets: {', '.join(engines.PRESETS)}.")
+                table.problem(key, "It means nothing without engine.", f"Presets: {', '.join(presets.PRESETS)}.")
 
-    misplaced = engines.misplaced_placeholder((command or ()) + (args if command is None else ()))
+    misplaced = presets.misplaced_placeholder((command or ()) + (args if command is None else ()))
     if misplaced is not None:
         key = "args" if misplaced in args else "command"
         table.problem(key, f"{shown(misplaced)} is not replaced by anything.", "The one placeholder is {port}.")
-    if not command or not command[0]:
-        return ()
-    try:
-        engines.find_program(command[0], env)
-    except ValueError as error:
-        hint = None if "/" in command[0] else "Install it, give an absolute path, or set PATH in env."
-        table.problem("command" if table.has("command") else "engine", str(error), hint)
-    return command
+    return command if command and command[0] else ()
 
 
-def _expand_preset(
-    table: Table,
-    engine: str | None,
-    model: str | None,
-    *,
-    served_names: tuple[str, ...],
-    gpus: int,
-    args: tuple[str, ...],
+def _expand(
+    table: Table, preset: presets.Preset | None, served: presets.Served | None, args: tuple[str, ...]
 ) -> tuple[str, ...] | None:
-    if engine is not None and engine not in engines.PRESETS:
-        hint = did_you_mean(engine, engines.PRESETS) or "For any other engine write its command."
-        table.problem("engine", f"{shown(engine)} is no preset: there are {', '.join(engines.PRESETS)}.", hint)
+    """The command of a preset; None if the preset or its model is not known."""
     if not table.has("model"):
         table.problem("model", "It is missing.", "Say which model the engine serves: a path, or a repository's name.")
-    preset = engines.PRESETS.get(engine or "")
-    if preset is None or model is None:
+    if preset is None or served is None:
         return None
     try:
-        preset.check(model)
+        preset.require_name(served.model)
     except ValueError as error:
         table.problem("model", str(error))
-    return preset.command(engines.Served(model, served_names, gpus)) + args
+    return preset.command(served) + args
 
 
-def default_user() -> str:
-    """Whom engines run as: the package's user, or whose models they are."""
-    return pwd.getpwuid(os.getuid()).pw_name if is_user_instance() else "gpusvc"
-
-
-def _read_user(table: Table) -> str:
-    default = default_user()
-    user = table.text("user", default)
-    if is_user_instance():
-        if user != default:
-            message = f"A model of {default} runs as {default}, and not as {shown(user)}."
-            table.problem("user", message, "Leave it out, or have the system's gpusvc run the model.")
-        return default
-    try:
-        pwd.getpwnam(user)
-    except KeyError:
-        hint = (
-            None if table.has("user") else "It is the default, which the package creates; create it, or name another."
-        )
-        table.problem("user", f"There is no user {shown(user)}.", hint)
-    return user
-
-
-def _read_working_directory(table: Table) -> Path:
-    directory = table.text("working_directory", "/")
-    if not directory.startswith("/"):
-        table.problem("working_directory", f"{shown(directory)} is not an absolute path.")
-        return Path("/")
-    try:
-        if not stat.S_ISDIR(Path(directory).stat().st_mode):
-            table.problem("working_directory", f"{shown(directory)} is not a directory.")
-    except PermissionError:
-        pass  # the engine's user may well enter it
-    except OSError as error:
-        table.problem("working_directory", f"{shown(directory)} cannot be used: {error.strerror}.")
-    return Path(directory)
-
-
-def _read_health(table: Table, engine: str | None) -> str:
-    preset = engines.PRESETS.get(engine or "")
+def _read_health(table: Table, preset: presets.Preset | None) -> str:
     health = table.text("health", preset.health if preset else "/health")
     if health and not health.startswith("/"):
         table.problem("health", f"{shown(health)} does not begin with '/'.", 'Write a path, or "" for none.')
@@ -244,24 +252,8 @@ def _read_health(table: Table, engine: str | None) -> str:
     return health
 
 
-def _read_exclusive(table: Table) -> tuple[str, ...]:
-    groups = table.texts("exclusive") or ()
-    for position, group in enumerate(groups):
-        key = f"exclusive[{position}]"
-        if not names.is_name(group):
-            hint = "It is written as a model's name: letters, digits, ':', '_', '.' or '-'."
-            table.problem(key, f"{shown(group)} cannot name a group.", hint)
-        elif group in groups[:position]:
-            table.problem(key, f"{shown(group)} is listed twice.")
-    return groups
-
-
-def _read_gpu(table: Table) -> GpuRequest:
-    request = GpuRequest(
-        count=table.integer("count", 1, minimum=0, maximum=1024),
-        devices=table.devices("devices"),
-        vram_bytes=table.size("vram", None, minimum=MIB),
-    )
+def _check_gpu(table: Table, request: GpuRequest) -> None:
+    """Note keys of [gpu] that contradict each other."""
     if request.count == 0:
         for key in ("devices", "vram"):
             if table.has(key):
@@ -269,20 +261,3 @@ def _read_gpu(table: Table) -> GpuRequest:
     selectors = [DeviceSelector.parse(device) for device in request.devices]
     if selectors and len(selectors) < request.count and all(selector.is_single for selector in selectors):
         table.problem("devices", f"It names fewer GPUs ({len(selectors)}) than count asks for ({request.count}).")
-    return request
-
-
-def _read_scope(table: Table) -> dict[str, str]:
-    scope = table.words("scope", (str, int, bool))
-    for name, value in scope.items():
-        key = f"scope.{name}"
-        if not value.isprintable():
-            table.problem(key, f"{shown(value)} has characters that cannot be printed.")
-        if name in resource_control.OWNED:
-            table.problem(key, "gpusvc decides this property itself.", resource_control.OWNED[name])
-        elif name in resource_control.LEGACY:
-            table.problem(key, "It belongs to cgroup v1.", f"Use {resource_control.LEGACY[name]}.")
-        elif name not in resource_control.PROPERTIES:
-            hint = did_you_mean(name, resource_control.PROPERTIES) or resource_control.ELSEWHERE
-            table.problem(key, "It is no property of systemd.resource-control(5).", hint)
-    return scope

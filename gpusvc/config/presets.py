@@ -42,7 +42,10 @@ class Preset:
     name: str
     health: str
     command: Callable[[Served], tuple[str, ...]]
-    check: Callable[[str], None]  # raises ValueError, with one sentence, for a model that it cannot serve
+    require_name: Callable[[str], None]
+    """Raises ValueError, with one sentence, if a model cannot be called so; the files are not looked at."""
+    require_files: Callable[[str], None]
+    """Raises ValueError, with one sentence, if the model's files are missing or of another kind."""
 
 
 def _llama_server(served: Served) -> tuple[str, ...]:
@@ -50,13 +53,14 @@ def _llama_server(served: Served) -> tuple[str, ...]:
     return ("llama-server", *source, "--alias", served.names[0], *_LISTEN)
 
 
-def _check_gguf(model: str) -> None:
-    """A GGUF file, by its absolute path, or a Hugging Face repository, with a quantisation if need be."""
+def _require_gguf_name(model: str) -> None:
+    """An absolute path, or a Hugging Face repository, with a quantisation if need be."""
+    if not _is_path(model) and (model.lower().endswith(".gguf") or not re.fullmatch(_QUANTISED_REPOSITORY, model)):
+        raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'owner/model:Q4_K_M'.")
+
+
+def _require_gguf(model: str) -> None:
     if not _is_path(model):
-        if model.lower().endswith(".gguf") or not re.fullmatch(_QUANTISED_REPOSITORY, model):
-            raise ValueError(
-                f"{shown(model)} is neither an absolute path nor a repository such as 'owner/model:Q4_K_M'."
-            )
         return
     if not stat.S_ISREG(_mode(model)):
         raise ValueError(f"{shown(model)} is not a file.")
@@ -82,20 +86,24 @@ def _sglang(served: Served) -> tuple[str, ...]:
     return (*program, "--model-path", served.model, "--served-model-name", served.names[0], *_LISTEN, *split)
 
 
-def _check_repository(model: str) -> None:
-    """A directory (or a file, such as a GGUF), by its absolute path, or a Hugging Face repository."""
+def _require_repository_name(model: str) -> None:
+    """An absolute path, or a Hugging Face repository."""
+    if not _is_path(model) and not re.fullmatch(_REPOSITORY, model):
+        raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'Qwen/Qwen3-8B'.")
+
+
+def _require_path(model: str) -> None:
+    """A directory (or a file, such as a GGUF)."""
     if _is_path(model):
         _mode(model)
-    elif not re.fullmatch(_REPOSITORY, model):
-        raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'Qwen/Qwen3-8B'.")
 
 
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("llama-server", "/health", _llama_server, _check_gguf),
-        Preset("vllm", "/health", _vllm, _check_repository),
-        Preset("sglang", "/health", _sglang, _check_repository),
+        Preset("llama-server", "/health", _llama_server, _require_gguf_name, _require_gguf),
+        Preset("vllm", "/health", _vllm, _require_repository_name, _require_path),
+        Preset("sglang", "/health", _sglang, _require_repository_name, _require_path),
     )
 }
 

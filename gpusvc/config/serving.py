@@ -1,44 +1,95 @@
-"""How a model is offered to clients: the keys of ``models/NAME.toml`` that only the gateway goes by.
+"""How the gateway offers a model to clients: the keys of ``models/NAME.toml`` that only the gateway uses.
 
-Read on their own, too, by who need not know whether the model could start: a process without the right to see the
-engine's files and users judges nothing of those.
+They can be read without the others: the gateway may not see the engine's files and users, and need not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from gpusvc import names
+from gpusvc.config.section import Section, boolean, custom, integer, outside, read
 from gpusvc.config.table import InvalidFileError, Table, read_table
 from gpusvc.errors import UnknownModelError
 from gpusvc.paths import Paths
 from gpusvc.quantity import shown
 
-# The member by which a request found its model; served_name is what replaces it.
+# The member of a request that names its model. The key served_name replaces it.
 _MODEL = "model"
 
 MAX_CONCURRENCY = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """One model as clients meet it; the defaults are what holds for one whose file may not be read."""
+def _read_description(table: Table, key: str, default: str) -> str:
+    description = table.text(key, default)
+    if not description.isprintable():
+        table.problem(key, "It must be one line of printable characters.")
+    return description
 
-    name: str
-    description: str = ""  # empty: the name
-    aliases: tuple[str, ...] = ()
-    served_name: str | None = None  # what the engine is told instead of the name asked for; None: that
-    concurrency: int = 0  # requests at a time; 0: no limit
-    show_logs: bool = True  # whether clients are told the engine's last lines when it failed
-    keep: bool = False  # never idle
-    preload: bool = False  # loaded with the gateway
-    strip: tuple[str, ...] = ()  # members of a request's body that the engine does not get
-    set: Mapping[str, object] = field(default_factory=dict)  # members that it gets, whatever the request says; JSON
+
+def _read_aliases(table: Table, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    aliases = table.texts(key)
+    if aliases is None:
+        return default
+    for position, alias in enumerate(aliases):
+        place = f"{key}[{position}]"
+        if not alias or not alias.isprintable() or alias != alias.strip():
+            message = f"{shown(alias)} is empty, or has spaces around it or characters that cannot be printed."
+            table.problem(place, message)
+        elif alias in aliases[:position]:
+            table.problem(place, f"{shown(alias)} is listed twice.")
+    return aliases
+
+
+def _read_served_name(table: Table, key: str, default: str | None) -> str | None:
+    served_name = table.text(key, default)
+    if served_name is not None and (not served_name or not served_name.isprintable()):
+        table.problem(key, f"{shown(served_name)} is empty, or has characters that cannot be printed.")
+    return served_name
+
+
+def _read_strip(table: Table, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    strip = table.texts(key)
+    if strip is None:
+        return default
+    for position, member in enumerate(strip):
+        place = f"{key}[{position}]"
+        if member == _MODEL:
+            table.problem(place, "The engine needs the model's name.", "served_name says what it is told.")
+        elif member in strip[:position]:
+            table.problem(place, f"{shown(member)} is listed twice.")
+    return strip
+
+
+def _read_set(table: Table, key: str, _default: object) -> Mapping[str, object]:
+    values = table.json(key)
+    if _MODEL in values:
+        table.problem(f"{key}.{_MODEL}", "It decides which model a request is for.", "Use served_name instead.")
+    return values
+
+
+class Serving(Section):
+    """How a model is offered to clients. The defaults apply to a model whose file may not be read."""
+
+    name: str = outside()
+    description: str = custom("description", _read_description, default="", live=True)  # empty: the name
+    aliases: tuple[str, ...] = custom("aliases", _read_aliases, default=(), live=True)
+    served_name: str | None = custom("served_name", _read_served_name, default=None, live=True)
+    """The model's name in requests to the engine; None: the name that the client wrote."""
+    concurrency: int = integer("concurrency", default=0, minimum=0, maximum=MAX_CONCURRENCY, live=True)
+    """Requests at a time; 0: no limit."""
+    show_logs: bool = boolean("show_logs", default=True, live=True)
+    """Whether clients are told the engine's last lines when it failed."""
+    keep: bool = boolean("keep", default=False, live=True)  # never idle
+    preload: bool = boolean("preload", default=False, live=True)  # loaded after boot
+    strip: tuple[str, ...] = custom("filter.strip", _read_strip, default=(), live=True)
+    """Members of a request's body that the gateway removes."""
+    set: Mapping[str, object] = custom("filter.set", _read_set, default=dict, live=True)
+    """Members of a request's body that the gateway sets, whatever the client wrote; JSON."""
 
 
 def load_serving(paths: Paths, name: str) -> Serving:
-    """How a model is offered; one whose file is not for everybody to read is offered with the defaults.
+    """How a model is offered; with the defaults if this process may not read its file.
 
     Raises:
         UnknownModelError: there is no such file.
@@ -60,64 +111,9 @@ def load_serving(paths: Paths, name: str) -> Serving:
 
 
 def read_serving(table: Table, name: str) -> Serving:
-    """Each key is one line. What is wrong is noted in ``table``, and a default stands in for it."""
-    edits = table.table("filter")
-    return Serving(
-        name=name,
-        description=_read_description(table, name),
-        aliases=_read_aliases(table, name),
-        served_name=_read_served_name(table),
-        concurrency=table.integer("concurrency", 0, minimum=0, maximum=MAX_CONCURRENCY),
-        show_logs=table.boolean("show_logs", default=True),
-        keep=table.boolean("keep", default=False),
-        preload=table.boolean("preload", default=False),
-        strip=_read_strip(edits),
-        set=_read_set(edits),
-    )
-
-
-def _read_description(table: Table, name: str) -> str:
-    description = table.text("description", "") or name
-    if not description.isprintable():
-        table.problem("description", "It must be one line of printable characters.")
-    return description
-
-
-def _read_aliases(table: Table, name: str) -> tuple[str, ...]:
-    aliases = table.texts("aliases") or ()
-    for position, alias in enumerate(aliases):
-        key = f"aliases[{position}]"
-        if not alias or not alias.isprintable() or alias != alias.strip():
-            table.problem(
-                key, f"{shown(alias)} is empty, or has spaces around it or characters that cannot be printed."
-            )
-        elif alias == name:
-            table.problem(key, f"{shown(alias)} is the model's name already.")
-        elif alias in aliases[:position]:
-            table.problem(key, f"{shown(alias)} is listed twice.")
-    return aliases
-
-
-def _read_served_name(table: Table) -> str | None:
-    served_name = table.text("served_name", None)
-    if served_name is not None and (not served_name or not served_name.isprintable()):
-        table.problem("served_name", f"{shown(served_name)} is empty, or has characters that cannot be printed.")
-    return served_name
-
-
-def _read_strip(edits: Table) -> tuple[str, ...]:
-    strip = edits.texts("strip") or ()
-    for position, member in enumerate(strip):
-        key = f"strip[{position}]"
-        if member == _MODEL:
-            edits.problem(key, "The engine needs the model's name.", "served_name says what it is told.")
-        elif member in strip[:position]:
-            edits.problem(key, f"{shown(member)} is listed twice.")
-    return strip
-
-
-def _read_set(edits: Table) -> Mapping[str, object]:
-    values = edits.json("set")
-    if _MODEL in values:
-        edits.problem(f"set.{_MODEL}", "It decides which model a request is for.", "Use served_name instead.")
-    return values
+    """How the model is offered, as ``table`` says. What is wrong is noted there, and the default stands in for it."""
+    values = read(Serving, table)
+    for position, alias in enumerate(values["aliases"]):
+        if alias == name:
+            table.problem(f"aliases[{position}]", f"{shown(alias)} is the model's name already.")
+    return Serving(name=name, **values | {"description": values["description"] or name})

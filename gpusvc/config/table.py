@@ -1,6 +1,6 @@
 """TOML files read key by key; what is wrong is noted, one sentence each, and reading goes on with the default.
 
-It knows types and ranges, but no key: those are in ``config.py``.
+It knows types and ranges, but no key: ``host.py``, ``model.py`` and ``serving.py`` declare those.
 """
 
 from __future__ import annotations
@@ -231,7 +231,10 @@ class Table:
         return tuple(found)
 
     def table(self, key: str) -> Table:
-        """A table below this one; empty if absent or wrong."""
+        """A table below this one, the same one each time; empty if absent or wrong."""
+        known = self._known.get(key)
+        if known is not None:
+            return known
         values = self._take(key, dict, "a table", f"Write [{key}], and its keys below.") or {}
         table = Table(self.file, values, f"{self._prefix}{key}.")
         self._known[key] = table
@@ -333,6 +336,30 @@ def parse(content: bytes) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def read_bytes(file: Path) -> bytes:
+    """What a configuration's file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InvalidFileError: it is not a regular file, it cannot be read, or it is too large.
+    """
+    try:
+        # Opening a FIFO must not hang; for a regular file O_NONBLOCK means nothing.
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise _invalid(file, "It is no regular file.")
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        if file.is_symlink():
+            raise _invalid(file, f"It is a link to {file.readlink()}, which does not exist.") from None
+        raise
+    except OSError as error:
+        raise _invalid(file, f"It cannot be read: {error.strerror}.") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise _invalid(file, "It is larger than 1 MiB, which no configuration is.")
+    return content
+
+
 def read_table(file: Path) -> Table:
     """The file's top table.
 
@@ -340,31 +367,19 @@ def read_table(file: Path) -> Table:
         FileNotFoundError: there is no such file.
         InvalidFileError: it cannot be read, or is no TOML.
     """
-
-    def invalid(message: str, hint: str | None = None) -> InvalidFileError:
-        return InvalidFileError([Problem(file, None, message, hint)])
-
-    try:
-        # Opening a FIFO must not hang; for a regular file O_NONBLOCK means nothing.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise invalid("It is no regular file.")
-            content = stream.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        if file.is_symlink():
-            raise invalid(f"It is a link to {file.readlink()}, which does not exist.") from None
-        raise
-    except OSError as error:
-        raise invalid(f"It cannot be read: {error.strerror}.") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise invalid("It is larger than 1 MiB, which no configuration is.")
+    content = read_bytes(file)
     try:
         return Table(file, parse(content))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise invalid(f"Line {line} is not UTF-8.", "Save the file as UTF-8.") from error
+        raise _invalid(file, f"Line {line} is not UTF-8.", "Save the file as UTF-8.") from error
     except RecursionError as error:
-        raise invalid("It is nested too deeply.") from error
+        raise _invalid(file, "It is nested too deeply.") from error
     except ValueError as error:  # TOMLDecodeError, and what Python itself says of absurdly long numbers
         reason, _, place = str(error).removesuffix(")").partition(" (at ")
-        raise invalid(f"It is not valid TOML{place and f' at {place}'}: {reason[:1].lower()}{reason[1:]}.") from error
+        sentence = f"It is not valid TOML{place and f' at {place}'}: {reason[:1].lower()}{reason[1:]}."
+        raise _invalid(file, sentence) from error
+
+
+def _invalid(file: Path, message: str, hint: str | None = None) -> InvalidFileError:
+    return InvalidFileError([Problem(file, None, message, hint)])

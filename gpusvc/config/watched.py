@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 # clock, 10 ms at most. After this long a file is what it was meant to be.
 SETTLED_SECONDS = 0.1
 
-# What was wrong need not have been the file: the user or the program that it names may be there by now.
+# The cause need not be the file: this process may have had no descriptor left to open it with.
 RETRY_SECONDS = 10.0
 
 # Device, inode, size, and both times: a change of owner or mode, and a restored mtime, show in the ctime only.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gpusvc import names
-from gpusvc.config.files import Isolation, load_host, load_model
+from gpusvc.config.files import Isolation, load_host, load_startable_model
 from gpusvc.errors import (
     EngineError,
     GpusvcError,
@@ -108,7 +108,7 @@ class Launch:
         self._is_fenced = True
         self._peaks: dict[str, int] = {}
         self._host: HostConfig = load_host(paths)
-        self._config: ModelConfig = load_model(paths, name, self._host)
+        self._config: ModelConfig = load_startable_model(paths, name, self._host)
         self._user = User.named(self._config.user)
         self._nvml: Nvml | None = None
         self._lease = Lease(model=name, port=0, gpus=(), created=time.time())

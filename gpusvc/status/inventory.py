@@ -406,10 +406,6 @@ def _pids(lease: Lease, readings: Sequence[Gpu] | None) -> frozenset[int]:
 
 
 def _aliases(paths: Paths, name: str) -> tuple[str, ...]:
-    """The aliases in a model's file, whatever else may be wrong with it."""
-    from gpusvc.config.table import InvalidFileError, read_table  # noqa: PLC0415
+    from gpusvc.config import aliases  # noqa: PLC0415  `ps` does without
 
-    try:
-        return read_table(paths.model_file(name)).texts("aliases") or ()
-    except (InvalidFileError, FileNotFoundError):
-        return ()
+    return aliases.in_file(paths.model_file(name))

@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     """Play a scenario with a gateway; further arguments are settings of [gateway], ``limits`` and ``keys``."""
 
     def play(scenario: Scenario, *, limits: Limits = QUICK, known: Keys | None = None, **settings: Any) -> None:
-        rig = Rig(tmp_path, replace(HostGateway(), **settings), limits)
+        rig = Rig(tmp_path, HostGateway().replace(**settings), limits)
 
         async def whole() -> None:
             async with rig.running(known or Keys.read([])), asyncio.timeout(4 * DEADLINE_SECONDS):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -370,7 +370,7 @@ def test_last_lines_are_not_shown_where_the_model_says_so(play: Play) -> None:
             return failed(log=["a secret"])
 
         world.api.behave = behave
-        refusal = await refused(world.enter(replace(QWEN, show_logs=False)))
+        refusal = await refused(world.enter(QWEN.replace(show_logs=False)))
         assert str(refusal) == "qwen did not start."
 
     play(scene)
@@ -584,7 +584,7 @@ def test_whoever_comes_after_an_abandoned_start_has_his_own(play: Play) -> None:
 
 def test_whoever_goes_in_the_moment_of_being_served_leaves_nothing_behind(play: Play) -> None:
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=1)
+        limited = QWEN.replace(concurrency=1)
         world.ready()
         inside = await world.enter(limited)
         waiting = [world.enter(limited) for _ in range(2)]
@@ -601,7 +601,7 @@ def test_whoever_goes_in_the_moment_of_being_served_leaves_nothing_behind(play: 
 
 def test_whoever_went_is_passed_over_when_the_others_are_served(play: Play) -> None:
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=1)
+        limited = QWEN.replace(concurrency=1)
         world.ready()
         inside = await world.enter(limited)
         waiting = [world.enter(limited) for _ in range(2)]
@@ -617,7 +617,7 @@ def test_whoever_went_is_passed_over_when_the_others_are_served(play: Play) -> N
 
 def test_a_wait_is_over_with_its_timeout(play: Play) -> None:
     async def scene(world: World) -> None:
-        world.settings = replace(world.settings, activation_timeout_seconds=0.05)
+        world.settings = world.settings.replace(activation_timeout_seconds=0.05)
         world.loading()
         refusal = await refused(world.enter())
         assert refusal.status == 504
@@ -630,7 +630,7 @@ def test_a_wait_is_over_with_its_timeout(play: Play) -> None:
 
 def test_no_more_wait_than_may(play: Play) -> None:
     async def scene(world: World) -> None:
-        world.settings = replace(world.settings, max_waiting=2)
+        world.settings = world.settings.replace(max_waiting=2)
         waiting = [world.enter() for _ in range(3)]
         refusal = await refused(waiting[2])
         assert refusal.status == 503
@@ -645,7 +645,7 @@ def test_no_more_wait_than_may(play: Play) -> None:
 
 def test_who_waits_is_told_when_that_changes(play: Play) -> None:
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=1)
+        limited = QWEN.replace(concurrency=1)
         said: list[str] = []
         world.loading()
         first, second = world.enter(limited), world.enter(limited, on_wait=said.append)
@@ -714,8 +714,8 @@ def test_an_engine_that_answers_is_trusted_again_without_asking(play: Play) -> N
 
 def test_a_model_has_as_many_requests_at_a_time_as_it_may(play: Play) -> None:
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=2)
-        world.settings = replace(world.settings, max_waiting=3)
+        limited = QWEN.replace(concurrency=2)
+        world.settings = world.settings.replace(max_waiting=3)
         world.ready()
         first, second = await world.enter(limited), await world.enter(limited)
         assert world.activation.try_enter(limited) is None
@@ -739,7 +739,7 @@ def test_whoever_waits_for_a_slot_is_inside(play: Play) -> None:
     """A model that was loaded for ten requests serves ten requests, one at a time, before it is evicted."""
 
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=1)
+        limited = QWEN.replace(concurrency=1)
         world.api.behave = world.starts
         waiting = [world.enter(limited) for _ in range(10)]
         served = 0
@@ -760,8 +760,8 @@ def test_whoever_waits_for_a_slot_is_inside(play: Play) -> None:
 
 def test_slots_are_those_of_all_workers_and_each_worker_gets_a_turn(play: Play) -> None:
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=1)
-        world.settings = replace(world.settings, workers=2)
+        limited = QWEN.replace(concurrency=1)
+        world.settings = world.settings.replace(workers=2)
         world.ready()
         here, there = world.activation, world.worker()
         inside = await here.enter(limited)
@@ -815,8 +815,8 @@ def test_slots_are_given_once(slots: SharedSlots) -> None:
 
 def test_nothing_is_left_open_by_requests_that_come_and_go(play: Play) -> None:
     async def scene(world: World) -> None:
-        limited = replace(QWEN, concurrency=1)
-        world.settings = replace(world.settings, workers=2)
+        limited = QWEN.replace(concurrency=1)
+        world.settings = world.settings.replace(workers=2)
 
         def files() -> int:
             return len(list(Path("/proc/self/fd").iterdir()))

@@ -27,6 +27,7 @@ from gpusvc.config.files import (
     check,
     load_host,
     load_model,
+    load_startable_model,
     model_names,
 )
 from gpusvc.config.serving import Serving
@@ -579,7 +580,38 @@ def test_a_name_means_one_model(paths: Paths) -> None:
         f"{b}: aliases[0]: 'shared' is the alias of the model 'a' too.",
     ]
     assert [problem.key for problem in check(paths, [b])] == ["aliases[0]", None]
-    load_model(paths, "a", HostConfig())  # a start looks at no other model
+    load_model(paths, "a", HostConfig())  # which looks at no other model
+
+
+@pytest.mark.parametrize("spelling", ["shared", "\\u0073hared"])
+def test_neither_of_two_models_with_one_alias_starts(paths: Paths, spelling: str) -> None:
+    write(paths, "a", BARE + 'aliases = ["own", "shared"]')
+    write(paths, "b", BARE + f'aliases = ["{spelling}"]')
+    write(paths, "c", BARE + 'aliases = ["other"]')
+    load_startable_model(paths, "c", HostConfig())
+    with pytest.raises(InvalidFileError, match=r"aliases\[1\]: 'shared' is the alias of the model 'b' too"):
+        load_startable_model(paths, "a", HostConfig())
+    with pytest.raises(InvalidFileError, match=r"aliases\[0\]: 'shared' is the alias of the model 'a' too"):
+        load_startable_model(paths, "b", HostConfig())
+    write(paths, "b", BARE)
+    load_startable_model(paths, "a", HostConfig())
+
+
+def test_neither_a_model_whose_name_is_an_alias_nor_the_one_with_the_alias_starts(paths: Paths) -> None:
+    write(paths, "a", BARE + 'aliases = ["b"]')
+    write(paths, "b", BARE)
+    with pytest.raises(InvalidFileError, match="'b' is the name of the model 'b' too"):
+        load_startable_model(paths, "a", HostConfig())
+    with pytest.raises(InvalidFileError, match="The model's name is an alias of the model 'a'"):
+        load_startable_model(paths, "b", HostConfig())
+
+
+def test_what_the_machine_lacks_keeps_a_model_from_starting_and_from_nothing_else(paths: Paths) -> None:
+    text = 'user = "nobody-at-all"\ncommand = ["/no/engine"]\nworking_directory = "/no/directory"\n'
+    assert model(paths, text).command == ("/no/engine",)
+    with pytest.raises(InvalidFileError) as caught:
+        load_startable_model(paths, "qwen", HostConfig())
+    assert [problem.key for problem in caught.value.problems] == ["user", "working_directory", "command"]
 
 
 def test_a_file_elsewhere_is_checked_as_the_next_version_of_its_model(paths: Paths, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from gpusvc.config.host import HostConfig, read_host
 from gpusvc.config.model import OWNED_VARIABLES, ModelConfig, read_model
 from gpusvc.config.presets import PRESETS
+from gpusvc.config.section import names
 from gpusvc.config.table import Table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,13 +23,8 @@ SECTIONS = ("gpu", "eviction", "watchdog", "gateway", "filter")  # the tables wh
 
 
 def known_keys(file: Path) -> set[str]:
-    """What the code asks for."""
-    table = Table(file, {})
-    if file in (HOST_EXAMPLE, HOST_MAN):
-        read_host(table)
-    else:
-        read_model(table, "example", HostConfig())
-    return set(table.known_keys())
+    """The keys that the fields declare."""
+    return set(names(HostConfig if file in (HOST_EXAMPLE, HOST_MAN) else ModelConfig))
 
 
 def uncommented(file: Path) -> dict[str, object]:
@@ -61,6 +57,16 @@ def explained_keys(page: Path) -> dict[str, str | None]:
         elif entry := re.match(r"\\fB([a-z_]+)\\fR = .*?(?:, by default \\fB(.+)\\fR)?$", line):
             keys[section + entry[1]] = entry[2]
     return keys
+
+
+@pytest.mark.parametrize("file", [HOST_MAN, MODEL_MAN], ids=lambda file: file.name)
+def test_every_key_that_is_declared_is_read_and_no_other(file: Path) -> None:
+    table = Table(file, {})
+    if file == HOST_MAN:
+        read_host(table)
+    else:
+        read_model(table, "example", HostConfig())
+    assert sorted(table.known_keys()) == sorted(known_keys(file))
 
 
 @pytest.mark.parametrize("example", [HOST_EXAMPLE, MODEL_EXAMPLE], ids=lambda file: file.name)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.config.effective import DEFAULT, INHERITED, Setting, _duration, _size, effective
+from gpusvc.config.effective import DEFAULT, Setting, _duration, _size, effective
 from gpusvc.config.files import HostConfig, InvalidFileError, load_host, load_model
 from gpusvc.config.host import read_host
 from gpusvc.config.model import read_model
@@ -77,7 +77,7 @@ def test_a_model_takes_from_the_host_what_it_does_not_say_itself(paths: Paths) -
     model = paths.model_file("qwen")
     model.write_text(BARE + "busy_timeout = 60\n[gpu]\nvram = '9.5G'\n")
     found = settings(paths, "qwen")
-    assert [found[key] for key in INHERITED] == [
+    assert [found[key] for key in ("release_timeout", "idle_timeout", "busy_timeout", "busy_action")] == [
         Setting("release_timeout", '"5s"', str(host)),
         Setting("idle_timeout", '"1h"', str(host)),
         Setting("busy_timeout", '"1min"', str(model)),

@@ -66,7 +66,7 @@ def test_every_preset_is_told_the_port_and_has_a_health_path(preset: object) -> 
 
 
 def test_a_gguf_file_is_recognised_by_its_first_bytes(tmp_path: Path) -> None:
-    check = PRESETS["llama-server"].check
+    check = PRESETS["llama-server"].require_files
     check(gguf(tmp_path))
     with pytest.raises(ValueError, match="is not a GGUF file"):
         check(gguf(tmp_path, b"version https://git-lfs.github.com/spec/v1\n"))
@@ -79,20 +79,20 @@ def test_a_gguf_file_is_recognised_by_its_first_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["model.gguf", "models/model.gguf", "../model", "model", "", "a/b/c", "o/m:"])
 def test_llama_server_takes_no_relative_path(model: str) -> None:
     with pytest.raises(ValueError, match="neither an absolute path nor a repository"):
-        PRESETS["llama-server"].check(model)
+        PRESETS["llama-server"].require_name(model)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_a_repository_or_a_directory_is_what_the_others_take(engine: str, tmp_path: Path) -> None:
-    check = PRESETS[engine].check
-    check("Qwen/Qwen3-8B")
-    check("gpt2")
-    check(str(tmp_path))
+    preset = PRESETS[engine]
+    for model in ("Qwen/Qwen3-8B", "gpt2", str(tmp_path)):
+        preset.require_name(model)
+        preset.require_files(model)
     for model in ("./qwen", "~/qwen", "a/b/c", "", "Qwen/Qwen3 8B"):
         with pytest.raises(ValueError, match="neither an absolute path nor a repository"):
-            check(model)
+            preset.require_name(model)
     with pytest.raises(ValueError, match="No such file"):
-        check(str(tmp_path / "absent"))
+        preset.require_files(str(tmp_path / "absent"))
 
 
 def test_a_program_is_found_in_the_path_of_the_model(tmp_path: Path) -> None:

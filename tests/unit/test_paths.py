@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.config.files import load_host, load_model
+from gpusvc.config.files import load_host, load_model, load_startable_model
 from gpusvc.config.host import HostConfig, Isolation
 from gpusvc.errors import ConfigError
 from gpusvc.paths import USER_INSTANCE, Paths, is_user_instance
@@ -72,4 +72,4 @@ def test_a_users_model_runs_as_himself_and_as_nobody_else(user: Paths) -> None:
     assert load_model(user, "qwen", load_host(user)).user == OWN
     user.model_file("qwen").write_text('user = "nobody"\ncommand = ["/bin/true"]\n')
     with pytest.raises(ConfigError, match=f"A model of {OWN} runs as {OWN}"):
-        load_model(user, "qwen", load_host(user))
+        load_startable_model(user, "qwen", load_host(user))

@@ -324,12 +324,12 @@ def test_one_that_ran_out_of_memory_goes_where_most_room_can_be_made() -> None:
 
 def test_at_the_limit_the_least_recently_used_goes_though_there_is_room() -> None:
     residents = [resident("new", last_use=2, gpu0=1), resident("old", last_use=1, gpu0=1)]
-    assert victims(outcome_of(residents, need=GIB, host=replace(HOST, max_active=2))) == ("old",)
+    assert victims(outcome_of(residents, need=GIB, host=HOST.replace(max_active=2))) == ("old",)
 
 
 def test_loading_models_count_for_the_limit() -> None:
     loading = replace(resident("loading", gpu0=1), loading=True)
-    outcome = outcome_of([loading], need=GIB, host=replace(HOST, max_active=1))
+    outcome = outcome_of([loading], need=GIB, host=HOST.replace(max_active=1))
     assert isinstance(outcome, Refusal)
     assert outcome.loading == ("loading",)
 
@@ -337,7 +337,7 @@ def test_loading_models_count_for_the_limit() -> None:
 def test_a_limit_that_is_kept_by_pinned_models_is_named() -> None:
     pinned = replace(resident("dear", gpu0=1), pinned=True)
     asked = request(GIB)
-    outcome = plan(asked, [a_gpu()], [], [pinned], replace(HOST, max_active=1))
+    outcome = plan(asked, [a_gpu()], [], [pinned], HOST.replace(max_active=1))
     assert isinstance(outcome, Refusal)
     told = refusal(asked, outcome, {}).message.splitlines()[0]
     assert told == "qwen may not start now: max_active = 1 is reached by dear (pinned, idle)."

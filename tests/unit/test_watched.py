@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,18 @@ class Bench:
         model = self.watched.model("qwen")
         assert model is not None
         return model.priority
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture
@@ -203,21 +218,26 @@ def test_a_clock_that_was_set_back_stops_nothing(bench: Bench) -> None:
     assert bench.max_active() == 3
 
 
+def test_what_this_machine_lacks_does_not_matter_to_a_daemon(bench: Bench) -> None:
+    bench.paths.model_file("qwen").write_text('user = "nobody-at-all"\ncommand = ["/nonexistent"]\npriority = 3\n')
+    assert bench.priority() == 3
+    assert bench.reports == []
+
+
 def test_what_was_wrong_outside_the_file_is_tried_again_after_a_while(bench: Bench, reads: list[str]) -> None:
-    program = bench.paths.config / "engine"
-    bench.paths.model_file("qwen").write_text(BARE.replace("/bin/sh", str(program)))
+    bench.write_model("")
+    bench.watched.host()
     now = time.time() + 60
     bench.watched._now = lambda: now
-    assert bench.watched.model("qwen") is None
-    program.write_text("")
-    program.chmod(0o755)
+    with no_descriptors_left():
+        assert bench.watched.model("qwen") is None
     assert bench.watched.model("qwen") is None
     now += RETRY_SECONDS
     assert bench.priority() == 0
     now += 10 * RETRY_SECONDS
     assert bench.priority() == 0
     assert reads.count("qwen") == 2
-    assert len(bench.reports) == 1
+    assert [report.partition(": ")[2] for report in bench.reports] == ["It cannot be read: Too many open files."]
 
 
 def test_to_reread_is_to_read_and_report_all_once_more(bench: Bench, reads: list[str]) -> None:

@@ -20,8 +20,7 @@ from gpusvc.api.backend import journal
 from gpusvc.api.page import document
 from gpusvc.api.page.moment import Facts, Log, Moment
 from gpusvc.config.files import HostConfig, load_host
-from gpusvc.config.host import read_idle_timeout
-from gpusvc.config.serving import read_serving
+from gpusvc.config.model import read_model
 from gpusvc.config.table import read_table
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
@@ -128,9 +127,8 @@ def _facts(paths: Paths, name: str, host: HostConfig) -> Facts:
         table = read_table(paths.model_file(name))
     except (GpusvcError, FileNotFoundError):
         return Facts()
-    serving = read_serving(table, name)
-    idle_timeout = read_idle_timeout(table, host.watchdog.idle_timeout_seconds)
-    return Facts(serving.description, 0.0 if serving.keep else idle_timeout)
+    model = read_model(table, name, host)  # whatever is wrong with the file: a default stands in for it
+    return Facts(model.description, 0.0 if model.serving.keep else model.idle_timeout_seconds)
 
 
 def _html(text: str, *, status: int = 200) -> web.Response:

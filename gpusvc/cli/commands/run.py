@@ -151,7 +151,7 @@ def _socket(paths: Paths, name: str) -> Path:
 @contextlib.contextmanager
 def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
     """A run whose files are there for as long as this lasts."""
-    from gpusvc.config.files import load_host, load_model
+    from gpusvc.config.files import load_host, load_startable_model
     from gpusvc.launcher.caller import Caller
     from gpusvc.systemd.manager import Manager
 
@@ -161,7 +161,7 @@ def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
             paths.runs_directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             stack.callback(paths.run_file(name).unlink, missing_ok=True)
             paths.run_file(name).write_text(text)
-            load_model(paths, name, load_host(paths))  # whatever is wrong is said here
+            load_startable_model(paths, name, load_host(paths))  # whatever is wrong is said here
             caller = stack.enter_context(contextlib.closing(Caller(_socket(paths, name), os.environ)))
             drop_in.parent.mkdir(parents=True, exist_ok=True)
             stack.callback(shutil.rmtree, drop_in.parent, ignore_errors=True)

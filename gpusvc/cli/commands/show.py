@@ -231,10 +231,10 @@ def _about_standing(state: ModelState, standing: Standing) -> Iterator[tuple[str
 
 def _about_file(paths: Paths, name: str) -> str:
     """The model's file, and what is wrong with it."""
-    from gpusvc.config.files import load_host, load_model
+    from gpusvc.config.files import load_host, load_startable_model
 
     try:
-        load_model(paths, name, load_host(paths))
+        load_startable_model(paths, name, load_host(paths))
     except GpusvcError as error:
         return error.message
     return str(paths.model_file(name))
