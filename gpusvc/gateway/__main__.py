@@ -7,8 +7,8 @@ import sys
 
 from gpusvc.errors import GpusvcError
 from gpusvc.gateway.process import listening
-from gpusvc.gateway.process.service import Service, Settings
-from gpusvc.gateway.process.workers import Superior, Workers
+from gpusvc.gateway.process.supervisor import Superior, Supervisor
+from gpusvc.gateway.process.worker import Settings, Worker
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.systemd.notify import Notifier
@@ -63,7 +63,7 @@ def _run(paths: Paths, notifier: Notifier) -> int:
     where = " and ".join(map(listening.shown, listeners))
 
     def serve(number: int, superior: Superior) -> int:
-        return Service(paths, settings, listeners, number, superior).run()
+        return Worker(paths, settings, listeners, number, superior).run()
 
     count = settings.gateway.workers
     if count == 1:
@@ -73,7 +73,7 @@ def _run(paths: Paths, notifier: Notifier) -> int:
         settings.refresh()  # the workers did, and here nothing else is asked for
         return settings.gateway.drain_timeout_seconds
 
-    return Workers(count, serve, notifier, where, drain_seconds=drain_seconds).run()
+    return Supervisor(count, serve, notifier, where, drain_seconds=drain_seconds).run()
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import uvloop
 from gpusvc.config import keys
 from gpusvc.config.host import HostGateway
 from gpusvc.gateway.activation.activation import Activation
-from gpusvc.gateway.body import body as bodies
+from gpusvc.gateway.body import whole as bodies
 from gpusvc.gateway.entry import routes
 from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.entry.origin import Guard
-from gpusvc.gateway.http import head as heads
+from gpusvc.gateway.http import request_head, response_head
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.process.gateway import Gateway
-from gpusvc.gateway.process.shared import Shared
+from gpusvc.gateway.relay.shared import Shared
 from gpusvc.gateway.relay.upstream import Upstream
 from gpusvc.state.counters import Counters, directory, file_of
 from tests.component.gateways import ServedGateway
@@ -116,7 +116,7 @@ def _parts(
     known: keys.Keys, secret: bytes, catalog: Catalog, activation: Activation, counters: Counters
 ) -> Iterator[tuple[str, float]]:
     limits, guard, authorization = Limits(), Guard(HostGateway(), keyed=True), b"Bearer " + secret
-    request_head = _REQUEST % (_PATH, secret, len(_CHAT))
+    asked = _REQUEST % (_PATH, secret, len(_CHAT))
     answer_head = _ANSWER_HEAD % len(_ANSWER)
     of_model = counters.of("qwen")
     qwen = catalog.resolve("qwen")
@@ -135,14 +135,14 @@ def _parts(
         of_model.sent(100)
         of_model.tokens(9, 2)
 
-    yield "  the request's head", _cost(lambda: heads.read_request(request_head, limits))
+    yield "  the request's head", _cost(lambda: request_head.read_request(asked, limits))
     yield "  its origin", _cost(lambda: guard.judge(b"POST", _PATH, host=b"127.0.0.1:8484"))
     yield "  its path", _cost(lambda: routes.route(b"POST", _PATH))
     yield "  its key", _cost(lambda: known.authenticate(authorization, None))
     yield "  the model's name in its body", _cost(lambda: bodies.find_model(b"application/json", _CHAT))
     yield "  the model of that name", _cost(lambda: catalog.resolve("qwen"))
     yield "  into the model and out: locks, lease, marks", _cost(enter)
-    yield "  the answer's head", _cost(lambda: heads.read_response(answer_head, limits))
+    yield "  the answer's head", _cost(lambda: response_head.read_response(answer_head, limits))
     yield "  counters", _cost(count)
 
 

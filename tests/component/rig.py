@@ -23,7 +23,7 @@ from gpusvc.gateway.activation.activation import Activation
 from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.process.gateway import Gateway
-from gpusvc.gateway.process.shared import Shared
+from gpusvc.gateway.relay.shared import Shared
 from gpusvc.paths import Paths
 from gpusvc.state import counters, use
 from gpusvc.state import lease as leases

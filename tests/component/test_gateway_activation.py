@@ -26,7 +26,7 @@ from gpusvc.config.serving import Serving
 from gpusvc.gateway.activation import entrance, starter
 from gpusvc.gateway.activation.activation import Activation, Passage
 from gpusvc.gateway.activation.slots import SharedSlots
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
 from gpusvc.paths import Paths
 from gpusvc.state import lease as leases
 from gpusvc.state import use
@@ -150,8 +150,8 @@ async def never() -> None:
     await asyncio.get_running_loop().create_future()
 
 
-async def refused(waiting: Awaitable[Passage]) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+async def refused(waiting: Awaitable[Passage]) -> HttpError:
+    with pytest.raises(HttpError) as caught:
         await waiting
     return caught.value
 

@@ -305,7 +305,7 @@ def test_openai_learns_of_an_engine_that_dies_in_the_middle_of_a_stream(run: Run
     async def scenario(_: Rig, client: openai.AsyncOpenAI) -> None:
         stream = await client.chat.completions.create(model="qwen", messages=MESSAGES, stream=True)
         assert (await anext(stream)).choices[0].delta.content == "All"
-        with pytest.raises(openai.APIError, match="in the middle of its answer"):
+        with pytest.raises(openai.APIError, match="in the middle of its response"):
             await anext(stream)
 
     run(as_openai(scenario, broken))
@@ -385,7 +385,7 @@ def test_anthropic_is_told_what_went_wrong_in_its_own_form(run: Run, tmp_path: P
 def test_anthropic_learns_of_an_engine_that_dies_in_the_middle_of_a_stream(run: Run) -> None:
     async def scenario(_: Rig, client: anthropic.AsyncAnthropic) -> None:
         stream = await client.messages.create(model="qwen", max_tokens=9, messages=MESSAGES, stream=True)
-        with pytest.raises(anthropic.APIError, match="in the middle of its answer"):
+        with pytest.raises(anthropic.APIError, match="in the middle of its response"):
             await anext(stream)
 
     run(as_anthropic(scenario, broken))

@@ -322,7 +322,7 @@ def test_a_stream_whose_engine_dies_ends_with_an_error_event_and_no_end(run: Run
             go_on.set()
             last = await client.chunk()
             assert last.startswith(begin)
-            assert b"in the middle of its answer" in last
+            assert b"in the middle of its response" in last
             assert await client.rest() == b""  # and no last chunk
 
     run(scenario)

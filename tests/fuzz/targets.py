@@ -15,10 +15,9 @@ from gpusvc.config.host import HostConfig
 from gpusvc.errors import GpusvcError
 from gpusvc.gateway.body.fields import FieldScanner, find_model
 from gpusvc.gateway.body.multipart import FormScanner, boundary_of
-from gpusvc.gateway.http import head
+from gpusvc.gateway.http import request_head, response_head
 from gpusvc.gateway.http.chunks import BadChunkError, Chunks
-from gpusvc.gateway.http.head import BadAnswerError
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.limits import Limits
 from gpusvc.journal import eventlog
 from gpusvc.paths import Paths
@@ -94,8 +93,8 @@ def form(data: bytes) -> bool:
 def request(data: bytes) -> bool:
     """A request's head: refused, or without anything that another server could read in another way."""
     try:
-        read = head.read_request(data + b"\r\n\r\n", Limits())
-    except Refusal:
+        read = request_head.read_request(data + b"\r\n\r\n", Limits())
+    except HttpError:
         return False
     assert b"\n" not in read.method + read.target
     assert b"\0" not in read.target
@@ -105,8 +104,8 @@ def request(data: bytes) -> bool:
 def response(data: bytes) -> bool:
     """An answer's head: refused, or a status."""
     try:
-        read = head.read_response(data + b"\r\n\r\n", Limits())
-    except BadAnswerError:
+        read = response_head.read_response(data + b"\r\n\r\n", Limits())
+    except response_head.BadResponseError:
         return False
     assert 100 <= read.status <= 999
     return True

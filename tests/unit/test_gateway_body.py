@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.body.body import FULL_BYTES, Body, edited, edits, find_model, wants_stream
+from gpusvc.gateway.body.edits import edits
 from gpusvc.gateway.body.spool import IN_MEMORY_BYTES, KEPT_BYTES
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.body.streamed import FULL_BYTES, StreamedBody
+from gpusvc.gateway.body.whole import edited, find_model, wants_stream
+from gpusvc.gateway.http.replies import HttpError
 
 JSON = b"application/json"
 FORM = b"multipart/form-data; boundary=frontier"
@@ -34,12 +36,12 @@ def form(model: bytes, *, audio: bytes = b"") -> bytes:
     )
 
 
-def taken(body: Body) -> bytes:
+def taken(body: StreamedBody) -> bytes:
     return b"".join(iter(body.take, b""))
 
 
-def fed(content_type: bytes | None, *pieces: bytes, end: bool = True) -> Body:
-    body = Body(content_type, None, limit_bytes=LIMIT)
+def fed(content_type: bytes | None, *pieces: bytes, end: bool = True) -> StreamedBody:
+    body = StreamedBody(content_type, None, limit_bytes=LIMIT)
     for piece in pieces:
         body.feed(piece)
     if end:
@@ -59,7 +61,7 @@ def _no_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 # What is known, and when.
 
 
-def is_full(body: Body) -> bool:
+def is_full(body: StreamedBody) -> bool:
     """What changes under a checker of types, who believes an assertion for ever."""
     return body.full
 
@@ -127,7 +129,7 @@ def test_nothing_may_be_taken_before_the_model_is_chosen() -> None:
 
 
 def test_what_comes_later_is_taken_as_it_comes() -> None:
-    body = Body(JSON, 40, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, 40, limit_bytes=LIMIT)
     body.feed(b'{"model":"qwen","prompt":')
     body.begin(PLAIN)
     assert body.length == 40
@@ -155,7 +157,7 @@ def test_the_length_of_a_chunked_body_is_known_once_it_has_ended() -> None:
 def test_a_served_name_replaces_the_name_and_nothing_else(size: int) -> None:
     data = b'{ "model" : "\\u0061", "prompt":  "x","seed": 1.0}'
     expected = data.replace(b'"\\u0061"', b'"Qwen/Qwen3-8B"')
-    body = Body(JSON, len(data), limit_bytes=LIMIT)
+    body = StreamedBody(JSON, len(data), limit_bytes=LIMIT)
     for start in range(0, len(data), size):
         body.feed(data[start : start + size])
     body.begin(RENAMED)
@@ -177,7 +179,7 @@ def test_a_served_name_replaces_the_name_in_a_form() -> None:
 
 
 def test_a_model_that_is_chosen_by_the_path_waits_for_the_name_that_is_to_be_replaced() -> None:
-    body = Body(JSON, 30, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, 30, limit_bytes=LIMIT)
     body.begin(RENAMED)
     body.feed(b'{"prompt":"x",')
     assert (body.ready, body.take()) == (False, b"")
@@ -214,7 +216,7 @@ names = st.sampled_from(["user", "seed", "temperature", "stop", "model", "a", "b
 def test_a_filtered_body_is_what_its_members_say(members: list[tuple[str, str]], cuts: list[int], begun: int) -> None:
     data = ("{" + ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in members) + "}").encode()
     places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
-    body = Body(JSON, len(data), limit_bytes=LIMIT)
+    body = StreamedBody(JSON, len(data), limit_bytes=LIMIT)
     for number, (start, end) in enumerate(pairwise(places)):
         if number == begun:
             body.begin(FILTERED)
@@ -233,7 +235,7 @@ def test_a_filtered_body_is_what_its_members_say(members: list[tuple[str, str]],
 
 @pytest.mark.parametrize("data", [b'{"user":1', b'{"user":1]', b'{"a" 1}', b'{"model":1,"user":2}'])
 def test_what_is_to_be_filtered_and_cannot_be_read_is_refused(data: bytes) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(HttpError) as refused:
         edited(JSON, data, FILTERED)
     assert refused.value.status == 400
     assert edited(JSON, data, PLAIN) == data
@@ -241,7 +243,7 @@ def test_what_is_to_be_filtered_and_cannot_be_read_is_refused(data: bytes) -> No
 
 def test_more_members_than_anybody_needs_are_not_filtered_in_part() -> None:
     data = b"{" + b",".join(b'"%d":0' % number for number in range(5000)) + b"}"
-    with pytest.raises(Refusal, match="members"):
+    with pytest.raises(HttpError, match="members"):
         edited(JSON, data, FILTERED)
 
 
@@ -259,7 +261,7 @@ def test_only_some_models_edit() -> None:
 
 def test_a_long_body_waits_in_a_file_that_has_no_name(tmp_path: Path) -> None:
     head, middle, tail = b'{"prompt":"', b"long \\n" * 50_000, b'","model":"qwen"}'
-    body = Body(JSON, None, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, None, limit_bytes=LIMIT)
     body.feed(head)
     for _ in range(10):
         body.feed(middle)
@@ -282,7 +284,7 @@ def test_a_long_body_waits_in_a_file_that_has_no_name(tmp_path: Path) -> None:
 
 
 def test_a_client_waits_while_the_engine_does_not_take() -> None:
-    body = Body(JSON, None, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, None, limit_bytes=LIMIT)
     body.feed(b'{"model":"qwen","prompt":"')
     assert not is_full(body)
     body.feed(b"x" * FULL_BYTES)
@@ -296,7 +298,7 @@ def test_a_client_waits_while_the_engine_does_not_take() -> None:
 
 
 def test_a_client_goes_on_when_only_more_bytes_can_help() -> None:
-    body = Body(JSON, None, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, None, limit_bytes=LIMIT)
     body.feed(b'{"model":"qwen","prompt":"' + b"x" * FULL_BYTES)
     assert is_full(body)
     body.begin(FILTERED)
@@ -324,30 +326,30 @@ def test_a_body_can_be_taken_again_until_too_much_of_it_is_gone() -> None:
 
 
 def test_single_bytes_are_held_together() -> None:
-    body = Body(JSON, None, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, None, limit_bytes=LIMIT)
     for byte in b'{"prompt":"' + b"x" * 10_000:
         body.feed(bytes([byte]))
     assert len(body._spool._chunks) < 5
 
 
 def test_a_body_that_is_too_large_is_refused() -> None:
-    with pytest.raises(Refusal, match="larger than") as announced:
-        Body(JSON, 1001, limit_bytes=1000)
+    with pytest.raises(HttpError, match="larger than") as announced:
+        StreamedBody(JSON, 1001, limit_bytes=1000)
     assert (announced.value.status, announced.value.close) == (413, True)
-    body = Body(JSON, None, limit_bytes=1000)
+    body = StreamedBody(JSON, None, limit_bytes=1000)
     body.feed(b"x" * 1000)
-    with pytest.raises(Refusal, match="larger than") as found:
+    with pytest.raises(HttpError, match="larger than") as found:
         body.feed(b"x")
     assert found.value.status == 413
 
 
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = Body(JSON, None, limit_bytes=LIMIT)
+    body = StreamedBody(JSON, None, limit_bytes=LIMIT)
     body.feed(b'{"prompt":"')
     limited = _writes_to("/dev/full")
     monkeypatch.setattr("gpusvc.gateway.body.spool.tempfile.TemporaryFile", limited)
     monkeypatch.setattr("gpusvc.gateway.body.spool.os.pwrite", lambda fd, data, _: os.write(fd, data))
-    with pytest.raises(Refusal, match="no room") as refused:
+    with pytest.raises(HttpError, match="no room") as refused:
         body.feed(b"x" * IN_MEMORY_BYTES)
     assert (refused.value.status, refused.value.close) == (507, True)
     body.close()

@@ -12,7 +12,7 @@ import pytest
 
 from gpusvc.gateway.entry.catalog import FRESH_SECONDS, Catalog
 from gpusvc.gateway.entry.routes import route
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
 from gpusvc.paths import Paths
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease, LeasedGpu
@@ -39,8 +39,8 @@ class Bench:
     def later(self) -> None:
         self.seconds += 2 * FRESH_SECONDS
 
-    def refusal(self, question: Callable[[], object]) -> Refusal:
-        with pytest.raises(Refusal) as caught:
+    def refusal(self, question: Callable[[], object]) -> HttpError:
+        with pytest.raises(HttpError) as caught:
             question()
         return caught.value
 

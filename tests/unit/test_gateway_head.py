@@ -9,18 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusvc.gateway.http.chunks import BadChunkError, Chunks, encode
-from gpusvc.gateway.http.head import (
-    BadAnswerError,
-    RequestHead,
-    ResponseHead,
-    check_beginning,
-    passed_on,
-    read_request,
-    read_response,
-)
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.http.request_head import RequestHead, check_beginning, read_request
+from gpusvc.gateway.http.response_head import BadResponseError, ResponseHead, passed_on, read_response
 from gpusvc.gateway.limits import Limits
-from gpusvc.gateway.relay.usage import Tail, is_counted
+from gpusvc.gateway.relay.usage import Tail, is_usage_type
 
 LIMITS = Limits()
 
@@ -36,7 +29,7 @@ def response(*lines: str, first: str = "HTTP/1.1 200 OK") -> ResponseHead:
 
 def status(*lines: str, first: str = "POST /v1/x HTTP/1.1", host: str | None = "Host: localhost") -> int:
     """Of the refusal, which ends the connection."""
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(HttpError) as refused:
         request(*lines, first=first, host=host)
     assert refused.value.close
     return refused.value.status
@@ -210,7 +203,7 @@ def test_an_upgrade_is_passed_on_if_both_sides_could_still_agree(lines: list[str
     ],
 )
 def test_a_head_that_cannot_become_right_is_refused_before_its_end(partial: bytes, expected: int) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(HttpError) as refused:
         check_beginning(partial, LIMITS)
     assert refused.value.status == expected
 
@@ -244,7 +237,7 @@ def test_engines_do_not_say_who_may_read_their_answers() -> None:
     ],
 )
 def test_what_is_no_answer_is_refused(first: str, lines: list[str]) -> None:
-    with pytest.raises(BadAnswerError):
+    with pytest.raises(BadResponseError):
         response(*lines, first=first)
 
 
@@ -256,9 +249,9 @@ def test_trailers_say_nothing_about_framing_or_whose_answer_it_is() -> None:
 @given(st.binary(max_size=300))
 def test_no_bytes_are_more_than_refused(data: bytes) -> None:
     for block in (data + b"\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n" + data + b"\r\n\r\n"):
-        with suppress(Refusal):
+        with suppress(HttpError):
             read_request(block, LIMITS)
-        with suppress(BadAnswerError):
+        with suppress(BadResponseError):
             read_response(block.replace(b"GET / HTTP/1.1", b"HTTP/1.1 200 OK"), LIMITS)
 
 
@@ -353,7 +346,7 @@ def test_anthropics_streams_have_the_prompt_at_their_beginning() -> None:
 
 
 def test_only_what_may_say_it_is_looked_at() -> None:
-    assert is_counted(b"application/json; charset=utf-8")
-    assert is_counted(b"Text/Event-Stream")
-    assert not is_counted(b"audio/mpeg")
-    assert not is_counted(None)
+    assert is_usage_type(b"application/json; charset=utf-8")
+    assert is_usage_type(b"Text/Event-Stream")
+    assert not is_usage_type(b"audio/mpeg")
+    assert not is_usage_type(None)

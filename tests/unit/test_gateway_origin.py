@@ -6,7 +6,7 @@ import pytest
 
 from gpusvc.config.host import HostGateway
 from gpusvc.gateway.entry.origin import Guard
-from gpusvc.gateway.http.replies import Headers, Refusal, Reply
+from gpusvc.gateway.http.replies import Headers, HttpError, Reply
 
 CHAT = b"https://chat.example.org"
 OPEN = Guard(HostGateway(), keyed=False)
@@ -30,7 +30,7 @@ def judge(
 
 
 def refused(guard: Guard, method: bytes = b"POST", target: bytes = b"/unload", **headers: bytes | None) -> int:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         judge(guard, method, target, **headers)
     return caught.value.status
 
@@ -178,7 +178,7 @@ def test_a_preflight_that_asks_for_no_headers_gets_none(asked: bytes | None) -> 
 
 
 def test_a_preflight_of_a_stranger_is_refused() -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(HttpError):
         preflight(OPEN, CHAT, b"authorization")
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.http.replies import Dialect, Refusal, Reply, loading_comment, refusal, reply_json, stream_refusal
+from gpusvc.gateway.http.replies import Dialect, HttpError, Reply, error_event, error_reply, loading_comment, reply_json
 
-FULL = Refusal(
+FULL = HttpError(
     503,
     "The queue is full.",
     hint="Try later.",
@@ -22,7 +22,7 @@ FULL = Refusal(
 
 
 def test_openai_gets_all_four_members_and_the_hint_in_the_message() -> None:
-    reply = refusal(Dialect.OPENAI, FULL)
+    reply = error_reply(Dialect.OPENAI, FULL)
     assert (reply.status, reply.close) == (503, True)
     assert reply.headers == ((b"content-type", b"application/json"), (b"retry-after", b"7"))
     assert json.loads(reply.body) == {
@@ -36,7 +36,7 @@ def test_openai_gets_all_four_members_and_the_hint_in_the_message() -> None:
 
 
 def test_anthropic_gets_its_own_form_and_its_own_types() -> None:
-    reply = refusal(Dialect.ANTHROPIC, FULL)
+    reply = error_reply(Dialect.ANTHROPIC, FULL)
     assert json.loads(reply.body) == {
         "type": "error",
         "error": {"type": "overloaded_error", "message": "The queue is full. Try later."},
@@ -63,26 +63,26 @@ def test_anthropic_gets_its_own_form_and_its_own_types() -> None:
 )
 def test_the_type_follows_from_the_status(status: int, openai: str, anthropic: str) -> None:
     types = [
-        json.loads(refusal(dialect, Refusal(status, "No.")).body)["error"]["type"]
+        json.loads(error_reply(dialect, HttpError(status, "No.")).body)["error"]["type"]
         for dialect in (Dialect.OPENAI, Dialect.ANTHROPIC)
     ]
     assert types == [openai, anthropic]
 
 
 def test_a_401_has_a_challenge_and_other_headers_are_kept() -> None:
-    assert refusal(Dialect.OPENAI, Refusal(401, "Who?")).headers[1:] == ((b"www-authenticate", b"Bearer"),)
+    assert error_reply(Dialect.OPENAI, HttpError(401, "Who?")).headers[1:] == ((b"www-authenticate", b"Bearer"),)
     allow = ((b"allow", b"GET"),)
-    assert refusal(Dialect.OPENAI, Refusal(405, "No.", headers=allow)).headers[1:] == allow
+    assert error_reply(Dialect.OPENAI, HttpError(405, "No.", headers=allow)).headers[1:] == allow
 
 
 def test_an_error_within_a_stream_is_one_event_of_the_dialect() -> None:
-    error = Refusal(502, "It died.\nLast line:\n\x1b[0m ü", code="upstream_died")
-    head, _, data = stream_refusal(Dialect.OPENAI, error).partition(b" ")
+    error = HttpError(502, "It died.\nLast line:\n\x1b[0m ü", code="upstream_died")
+    head, _, data = error_event(Dialect.OPENAI, error).partition(b" ")
     assert head == b"data:"
     assert json.loads(data)["error"]["message"] == error.message
     assert data.endswith(b"}\n\n")
     assert data.count(b"\n") == 2
-    name, _, data = stream_refusal(Dialect.ANTHROPIC, error).partition(b"\n")
+    name, _, data = error_event(Dialect.ANTHROPIC, error).partition(b"\n")
     assert name == b"event: error"
     assert json.loads(data.removeprefix(b"data: "))["type"] == "error"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from gpusvc.config.host import HostGateway
 from gpusvc.config.serving import Serving
 from gpusvc.errors import GpusvcError
+from gpusvc.gateway.activation.engine import EngineFinder
 from gpusvc.gateway.activation.entrance import Entrance, Passage
-from gpusvc.gateway.activation.sight import Sight
 from gpusvc.gateway.activation.slots import OwnSlots, SharedSlots, Slots
 from gpusvc.gateway.activation.starter import Starter
 from gpusvc.log import log
@@ -67,9 +67,9 @@ class Activation:
                 seconds. Called from the loop, never after this has returned.
 
         Raises:
-            Refusal: 503, too many wait for the model, it did not start (with the reason, and the engine's last lines),
-                or its cooldown after that is not over; 404, its file is gone; 409, its start was called off; 429, too
-                many wait for a slot; 504, ``activation_timeout`` is over.
+            HttpError: 503, too many wait for the model, it did not start (with the reason and the engine's last
+                lines), or its cooldown after that is not over; 404, its file is gone; 409, its start was called off;
+                429, too many wait for a slot; 504, ``activation_timeout`` is over.
         """
         settings = self._settings()
         return await self._entrance(serving.name).enter(
@@ -87,7 +87,7 @@ class Activation:
         self._entrance(serving.name).suspect()
 
     def close(self) -> None:
-        """Have nobody wait any more (Refusal 503), and nobody inside."""
+        """Have nobody wait any more (HttpError 503), and nobody inside."""
         for entrance in self._entrances.values():
             entrance.close()
 
@@ -98,7 +98,7 @@ class Activation:
                 self._loop,
                 name,
                 turnstile=Turnstile(self._paths, name),
-                sight=Sight(self._paths, name),
+                finder=EngineFinder(self._paths, name),
                 starter=self._starter,
                 make_slots=lambda: self._make_slots(name),
             )

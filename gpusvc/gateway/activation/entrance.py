@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 from gpusvc.config.serving import Serving
 from gpusvc.errors import GpusvcError
-from gpusvc.gateway.activation.sight import Engine, Sight
+from gpusvc.gateway.activation.engine import Engine, EngineFinder
 from gpusvc.gateway.activation.slots import Slots
 from gpusvc.gateway.activation.starter import Failure, Starter
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
 from gpusvc.quantity import format_duration
 from gpusvc.state.use import NoDoorError, Turnstile
 
@@ -107,7 +107,7 @@ class Entrance:
         name: str,
         *,
         turnstile: Turnstile,
-        sight: Sight,
+        finder: EngineFinder,
         starter: Starter,
         make_slots: Callable[[], Slots],
     ) -> None:
@@ -115,7 +115,7 @@ class Entrance:
         self._loop = loop
         self._name = name
         self._turnstile = turnstile
-        self._sight = sight
+        self._finder = finder
         self._starter = starter
         self._make_slots = make_slots
         self._slots: Slots | None = None
@@ -149,7 +149,7 @@ class Entrance:
         now = time.monotonic()
         if now - self._looked_seconds >= _LOOK_SECONDS:
             self._looked_seconds = now
-            self._engine = self._sight.look()
+            self._engine = self._finder.find()
         if self._engine is None:
             turnstile.leave()
             return None
@@ -201,7 +201,7 @@ class Entrance:
 
     def suspect(self) -> None:
         """As Activation.suspect()."""
-        self._sight.suspect()
+        self._finder.suspect()
         self._engine = None
         self._looked_seconds = -math.inf
 
@@ -216,10 +216,10 @@ class Entrance:
 
     def _join(self, serving: Serving, on_wait: Callable[[str], None] | None, max_waiting: int) -> Waiter:
         if self._closed:
-            raise Refusal(503, "The gateway is shutting down.", code="shutting_down", retry_after_seconds=5)
+            raise HttpError(503, "The gateway is shutting down.", code="shutting_down", retry_after_seconds=5)
         failed_just_now = time.monotonic() - self._failed_seconds < _FAILURE_SECONDS
-        if self._failure is not None and failed_just_now and self._sight.look() is None:
-            raise self._failure.refusal(show_logs=serving.show_logs)
+        if self._failure is not None and failed_just_now and self._finder.find() is None:
+            raise self._failure.to_http_error(show_logs=serving.show_logs)
         if len(self._waiters) >= max_waiting:
             raise self._full(serving)
         waiter = Waiter(serving, self._loop.create_future(), on_wait)
@@ -239,7 +239,7 @@ class Entrance:
                 self._turnstile.leave()
             if not self._waiters:
                 self._rest()
-                if self._sight.look() is None:
+                if self._finder.find() is None:
                     self._abandon()
         future = waiter.future
         if not future.cancel() and not future.cancelled() and future.exception() is None:
@@ -261,7 +261,7 @@ class Entrance:
             self._refuse(Failure(503, error.message, hint=error.hint))
             return
         self._looked_seconds = time.monotonic()
-        self._engine = self._sight.look()
+        self._engine = self._finder.find()
         if self._engine is not None:
             self._serve(self._engine, yielding=yielding)
         elif (self._entered or not has_door) and self._start is None:
@@ -341,14 +341,14 @@ class Entrance:
 
     async def _make_ready(self) -> None:
         began = time.monotonic()
-        suspected = self._sight.suspected
+        suspected = self._finder.suspected
         if suspected is not None and await _answers(suspected):
-            self._sight.trust(suspected)
+            self._finder.trust(suspected)
             return
         failure = await self._starter.start(self._name)
         if failure is not None:
             self._refuse(failure)
-        elif self._sight.look() is not None:
+        elif self._finder.find() is not None:
             self._load_seconds = time.monotonic() - began
         else:
             await self._bear_disappointment()
@@ -381,7 +381,7 @@ class Entrance:
         self._rest()
         for waiter in waiters:
             if not waiter.future.done():
-                waiter.future.set_exception(failure.refusal(show_logs=waiter.serving.show_logs))
+                waiter.future.set_exception(failure.to_http_error(show_logs=waiter.serving.show_logs))
 
     def _rest(self) -> None:
         """Nobody waits."""
@@ -396,25 +396,25 @@ class Entrance:
         if start is not None:
             start.cancel()
 
-    def _full(self, serving: Serving) -> Refusal:
+    def _full(self, serving: Serving) -> HttpError:
         waiting = len(self._waiters)
         if serving.concurrency and self._entered and self._engine is not None:
-            return Refusal(
+            return HttpError(
                 429,
                 f"{self._name} serves {serving.concurrency} requests at a time, and {waiting} more wait already.",
                 code="concurrency_exceeded",
                 retry_after_seconds=_retry_after(self._slot_seconds * waiting / serving.concurrency),
             )
-        return Refusal(
+        return HttpError(
             503,
             f"{self._name} is not ready, and {waiting} requests wait for it already.",
             code="too_many_waiting",
             retry_after_seconds=_retry_after(self._load_seconds),
         )
 
-    def _too_late(self, waiter: Waiter, timeout_seconds: float) -> Refusal:
+    def _too_late(self, waiter: Waiter, timeout_seconds: float) -> HttpError:
         goal = self._goal(is_inside=waiter not in list(self._waiters)[self._entered :])
-        return Refusal(
+        return HttpError(
             504,
             f"This request waited {goal}, and activation_timeout ({format_duration(timeout_seconds)}) is over.",
             code="activation_timeout",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
 
 # An API that is being restarted or upgraded is back within seconds; its socket is there all the time, if its unit is.
 _TRIES = 6
@@ -42,16 +42,16 @@ class Failure:
     log: tuple[str, ...] = ()
     """The engine's last lines."""
     brief: str | None = None
-    """As Refusal has it: a reason may be who holds a GPU."""
+    """As HttpError has it: a reason may be who holds a GPU."""
 
-    def refusal(self, *, show_logs: bool) -> Refusal:
+    def to_http_error(self, *, show_logs: bool) -> HttpError:
         """A new one for each request that it is told to."""
         message = self.message
         said = [line for line in self.log if line.strip() and line.strip() not in message]
         if said and show_logs:
             stop = "" if message.endswith((".", "!", "?")) else "."
             message = "\n".join([f"{message}{stop} The last lines of its log:", *said])
-        return Refusal(
+        return HttpError(
             self.status,
             message,
             hint=self.hint,

@@ -18,7 +18,7 @@ from gpusvc.config.watched import Watched
 from gpusvc.errors import GpusvcError
 from gpusvc.gateway.entry import routes
 from gpusvc.gateway.entry.routes import Route
-from gpusvc.gateway.http.replies import Refusal
+from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gpu.reading import total
 from gpusvc.log import log
 from gpusvc.names import is_name
@@ -85,7 +85,7 @@ class Catalog:
                 or a stray look at any page would load it.
 
         Raises:
-            Refusal: 404 there is no such model, 400 none is named.
+            HttpError: 404 there is no such model, 400 none is named.
         """
         if self._now() >= self._due:
             self._refresh()
@@ -99,13 +99,13 @@ class Catalog:
         if guess and len(self._servings) == 1:
             return next(iter(self._servings.values()))
         hint = 'Name it by "model" in the body, by ?model= or by the header X-Model.'
-        raise Refusal(400, "The request names no model.", hint=hint, code="missing_model", param="model")
+        raise HttpError(400, "The request names no model.", hint=hint, code="missing_model", param="model")
 
     def locate(self, named: Route, *, allowed: Allowed = lambda _: True) -> tuple[Serving, bytes]:
         """The model of a NAMED route, and the target for its engine. Aliases may have slashes: the longest name counts.
 
         Raises:
-            Refusal: 404 there is no such model; 308 a slash is missing behind its name.
+            HttpError: 404 there is no such model; 308 a slash is missing behind its name.
         """
         if self._now() >= self._due:
             self._refresh()
@@ -143,7 +143,7 @@ class Catalog:
         """What the list says of one model, under the name asked for; JSON.
 
         Raises:
-            Refusal: 404 there is no such model.
+            HttpError: 404 there is no such model.
         """
         serving = self.resolve(text, allowed=allowed)
         if not allowed(serving.name):
@@ -183,7 +183,7 @@ class Catalog:
         self._refresh()
         return True
 
-    def _unknown(self, text: str, allowed: Allowed) -> Refusal:
+    def _unknown(self, text: str, allowed: Allowed) -> HttpError:
         from difflib import get_close_matches  # noqa: PLC0415 - not needed by most
 
         known = {name.casefold(): name for name, serving in self._by_name.items() if allowed(serving.name)}
@@ -192,7 +192,7 @@ class Catalog:
             hint = f"Did you mean {' or '.join(repr(known[name]) for name in near)}?"
         else:
             hint = "GET /v1/models lists those that there are." if known else "There is none at all."
-        return Refusal(404, f"There is no model {shown(text)}.", hint=hint, code="model_not_found", param="model")
+        return HttpError(404, f"There is no model {shown(text)}.", hint=hint, code="model_not_found", param="model")
 
     def _entries(self, serving: Serving) -> Iterator[dict[str, object]]:
         created, state = self._created(serving), self._state(serving)

@@ -16,10 +16,7 @@ import re
 from collections.abc import Collection
 
 from gpusvc.config.host import HostGateway
-from gpusvc.gateway.http.replies import Headers, Refusal, Reply
-
-OWNED_PREFIX = b"access-control-"
-"""Headers of an answer that are for nobody else to send: an engine's own would let in whom it likes."""
+from gpusvc.gateway.http.replies import Headers, HttpError, Reply
 
 _ADDRESS = re.compile(rb"\[[0-9a-f:.]+\]|[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
 _AUTHORITY = re.compile(rb"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5})?)?")
@@ -76,7 +73,7 @@ class Guard:
             private_network: ``Access-Control-Request-Private-Network``.
 
         Raises:
-            Refusal: 403 the request is not let in, 400 the host is none.
+            HttpError: 403 the request is not let in, 400 the host is none.
         """
         if not self._is_keyed and host is not None and host not in self._known:
             self._admit(host)
@@ -92,15 +89,15 @@ class Guard:
         return (*granted, (b"access-control-expose-headers", _EXPOSED))
 
     def _admit(self, host: bytes) -> None:
-        """Raises Refusal if ``host`` may be a stranger's name for this machine."""
+        """Raises HttpError if ``host`` may be a stranger's name for this machine."""
         parts = _AUTHORITY.fullmatch(host.lower())
         if parts is None:
-            raise Refusal(400, "The Host of the request is no host.", code="invalid_host", close=True)
+            raise HttpError(400, "The Host of the request is no host.", code="invalid_host", close=True)
         name = parts[1].rstrip(b".")
         # An address is no name that could be made to mean another; .localhost is the machine itself by RFC 6761.
         is_ours = name in self._hosts or name == b"localhost" or name.endswith(b".localhost")
         if not is_ours and not _ADDRESS.fullmatch(name):
-            raise Refusal(
+            raise HttpError(
                 403,
                 f"This host is not known as {name.decode()}.",
                 hint="Name it in hosts of [gateway] in gpusvc.toml, or have requests need a key.",
@@ -110,7 +107,7 @@ class Guard:
             self._known.add(host)
 
     def _granted(self, origin: bytes) -> Headers:
-        """Raises Refusal if the pages of ``origin`` may not use the gateway."""
+        """Raises HttpError if the pages of ``origin`` may not use the gateway."""
         if b"*" in self._origins:
             return ((b"access-control-allow-origin", b"*"),)
         if origin.lower() in self._origins:
@@ -145,6 +142,6 @@ def _leave(request_headers: bytes | None, private_network: bytes | None) -> Head
     return headers
 
 
-def _refused(message: str) -> Refusal:
+def _refused(message: str) -> HttpError:
     hint = "Their origins can be let in by cors_origins of [gateway] in gpusvc.toml."
-    return Refusal(403, message, hint=hint, code="origin_not_allowed")
+    return HttpError(403, message, hint=hint, code="origin_not_allowed")

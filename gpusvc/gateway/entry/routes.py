@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-from gpusvc.gateway.http.replies import Dialect, Refusal
-
-MODEL_HEADER = b"x-model"
-"""The header, in lower case, that names the model of a request whose body and query do not."""
+from gpusvc.config.keys import Right
+from gpusvc.gateway.http.replies import Dialect, HttpError
+from gpusvc.gateway.http.target import METHODS, invalid_target, unsupported_method
 
 
 class Target(StrEnum):
@@ -29,21 +28,13 @@ class Target(StrEnum):
     MANAGEMENT = "management"  # the API socket
 
 
-class Right(StrEnum):
-    """What a key must allow for it."""
-
-    NONE = "none"
-    USE = "use"
-    METRICS = "metrics"  # or admin
-    ADMIN = "admin"
-
-
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where a request goes."""
 
     target: Target
-    right: Right
+    right: Right | None
+    """The right that a key needs for it; None: no key is needed."""
     dialect: Dialect
     name: str | None
     """MODEL: what the query says, if it does. NAMED: the first segment behind /upstream/; see ``names_in()``.
@@ -60,14 +51,14 @@ def route(method: bytes, target: bytes) -> Route:
         target: likewise, in the form of a path; see ``in_origin_form()``.
 
     Raises:
-        Refusal: 400 a target that cannot be right, 404 a path that leads nowhere, 405 or 501 a wrong method.
+        HttpError: 400 a target that cannot be right, 404 a path that leads nowhere, 405 or 501 a wrong method.
     """
     if method == b"POST":
         known = _POSTED.get(target)
         if known is not None:
             return known
-    elif method not in _METHODS:
-        raise _no_such_method(method)
+    elif method not in METHODS:
+        raise unsupported_method(method)
     if target == b"*" and method == b"OPTIONS":
         return _HEALTH  # RFC 9110, 9.3.7: a ping of the server as a whole
     path, mark, query = target.partition(b"?")
@@ -88,29 +79,8 @@ def route(method: bytes, target: bytes) -> Route:
     if path in _MANAGED or path.startswith(_MANAGED_BELOW):
         return Route(Target.MANAGEMENT, Right.ADMIN, Dialect.OPENAI, None, path + mark + query)
     if path.startswith(_OF_BROWSERS):
-        raise Refusal(404, f"There is no {path.decode()} here.", code="not_found")
+        raise HttpError(404, f"There is no {path.decode()} here.", code="not_found")
     return Route(Target.MODEL, Right.USE, _dialect(path), model, path + mark + query)
-
-
-def in_origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
-    """Authority and path of a target that does not begin with a slash; RFC 9112, 3.2, has three forms of it.
-
-    The authority stands for the Host of the request, also where origins are judged; None: there is none.
-
-    Raises:
-        Refusal: 400 it is none of them, 405 it is for a proxy.
-    """
-    if target == b"*":
-        if method != b"OPTIONS":
-            raise _malformed("The target * is for OPTIONS.")
-        return None, target
-    if method == b"CONNECT":
-        raise _no_such_method(method)
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute is None:
-        raise _malformed("The target of the request is no path.")
-    authority, rest = absolute.groups()
-    return authority, rest if rest.startswith(b"/") else b"/" + rest
 
 
 def dialect_of(target: bytes) -> Dialect:
@@ -138,7 +108,7 @@ def names_in(named: Route, deepest: int) -> Iterator[tuple[str, bytes]]:
         yield name, path + mark + query
 
 
-def to_pages(name: str, query: bytes) -> Refusal:
+def to_pages(name: str, query: bytes) -> HttpError:
     """The answer to /upstream/NAME: links of the engine's pages are right only where /upstream/NAME/ is the page.
 
     Args:
@@ -146,17 +116,15 @@ def to_pages(name: str, query: bytes) -> Refusal:
         query: with its question mark, if there is one.
     """
     location = _UPSTREAM + quote(name, safe="").encode() + b"/" + query
-    return Refusal(308, "The engine's pages have a slash behind its name.", headers=((b"location", location),))
+    return HttpError(308, "The engine's pages have a slash behind its name.", headers=((b"location", location),))
 
 
-_METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
 _READING = frozenset({b"GET", b"HEAD"})
 
 # What may stand in a target: the characters of RFC 3986, and those that clients forget to encode and that mean nothing.
 # Not among them are "#", which belongs to the browser, and "\", which some programs take for a slash.
 _LETTERS = re.compile(rb'[!"$-\[\]-~]*')
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_ABSOLUTE = re.compile(rb"https?://([A-Za-z0-9_.:\[\]-]+)((?:[/?].*)?)", re.IGNORECASE)
 
 _UPSTREAM = b"/upstream/"
 _MODELS = frozenset({b"/v1/models", b"/models"})
@@ -172,7 +140,7 @@ _OF_BROWSERS = (b"/favicon.ico", b"/robots.txt", b"/apple-touch-icon", b"/.well-
 
 _ANTHROPIC = (b"/v1/messages", b"/messages")
 
-_HEALTH = Route(Target.HEALTH, Right.NONE, Dialect.OPENAI, None, b"/health")
+_HEALTH = Route(Target.HEALTH, None, Dialect.OPENAI, None, b"/health")
 
 
 def _dialect(path: bytes) -> Dialect:
@@ -204,30 +172,30 @@ _POSTED = {
 
 
 def _checked(path: bytes, query: bytes) -> bytes:
-    """The path, with one slash at its beginning. Raises Refusal 400."""
+    """The path, with one slash at its beginning. Raises HttpError 400."""
     if not _LETTERS.fullmatch(path) or not _LETTERS.fullmatch(query):
-        raise _malformed("The target of the request has characters that must be percent-encoded.")
+        raise invalid_target("The target of the request has characters that must be percent-encoded.")
     if not path.startswith(b"/"):
-        raise _malformed("The target of the request is no path.")
+        raise invalid_target("The target of the request is no path.")
     if path.startswith(b"//"):
         path = b"/" + path.lstrip(b"/")  # of clients whose base URL ends with a slash
     plain = path
     if b"%" in path:
         if _BAD_ESCAPE.search(path):
-            raise _malformed("The path has a % that begins no percent-encoding.")
+            raise invalid_target("The path has a % that begins no percent-encoding.")
         # Whoever decodes early and whoever decodes late must see the same segments.
         plain = unquote_to_bytes(path).replace(b"\\", b"/")
         if any(character < 0x20 or character == 0x7F for character in plain):
-            raise _malformed("The path has encoded control characters.")
+            raise invalid_target("The path has encoded control characters.")
     if b"/." in plain and not {b".", b".."}.isdisjoint(plain.split(b"/")):
-        raise _malformed("The path has a segment . or .., which could lead out of where it seems to lead.")
+        raise invalid_target("The path has a segment . or .., which could lead out of where it seems to lead.")
     return path
 
 
 def _named(path: bytes, query: bytes) -> Route:
     name, slash, rest = path.removeprefix(_UPSTREAM).partition(b"/")
     if not name:
-        raise Refusal(
+        raise HttpError(
             404, "The path names no model.", hint="An engine's own pages are at /upstream/NAME/.", code="not_found"
         )
     rest = slash + rest
@@ -244,24 +212,12 @@ def _model_of(query: bytes) -> str | None:
 
 
 def _reading(method: bytes, read: Route) -> Route:
-    """Raises Refusal 405 for a method that would do more than read."""
+    """Raises HttpError 405 for a method that would do more than read."""
     if method in _READING:
         return read
-    raise Refusal(
+    raise HttpError(
         405,
         f"{read.path.partition(b'?')[0].decode()} can only be read.",
         code="method_not_allowed",
         headers=((b"allow", b"GET, HEAD"),),
     )
-
-
-def _no_such_method(method: bytes) -> Refusal:
-    shown = method[:20].decode("ascii", "replace")
-    if method in (b"CONNECT", b"TRACE"):  # no tunnel to anywhere, and no echo of a request's keys
-        allow = b", ".join(sorted(_METHODS))
-        return Refusal(405, f"{shown} is not for here.", code="method_not_allowed", headers=((b"allow", allow),))
-    return Refusal(501, f"There is no method {shown}.", code="method_not_implemented")
-
-
-def _malformed(message: str) -> Refusal:
-    return Refusal(400, message, code="invalid_url")

@@ -22,7 +22,7 @@ class Dialect(StrEnum):
     ANTHROPIC = "anthropic"
 
 
-class Refusal(GpusvcError):  # noqa: N818 - as in HTTP, where not all of these are errors
+class HttpError(GpusvcError):
     """A request that the gateway answers with an error itself."""
 
     def __init__(
@@ -63,11 +63,11 @@ class Refusal(GpusvcError):  # noqa: N818 - as in HTTP, where not all of these a
         self.headers = headers
         self.brief = brief
 
-    def in_brief(self) -> Refusal:
+    def in_brief(self) -> HttpError:
         """The same for whoever may not know of all models."""
         if self.brief is None:
             return self
-        return Refusal(
+        return HttpError(
             self.status,
             self.brief,
             kind=self.kind,
@@ -92,7 +92,7 @@ def reply_json(status: int, value: object, headers: Headers = ()) -> Reply:
     return Reply(status, ((b"content-type", b"application/json"), *headers), _encode(value))
 
 
-def refusal(dialect: Dialect, error: Refusal) -> Reply:
+def error_reply(dialect: Dialect, error: HttpError) -> Reply:
     """An error as the whole answer."""
     headers = error.headers
     if error.retry_after_seconds is not None:
@@ -103,7 +103,7 @@ def refusal(dialect: Dialect, error: Refusal) -> Reply:
     return Reply(answer.status, answer.headers, answer.body, close=error.close)
 
 
-def stream_refusal(dialect: Dialect, error: Refusal) -> bytes:
+def error_event(dialect: Dialect, error: HttpError) -> bytes:
     """An error as an event of a stream that has begun: where no other event is half sent."""
     data = b"data: " + _encode(_error(dialect, error)) + b"\n\n"
     # Clients of OpenAI tell an error by its member ``error``, and some of them take no event with a name.
@@ -137,7 +137,7 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def _error(dialect: Dialect, error: Refusal) -> dict[str, object]:
+def _error(dialect: Dialect, error: HttpError) -> dict[str, object]:
     if dialect is Dialect.ANTHROPIC:
         kind = _ANTHROPIC_TYPES.get(error.status, _general(error.status, "api_error"))
         return {"type": "error", "error": {"type": kind, "message": str(error)}}

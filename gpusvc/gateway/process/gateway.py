@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from gpusvc.gateway.process.shared import Shared
 from gpusvc.gateway.relay.client import Client
+from gpusvc.gateway.relay.shared import Shared
 
 
 class Gateway:

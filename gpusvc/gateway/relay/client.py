@@ -1,45 +1,38 @@
-"""A client's connection: requests are read from it one after the other, and each is answered before the next is begun.
+"""A client's connection: requests are read from it one after the other, and each is answered before the next begins.
 
-Requests that are sent ahead (pipelining) wait here, up to a limit, and so does the connection behind it. A client that
-closes its side while it waits for an answer is taken to be gone, as most servers do: nothing tells it from one that is.
+Requests that are sent ahead (pipelining) wait here, up to a limit; then nothing more is read. A client that closes its
+side while it waits for a response is taken to be gone, as most servers do: nothing distinguishes the two.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import socket
-import struct
 from collections.abc import Callable
 from typing import cast
 
 from gpusvc.gateway.entry import routes
-from gpusvc.gateway.http import head as heads
 from gpusvc.gateway.http import replies
-from gpusvc.gateway.http.chunks import BadChunkError, Chunks
-from gpusvc.gateway.http.replies import Refusal
-from gpusvc.gateway.process.shared import Shared
+from gpusvc.gateway.http import request_head as heads
+from gpusvc.gateway.http.body_reader import BodyReader
+from gpusvc.gateway.http.chunks import BadChunkError
+from gpusvc.gateway.http.fields import END
+from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.http.response_head import write_whole
+from gpusvc.gateway.relay import tcp
 from gpusvc.gateway.relay.exchange import Exchange
-
-# SO_LINGER on, for no time: closing sends a reset.
-_RESET = struct.pack("ii", 1, 0)
+from gpusvc.gateway.relay.shared import Shared
 
 # Requests that were sent ahead and are answered at once, before others have their turn.
 _TURNS = 32
-
-# The first byte of struct tcp_info.
-_TCP_CLOSE = 7
-_TCP_CLOSE_WAIT = 8
 
 
 class Client(asyncio.Protocol):
     """One connection. It is what exchange.Downstream says."""
 
     __slots__ = (
-        "_awaits_body",
+        "_body",
         "_buffer",
-        "_chunks",
         "_deadline",
         "_exchange",
         "_is_blocked",
@@ -48,7 +41,7 @@ class Client(asyncio.Protocol):
         "_is_processing",
         "_is_reading",
         "_keeps_alive",
-        "_missing",
+        "_linger_bytes",
         "_on_closed",
         "_on_open",
         "_served",
@@ -74,9 +67,8 @@ class Client(asyncio.Protocol):
         self._on_closed = on_closed
         self._exchange: Exchange | None = None
         self._buffer = b""  # what came and has not had its turn
-        self._chunks: Chunks | None = None
-        self._missing = 0  # bytes of a body that is no chunked one
-        self._awaits_body = False
+        self._body: BodyReader | None = None  # of the request, while more of it must come
+        self._linger_bytes = 0  # how much more is read of a request that was refused
         self._keeps_alive = False
         self._is_processing = self._is_lingering = self._is_detached = False
         self._is_blocked = False  # the client does not take what was written
@@ -103,12 +95,12 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._exchange is None:
             if self._is_lingering:
-                self._throw_away(data)
+                self._drop(data)
             else:
                 self._buffer = self._buffer + data if self._buffer else data
                 self._process()
-        elif self._awaits_body:
-            self._take_body(self._exchange, data)
+        elif self._body is not None:
+            self._take_body(self._exchange, self._body, data)
         else:
             self._buffer += data
             self._bound()
@@ -117,13 +109,13 @@ class Client(asyncio.Protocol):
         exchange = self._exchange
         if self._is_lingering or (exchange is None and not self._buffer):
             return False
-        if exchange is None and heads.END in self._buffer:
+        if exchange is None and END in self._buffer:
             return False  # it is gone, while its requests had to wait for their turn
         if exchange is None:
             self._refuse(heads.malformed("it ends in the middle of its head"))
-        elif self._awaits_body:
-            self._awaits_body = False
-            exchange.refuse(heads.malformed("it ends in the middle of its body"))
+        elif self._body is not None:
+            self._body = None
+            exchange.fail(heads.malformed("it ends in the middle of its body"))
         else:
             exchange.cancel()
             self._exchange = None
@@ -156,9 +148,9 @@ class Client(asyncio.Protocol):
     def sweep(self, now: float) -> None:
         """Look whether something takes too long."""
         if self._is_detached:
-            if self._state() == _TCP_CLOSE:  # by a reset, which the tunnel does not hear of while it does not read
+            if tcp.is_reset(self._transport):  # which the tunnel does not notice while it does not read
                 self.abort()
-        elif now >= self._stall_deadline or (not self._is_reading and self._state() in (_TCP_CLOSE, _TCP_CLOSE_WAIT)):
+        elif now >= self._stall_deadline or (not self._is_reading and tcp.is_left(self._transport)):
             self.abort()
         elif now >= self._deadline:
             self._be_late()
@@ -174,18 +166,14 @@ class Client(asyncio.Protocol):
                 self._deadline = min(self._deadline, self._shared.now + self._shared.limits.linger_seconds)
 
     def abort(self) -> None:
-        """Close at once, by a reset: nothing else tells a client of HTTP/1.0 that an answer was not whole."""
-        connection = self._connection
-        if connection is not None:
-            with contextlib.suppress(OSError, ValueError):  # it is closed, which a tunnel does without a word
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self._transport.abort()
+        """Close at once, by a reset."""
+        tcp.reset(self._transport)
 
     # What the exchange asks of it.
 
     @property
     def is_kept(self) -> bool:
-        return self._keeps_alive and not self._awaits_body and not self._shared.is_draining
+        return self._keeps_alive and self._body is None and not self._shared.is_draining
 
     def write(self, data: bytes) -> None:
         self._transport.write(data)
@@ -200,7 +188,7 @@ class Client(asyncio.Protocol):
         if not self._is_reading:
             self._is_reading = True
             self._transport.resume_reading()
-            if self._awaits_body:
+            if self._body is not None:
                 self._deadline = self._shared.now + self._shared.limits.body_seconds
 
     def finish(self, *, is_kept: bool) -> None:
@@ -261,9 +249,9 @@ class Client(asyncio.Protocol):
         if self._buffer[0] in b"\r\n":  # RFC 9112, 2.2
             self._buffer = self._buffer.lstrip(b"\r\n")
         buffer, limits = self._buffer, self._shared.limits
-        end = buffer.find(heads.END) + len(heads.END)
+        end = buffer.find(END) + len(END)
         try:
-            if end < len(heads.END) or end > limits.head_bytes:
+            if end < len(END) or end > limits.head_bytes:
                 if buffer:
                     self._expect_head(buffer)
                 return False
@@ -272,8 +260,8 @@ class Client(asyncio.Protocol):
         except BadChunkError as error:
             self._refuse(heads.malformed(str(error)))
             return False
-        except Refusal as refusal:
-            self._refuse(refusal)
+        except HttpError as error:
+            self._refuse(error)
             return False
         self._keeps_alive = head.keeps_alive
         self._deadline = math.inf
@@ -288,26 +276,21 @@ class Client(asyncio.Protocol):
         return True
 
     def _frame(self, head: heads.RequestHead, buffer: bytes, end: int) -> tuple[bytes | None, bytes]:
-        """The body in ``buffer``, behind the head's ``end``: all of it, or None and how much there is.
+        """The body in ``buffer``, after the head's ``end``: all of it, or else None and the part that is there.
 
         Raises:
-            BadChunkError: it is no body.
+            BadChunkError: it is not valid.
         """
-        if not head.chunked:
-            length = head.content_length or 0
-            missing = length - (len(buffer) - end)
-            if missing > 0:
-                self._awaits_body, self._chunks, self._missing = True, None, missing
-                self._buffer = b""
-                return None, buffer[end:]
+        length = None if head.chunked else head.content_length or 0
+        if length is not None and len(buffer) - end >= length:
             self._buffer = buffer[end + length :]
             return buffer[end : end + length], b""
-        coded = Chunks()
-        payload = coded.feed(buffer[end:])
-        self._buffer = coded.left
-        if coded.ended:
+        body = BodyReader(length)
+        payload = body.feed(buffer[end:])
+        self._buffer = body.left
+        if body.ended:
             return payload, b""
-        self._awaits_body, self._chunks = True, coded
+        self._body = body
         return None, payload
 
     def _expect_head(self, partial: bytes) -> None:
@@ -316,45 +299,32 @@ class Client(asyncio.Protocol):
         if self._served and self._deadline > self._shared.now + limits.head_seconds:
             self._deadline = self._shared.now + limits.head_seconds
 
-    def _take_body(self, exchange: Exchange, data: bytes) -> None:
+    def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
         self._deadline = self._shared.now + self._shared.limits.body_seconds
-        if self._chunks is not None:
-            try:
-                payload = self._chunks.feed(data)
-            except BadChunkError as error:
-                exchange.refuse(heads.malformed(str(error)))
-                return
-            is_ended, left = self._chunks.ended, self._chunks.left
-        else:
-            payload, left = data, b""
-            self._missing -= len(data)
-            is_ended = self._missing <= 0
-            if self._missing < 0:
-                payload, left = data[: self._missing], data[self._missing :]
-        if is_ended:
-            self._awaits_body = False
+        try:
+            payload = body.feed(data)
+        except BadChunkError as error:
+            exchange.fail(heads.malformed(str(error)))
+            return
+        if body.ended:
+            self._body = None
             self._deadline = math.inf
-            self._buffer = left
+            self._buffer = body.left
         if payload:
             exchange.feed(payload)
-        if is_ended and self._exchange is exchange:
+        if body.ended and self._exchange is exchange:
             exchange.end()
 
-    def _refuse(self, refusal: Refusal) -> None:
-        """Of a request that has no exchange, since it is none."""
+    def _refuse(self, error: HttpError) -> None:
+        """Answer a request whose head is not valid, so that it has no exchange."""
         line = self._buffer.split(b" ", 2)
         dialect = routes.dialect_of(line[1] if len(line) > 1 else b"")
-        reply = replies.refusal(dialect, refusal)
-        lines = [heads.status_line(reply.status), self._shared.date]
-        lines += [name + b": " + value for name, value in reply.headers]
-        lines += [b"Content-Length: %d" % len(reply.body), b"Connection: close"]
-        self._transport.write(b"\r\n".join(lines) + heads.END + reply.body)
+        reply = replies.error_reply(dialect, error)
+        self._transport.write(write_whole(reply, self._shared.date))
         counters = self._shared.counters.of("")
         counters.began()
         counters.ended(reply.status, 0.0)
-        self._buffer = b""
-        self._awaits_body = True  # there may be more of it
-        self._end()
+        self._end(is_sending=True)
 
     # The end.
 
@@ -365,11 +335,11 @@ class Client(asyncio.Protocol):
             return
         if self._is_blocked and self._exchange is None and not self._is_lingering:
             return  # it is not the client who has to say something, and there is a time for that
-        late = Refusal(408, "The request did not come to its end in time.", code="request_timeout", close=True)
+        late = HttpError(408, "The request did not come to its end in time.", code="request_timeout", close=True)
         if self._is_lingering:
             self._close()
         elif self._exchange is not None:
-            self._exchange.refuse(late)
+            self._exchange.fail(late)
         elif self._buffer:
             self._refuse(late)
         else:
@@ -380,39 +350,23 @@ class Client(asyncio.Protocol):
         self._transport.close()
         self._deadline = self._shared.now + self._shared.limits.stall_seconds
 
-    def _end(self) -> None:
-        """Close, when all that was written has arrived. Whoever still sends would get a reset instead of his answer, so
-        that what he sends is read, for a while."""
-        is_sending = self._awaits_body or bool(self._buffer)
+    def _end(self, *, is_sending: bool = False) -> None:
+        """Close when all that was written has arrived. A client that still sends would get a reset instead of its
+        response, so that what it sends is read and dropped, for a while."""
+        is_sending = is_sending or self._body is not None or bool(self._buffer)
         self._buffer = b""
-        self._awaits_body = False
+        self._body = None
         if is_sending and not self._transport.is_closing():
             self._is_lingering = True
-            self._missing = self._shared.limits.linger_bytes
-            if self._transport.can_write_eof():  # TLS cannot; the answer says as much
+            self._linger_bytes = self._shared.limits.linger_bytes
+            if self._transport.can_write_eof():  # TLS cannot; the response says that the connection closes
                 self._transport.write_eof()
             self.resume()
             self._deadline = self._shared.now + self._shared.limits.linger_seconds
         else:
             self._close()
 
-    def _throw_away(self, data: bytes) -> None:
-        self._missing -= len(data)
-        if self._missing < 0:
+    def _drop(self, data: bytes) -> None:
+        self._linger_bytes -= len(data)
+        if self._linger_bytes < 0:
             self._transport.abort()
-
-    @property
-    def _connection(self) -> socket.socket | None:
-        """If it is one of TCP."""
-        connection: socket.socket | None = self._transport.get_extra_info("socket")
-        return connection if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6) else None
-
-    def _state(self) -> int | None:
-        """What the loop does not tell, as long as nothing is read: whether the other side is closed."""
-        connection = self._connection
-        if connection is None:
-            return None
-        try:
-            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        except (OSError, ValueError):  # this side is
-            return None

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, cast
 
-from gpusvc.gateway.http import head as heads
+from gpusvc.gateway.http import response_head as heads
 from gpusvc.gateway.http.chunks import BadChunkError, Chunks
-from gpusvc.gateway.http.head import BadAnswerError, ResponseHead
+from gpusvc.gateway.http.fields import END, NO_BODY
+from gpusvc.gateway.http.response_head import BadResponseError, ResponseHead
 from gpusvc.gateway.limits import Limits
+from gpusvc.gateway.relay import tcp
 
 Address = tuple[str, int] | Path
 """Of an engine, or a socket in the file system."""
 
 _UNTIL_CLOSE = -1
-
-# tcpi_bytes_acked of struct tcp_info: what the other side's kernel took, and one more for the connection itself.
-_ACKED = struct.Struct("=120xQ")
 
 
 class Consumer(Protocol):
@@ -140,15 +137,9 @@ class Upstream(asyncio.Protocol):
         return self.is_written and self._reading
 
     def is_untaken(self) -> bool:
-        """Of one that is lost, whether it was closed before all of the request was there: then it was not acted on."""
-        connection = self._transport.get_extra_info("socket")
-        if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        try:
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.size)
-        except (OSError, ValueError):
-            return False
-        return len(info) == _ACKED.size and int(_ACKED.unpack(info)[0]) <= self._sent_bytes
+        """Whether the peer, which is lost, closed before it got the whole request: then it did not act on it."""
+        taken = tcp.acknowledged_bytes(self._transport)
+        return taken is not None and taken <= self._sent_bytes
 
     def abort(self) -> None:
         """Nobody wants the rest: close at once, which is how the engine learns that it can stop."""
@@ -181,7 +172,7 @@ class Upstream(asyncio.Protocol):
                     consumer.on_pause()
                     return
             self._read_body(consumer, data)
-        except (BadAnswerError, BadChunkError) as error:
+        except (BadResponseError, BadChunkError) as error:
             self._lose(f"sent something that is no HTTP: {error}")
 
     def eof_received(self) -> None:
@@ -213,20 +204,20 @@ class Upstream(asyncio.Protocol):
             data, self._buffer = self._buffer + data, b""
         limits = self._pool.limits
         while True:
-            end = data.find(heads.END)
+            end = data.find(END)
             if end < 0 or end > limits.head_bytes:
                 if len(data) > limits.head_bytes:
-                    raise BadAnswerError("its head does not end")
+                    raise BadResponseError("its head does not end")
                 self._buffer = data
                 return None
-            end += len(heads.END)
+            end += len(END)
             head = heads.read_response(data[:end], limits)
             data = data[end:]
             if head.status >= 200:
                 break
             if head.status == 101:
                 if not self._takes_upgrade:
-                    raise BadAnswerError("it changes the protocol, which nobody wanted")
+                    raise BadResponseError("it changes the protocol, which nobody wanted")
                 consumer.on_upgrade(self, head, data)
                 return None
             if head.status != 100:  # its body was on its way anyhow
@@ -236,7 +227,7 @@ class Upstream(asyncio.Protocol):
         self._keeps_alive = head.keeps_alive
         self._chunks = None
         self._missing = 0
-        if not self._is_head_only and head.status not in heads.NO_BODY:
+        if not self._is_head_only and head.status not in NO_BODY:
             if head.chunked:
                 self._chunks = Chunks()
                 self._missing = _UNTIL_CLOSE

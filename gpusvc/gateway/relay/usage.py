@@ -12,7 +12,7 @@ _COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*([0-9]{1,15})')
 _COUNTED_TYPES = (b"application/json", b"text/event-stream")
 
 
-def is_counted(content_type: bytes | None) -> bool:
+def is_usage_type(content_type: bytes | None) -> bool:
     """Whether an answer of this type may say it."""
     return content_type is not None and content_type.lower().startswith(_COUNTED_TYPES)
 

@@ -67,7 +67,7 @@ class _Slot:
     backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
 
 
-class Workers:
+class Supervisor:
     """The supervisor. It runs no event loop and no thread, so that it can fork at any time."""
 
     def __init__(

@@ -12,6 +12,7 @@ from gpusvc.config.host import HostGateway
 from gpusvc.config.keys import Keys
 from gpusvc.gateway.activation.activation import Activation
 from gpusvc.gateway.entry.catalog import Catalog
+from gpusvc.gateway.entry.gate import Gate
 from gpusvc.gateway.entry.origin import Guard
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.upstream import Pool
@@ -63,7 +64,7 @@ class Shared:
         """A line for the head of an answer."""
         self._names = names
         self._guarded = (settings(), keys.configured)
-        self.guard = self._make_guard()
+        self.gate = self._make_gate()
         self.sweep()
 
     def sweep(self) -> None:
@@ -73,11 +74,11 @@ class Shared:
         guarded = (self.settings(), self.keys.configured)
         if guarded != self._guarded:
             self._guarded = guarded
-            self.guard = self._make_guard()
+            self.gate = self._make_gate()
 
-    def _make_guard(self) -> Guard:
+    def _make_gate(self) -> Gate:
         settings, is_keyed = self._guarded
-        return Guard(settings, keyed=is_keyed, names=self._names)
+        return Gate(Guard(settings, keyed=is_keyed, names=self._names), self.keys)
 
 
 class Downstream(Protocol):

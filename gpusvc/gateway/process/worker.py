@@ -24,9 +24,9 @@ from gpusvc.gateway.activation.activation import Activation
 from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.process import listening
 from gpusvc.gateway.process.gateway import Gateway
-from gpusvc.gateway.process.shared import Shared
+from gpusvc.gateway.process.supervisor import Superior
 from gpusvc.gateway.process.tls import Certificate
-from gpusvc.gateway.process.workers import Superior
+from gpusvc.gateway.relay.shared import Shared
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.state.counters import Counters, directory, file_of
@@ -84,7 +84,7 @@ class Settings:
         self.refresh()
 
 
-class Service:
+class Worker:
     """One process of the gateway, and its event loop."""
 
     def __init__(

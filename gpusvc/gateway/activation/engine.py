@@ -19,7 +19,7 @@ class Engine(NamedTuple):
     """When its lease was made: another value means another run."""
 
 
-class Sight:
+class EngineFinder:
     """The lease of one model: looked at often, and read when it changed.
 
     It holds for whoever is inside the model (use.Turnstile), which is not evicted then. A model that was stopped or
@@ -39,7 +39,7 @@ class Sight:
         """The engine that the lease still names, and that is not believed to answer."""
         return self._engine if self._engine == self._suspected else None
 
-    def look(self) -> Engine | None:
+    def find(self) -> Engine | None:
         """None: the model is not ready, its lease makes no sense, or its engine is suspected."""
         try:
             status = os.stat(self._file)  # noqa: PTH116  it is done all the time

@@ -20,7 +20,7 @@ from tests.component.conftest import ROOT, eventually
 # Each worker tells its number and PID, and then does what the test says until SIGTERM.
 _PROGRAM = """
 import os, signal, sys, time
-from gpusvc.gateway.process.workers import Workers
+from gpusvc.gateway.process.supervisor import Supervisor
 from gpusvc.systemd.notify import Notifier
 
 count, drain_seconds = int(sys.argv[1]), float(sys.argv[2])
@@ -43,7 +43,7 @@ def work(number, superior):
     END
     return 0
 
-sys.exit(Workers(count, work, Notifier(), "here", drain_seconds=lambda: drain_seconds).run())
+sys.exit(Supervisor(count, work, Notifier(), "here", drain_seconds=lambda: drain_seconds).run())
 """
 
 

@@ -1,0 +1,107 @@
+"""A request's body that came in one piece with its head, as nearly all do: it needs no spool, and mostly no scanner."""
+
+from __future__ import annotations
+
+import json
+
+from gpusvc.config.serving import Serving
+from gpusvc.gateway.body import fields
+from gpusvc.gateway.body.edits import edits, filters, spliced
+from gpusvc.gateway.body.fields import FieldScanner
+from gpusvc.gateway.body.multipart import FormScanner, is_form
+from gpusvc.gateway.body.reading import JSON, cuts, make_scanner, no_model
+from gpusvc.gateway.http.replies import HttpError
+
+
+class WholeBody:
+    """As Body; complete from the beginning."""
+
+    __slots__ = ("_content_type", "_data", "_is_taken", "_scanner", "model", "received_bytes")
+
+    complete = settled = ready = True
+    full = False
+
+    def __init__(self, content_type: bytes | None, data: bytes, *, names_model: bool) -> None:
+        self._content_type = content_type
+        self._data = data
+        self._is_taken = False
+        self._scanner: FieldScanner | FormScanner | None = None
+        self.received_bytes = len(data)
+        self.model: str | None = None
+        if data and names_model:
+            self.model = find_model(content_type, data)
+            if self.model is None:
+                self._scanner = make_scanner(content_type)
+                self._scanner.feed(data)
+                self.model = self._scanner.model
+
+    @property
+    def stream(self) -> bool:
+        """Whether the client asks for its response as a stream."""
+        return bool(self._data) and wants_stream(self._content_type, self._data)
+
+    @property
+    def length(self) -> int:
+        return len(self._data)
+
+    @property
+    def finished(self) -> bool:
+        return self._is_taken or not self._data
+
+    def no_model(self) -> HttpError | None:
+        """Why the body names no model; None: there is no body."""
+        return None if self._scanner is None else no_model(self._scanner, self._content_type)
+
+    def feed(self, data: bytes) -> None:
+        """Not for a body that is complete."""
+        raise NotImplementedError(f"{len(data)} bytes after the end of a whole body")
+
+    def end(self) -> None:
+        """It has ended already."""
+
+    def begin(self, serving: Serving | None) -> None:
+        """Raises HttpError 400: the body is to be filtered, and is not JSON."""
+        if serving is not None and self._data and edits(serving):
+            self._data = edited(self._content_type, self._data, serving)
+
+    def take(self) -> bytes:
+        if self._is_taken:
+            return b""
+        self._is_taken = True
+        return self._data
+
+    def rewind(self) -> bool:
+        self._is_taken = False
+        return True
+
+    def close(self) -> None:
+        self._data = b""
+
+
+def find_model(content_type: bytes | None, data: bytes) -> str | None:
+    """The name of the model in a whole body, found quickly; None: only a scanner can tell."""
+    if content_type != JSON and is_form(content_type):
+        return None
+    return fields.find_model(data)
+
+
+def edited(content_type: bytes | None, data: bytes, serving: Serving) -> bytes:
+    """A whole body as the model's engine gets it.
+
+    Raises:
+        HttpError: 400, it cannot be filtered.
+    """
+    if serving.served_name is not None and not filters(serving) and not is_form(content_type):
+        span = fields.find_model_span(data)
+        if span is not None:
+            return b"".join((data[: span[0] - 1], json.dumps(serving.served_name).encode(), data[span[1] + 1 :]))
+    scanner = make_scanner(content_type)
+    scanner.feed(data, past_model=filters(serving))
+    return spliced(data, 0, cuts(scanner, serving, is_ended=True) or ())
+
+
+def wants_stream(content_type: bytes | None, data: bytes) -> bool:
+    """Whether the client asks for its response as a stream, by a whole body."""
+    scanner = make_scanner(content_type)
+    scanner.feed(data, past_model=True)
+    return bool(scanner.stream)

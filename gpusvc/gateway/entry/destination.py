@@ -1,0 +1,74 @@
+"""Which model a request is for, by its path, query, header or body. It opens nothing and waits for nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gpusvc.config.keys import Key
+from gpusvc.config.serving import Serving
+from gpusvc.gateway.body.body import Body
+from gpusvc.gateway.entry.catalog import Allowed, Catalog
+from gpusvc.gateway.entry.routes import Route, Target
+from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.http.request_head import RequestHead
+
+
+class Destination(NamedTuple):
+    """What a request is forwarded to."""
+
+    serving: Serving | None
+    """The model; None: the management API."""
+    path: bytes
+    """What the upstream is asked for, path and query."""
+    is_edited: bool
+    """Whether the model's configuration may change the body."""
+
+
+def allowed_by(key: Key | None) -> Allowed:
+    """Whether a request with this key may use a model, and know of it; None: no keys are needed."""
+    return _anybody if key is None else key.may_use
+
+
+def _anybody(_model: str) -> bool:
+    return True
+
+
+def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed: Allowed) -> Destination | None:
+    """Where a request goes; None: more of its body must be read to know.
+
+    Raises:
+        HttpError: 400 it names no model, 403 its key is not for the model, 404 there is no such model.
+    """
+    if route.target is Target.MANAGEMENT:
+        return Destination(None, route.path, False)
+    if route.target is Target.NAMED:
+        serving, path = catalog.locate(route, allowed=allowed)
+    elif body.settled:
+        serving, path = _resolve(catalog, route, head, body, allowed), route.path
+    else:
+        return None
+    if not allowed(serving.name):
+        # It names no model: an alias must not tell which one it stands for.
+        raise HttpError(403, "The API key is not for this model.", code="model_not_allowed")
+    return Destination(serving, path, route.target is Target.MODEL)
+
+
+def _resolve(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed: Allowed) -> Serving:
+    name = body.model
+    if name is None:
+        name = route.name
+    if name is None and head.model is not None:
+        name = head.model.decode(errors="replace")
+    if name is None and head.method in {b"GET", b"HEAD"}:
+        raise HttpError(
+            404,
+            "This path needs a model name.",
+            hint="Name it by ?model= or the header X-Model. /v1/models lists the models; / is the status page.",
+            code="not_found",
+        )
+    # Only a POST may mean the only model without naming it: opening a page in a browser must not load a model.
+    is_guessed = head.method == b"POST"
+    try:
+        return catalog.resolve(name, allowed=allowed, guess=is_guessed)
+    except HttpError as error:
+        raise (body.no_model() if name is None else None) or error from None

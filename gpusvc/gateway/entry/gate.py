@@ -1,0 +1,58 @@
+"""Who may send a request: by its Host and origin, and by its key. It knows no route and no model."""
+
+from __future__ import annotations
+
+from gpusvc.config.keys import Key, Keys, Right
+from gpusvc.gateway.entry.origin import Guard
+from gpusvc.gateway.http.replies import Headers, HttpError, Reply
+from gpusvc.gateway.http.request_head import RequestHead
+
+# It makes a browser ask for a name and a password.
+_FOR_BROWSERS = ((b"www-authenticate", b'Basic realm="gpusvc"'),)
+
+
+class Gate:
+    """For one set of settings and keys."""
+
+    def __init__(self, guard: Guard, keys: Keys) -> None:
+        self._guard = guard
+        self._keys = keys
+
+    def check_origin(self, head: RequestHead) -> Headers | Reply:
+        """Return headers for the response, or the whole response to a browser's preflight request.
+
+        Raises:
+            HttpError: 400 or 403, the Host or the origin may not use the gateway.
+        """
+        return self._guard.judge(
+            head.method,
+            head.target,
+            host=head.host,
+            origin=head.origin,
+            fetch_site=head.fetch_site,
+            fetch_mode=head.fetch_mode,
+            request_method=head.request_method,
+            request_headers=head.request_headers,
+            private_network=head.private_network,
+        )
+
+    def authorise(self, head: RequestHead, right: Right | None) -> Key | None:
+        """Return the key of the request; None: none is needed.
+
+        Raises:
+            HttpError: 401 there is no valid key, 403 it has not got the right.
+        """
+        if right is None or not self._keys.configured:
+            return None
+        key = self._keys.authenticate(head.authorization, head.x_api_key)
+        if key is None:
+            raise HttpError(
+                401,
+                "The request has no valid API key.",
+                hint="Send it in the header Authorization after Bearer, or in X-Api-Key.",
+                code="invalid_api_key",
+                headers=_FOR_BROWSERS if right is Right.ADMIN else (),
+            )
+        if not key.may(right):
+            raise HttpError(403, f"The key {key.name} does not have the right {right.value}.", code="right_missing")
+        return key

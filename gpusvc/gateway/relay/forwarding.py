@@ -1,0 +1,237 @@
+"""One request at its upstream: a connection is found, the request sent, and the response relayed as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from gpusvc.config.serving import Serving
+from gpusvc.gateway.activation.activation import Passage
+from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.http.response_head import ResponseHead
+from gpusvc.gateway.relay import faults
+from gpusvc.gateway.relay.account import Account
+from gpusvc.gateway.relay.request import Request
+from gpusvc.gateway.relay.response import Response
+from gpusvc.gateway.relay.shared import Downstream, Shared
+from gpusvc.gateway.relay.tunnel import Tunnel
+from gpusvc.gateway.relay.upstream import Address, Upstream
+from gpusvc.quantity import format_duration
+
+
+class Owner(Protocol):
+    """Who forwards a request. After one of these calls the forwarding is over."""
+
+    def fail(self, error: HttpError) -> None:
+        """There will be no whole response."""
+
+    def finish(self) -> None:
+        """The response was relayed to its end."""
+
+    def on_unreachable(self, error: OSError | TimeoutError) -> None:
+        """Nobody takes connections at the upstream's address. Nothing was sent."""
+
+
+class Forwarding:
+    """It is a Consumer of its Upstream."""
+
+    __slots__ = (
+        "_account",
+        "_client",
+        "_owner",
+        "_passage",
+        "_request",
+        "_response",
+        "_serving",
+        "_shared",
+        "_task",
+        "_upstream",
+    )
+
+    def __init__(
+        self,
+        shared: Shared,
+        client: Downstream,
+        owner: Owner,
+        *,
+        request: Request,
+        response: Response,
+        account: Account,
+        passage: Passage | None,
+    ) -> None:
+        """``passage`` is the way into the model; None: the request is for the management API."""
+        self._shared = shared
+        self._client = client
+        self._owner = owner
+        self._request = request
+        self._response = response
+        self._account = account
+        self._passage = passage
+        self._serving: Serving | None = None if passage is None else passage.serving
+        self._task: asyncio.Task[None] | None = None
+        self._upstream: Upstream | None = None
+
+    def begin(self) -> None:
+        """Send the request on an idle connection, or else on a new one."""
+        passage, pool, request = self._passage, self._shared.pool, self._request
+        address: Address = self._shared.api if passage is None else (passage.address, passage.port)
+        is_complete = request.is_complete
+        # The engine may be closing an idle connection just now: only a request that can be sent again goes there.
+        # After a failure nobody can tell whether the management API has acted on a request.
+        is_repeatable = passage is not None or request.is_idempotent
+        upstream = pool.take(address) if is_complete and is_repeatable else None
+        if upstream is not None:
+            self._send(upstream)
+            return
+        if not is_complete:
+            pool.make_room(address)
+        self._connect(address)
+
+    def pump(self) -> None:
+        """Send on what came of the body."""
+        if self._upstream is not None:
+            self._request.pump(self._upstream)
+            if self._passage is not None:
+                self._passage.touch()
+            if not self._request.is_full:
+                self._client.resume()
+
+    def pause(self) -> None:
+        """Read no more of the response for now."""
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    def check(self, now: float) -> None:
+        """Give up an engine that has been silent for ``upstream_timeout``; ``now`` is by the clock of the sweeps."""
+        limit = self._shared.settings().upstream_timeout_seconds
+        upstream = self._upstream
+        if limit and upstream is not None and upstream.is_awaited and now - upstream.heard > limit:
+            text = f"{_name(self._serving)} sent nothing for {format_duration(limit)}."
+            self._owner.fail(HttpError(504, text, code="upstream_timeout"))
+
+    def abort(self) -> None:
+        """Nobody wants the rest."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.abort()
+
+    # What comes from the engine (upstream.Consumer).
+
+    def on_head(self, head: ResponseHead, *, has_body: bool) -> None:
+        if head.status < 200:
+            self._response.interim(head)
+        else:
+            self._account.first_byte()
+            self._response.begin(head, has_body=has_body, is_counted=self._passage is not None)
+
+    def on_upgrade(self, upstream: Upstream, head: ResponseHead, rest: bytes) -> None:
+        self._upstream = None
+        self._response.switch(head)
+        if rest:
+            self._client.write(rest)
+        engine = upstream.detach()
+        client, early = self._client.detach()
+        if early:
+            engine.write(early)
+        Tunnel(
+            client,
+            engine,
+            loop=self._shared.loop,
+            patience_seconds=self._shared.limits.stall_seconds,
+            on_progress=self._progress,
+            on_end=self._owner.finish,
+        )
+
+    def on_body(self, data: bytes) -> None:
+        if self._passage is not None:
+            self._passage.touch()
+        self._response.add(data)
+
+    def on_pause(self) -> None:
+        self._response.flush()
+
+    def on_end(self, trailers: list[bytes]) -> None:
+        self._upstream = None
+        broken = self._response.broken_promise
+        if broken is None:
+            self._response.end(trailers)
+            self._owner.finish()
+            return
+        status = self._response.status
+        self._owner.fail(
+            HttpError(
+                status if status >= 400 else 502,
+                faults.message_in(bytes(broken))
+                or f"{_name(self._serving)} answered with status {status}, and without a stream.",
+            )
+        )
+
+    def on_lost(self, upstream: Upstream, reason: str) -> None:
+        self._upstream = None
+        request = self._request
+        is_stale = upstream.is_used and not upstream.was_heard
+        if is_stale and (request.is_idempotent or upstream.is_untaken()) and request.rewind():
+            self._connect(upstream.address)
+            return
+        if self._serving is not None:
+            self._shared.activation.suspect(self._serving)
+        when = "in the middle of its response" if upstream.was_heard else "before it answered"
+        self._owner.fail(
+            HttpError(502, f"{_name(self._serving)} {reason} {when}.", hint=_hint(self._serving), code="engine_lost")
+        )
+
+    def on_writable(self) -> None:
+        try:
+            self.pump()
+        except HttpError as error:
+            self._owner.fail(error)
+
+    def _connect(self, address: Address) -> None:
+        self._task = self._shared.loop.create_task(self._connect_anew(address))
+
+    async def _connect_anew(self, address: Address) -> None:
+        try:
+            upstream = await self._shared.pool.connect(address)
+        except (OSError, TimeoutError) as error:
+            self._task = None
+            self._owner.on_unreachable(error)
+            return
+        self._task = None
+        try:
+            self._send(upstream)
+        except Exception as error:
+            self._owner.fail(faults.to_http_error(error))
+
+    def _send(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._request.send(upstream, self)
+        if not self._request.is_full:
+            self._client.resume()
+
+    def _progress(self, sent_bytes: int) -> None:
+        self._response.sent_bytes += sent_bytes
+        if self._passage is not None:
+            self._passage.touch()
+
+
+def unreachable(serving: Serving | None, reason: str) -> HttpError:
+    """The error for an upstream that takes no connections."""
+    text = f"{_name(serving)} takes no connections ({reason})."
+    return HttpError(502, text, hint=_hint(serving), code="engine_unreachable")
+
+
+def _name(serving: Serving | None) -> str:
+    return "The management API" if serving is None else f"The engine of {serving.name}"
+
+
+def _hint(serving: Serving | None) -> str:
+    if serving is None:
+        return "`systemctl status gpusvc-api.service` shows why."
+    return f"`gpusvc logs {serving.name}` may show why."
