@@ -92,6 +92,10 @@ class Head:
 H = TypeVar("H", bound=Head)
 
 
+def _usual(name: bytes) -> bytes:
+    return b"-".join(part.capitalize() for part in name.split(b"-"))
+
+
 class KnownLines(Generic[H]):
     """Fields of one kind of head: what becomes of each, and the lines that are known to be right."""
 
@@ -104,7 +108,8 @@ class KnownLines(Generic[H]):
             dropped: what the names of further fields begin with that are not passed on.
             volatile: a pattern of names whose lines are not to be known: they differ each time, or are secrets.
         """
-        self._noted: dict[bytes, Callable[[H, bytes], None]] = noted
+        # Also under the usual spelling, which saves volatile lines a conversion.
+        self._noted: dict[bytes, Callable[[H, bytes], None]] = noted | {_usual(name): noted[name] for name in noted}
         self.dropped = dropped
         self._volatile = re.compile(rb"(" + volatile + rb"):(" + VALUE + rb")", re.IGNORECASE)
         # What to do with such a line, and the value for that; or None, and the line as it is passed on.
@@ -129,7 +134,12 @@ class KnownLines(Generic[H]):
             volatile = self._volatile.fullmatch(line)
             if volatile is None:
                 return False
-            self.take(head, volatile[1], volatile[2])
+            name, value = volatile.groups()
+            note = self._noted.get(name)
+            if note is None:
+                self.take(head, name, value)
+            else:
+                note(head, value.strip(b" \t"))
         return True
 
     def take(self, head: H, name: bytes, value: bytes) -> None:

@@ -228,13 +228,7 @@ class Exchange:
             return
         request = Request(self._head, body, destination.path, self._lines(destination))
         forwarding = self._forwarding = Forwarding(
-            self._shared,
-            self._client,
-            self,
-            request=request,
-            response=self._response,
-            account=self._account,
-            passage=self._passage,
+            self._shared, self._client, self, request, self._response, self._account, self._passage
         )
         forwarding.begin()
 

@@ -42,7 +42,6 @@ class Forwarding:
         "_passage",
         "_request",
         "_response",
-        "_serving",
         "_shared",
         "_task",
         "_upstream",
@@ -53,7 +52,6 @@ class Forwarding:
         shared: Shared,
         client: Downstream,
         owner: Owner,
-        *,
         request: Request,
         response: Response,
         account: Account,
@@ -67,7 +65,6 @@ class Forwarding:
         self._response = response
         self._account = account
         self._passage = passage
-        self._serving: Serving | None = None if passage is None else passage.serving
         self._task: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
 
@@ -75,7 +72,7 @@ class Forwarding:
         """Send the request on an idle connection, or else on a new one."""
         passage, pool, request = self._passage, self._shared.pool, self._request
         address: Address = self._shared.api if passage is None else (passage.address, passage.port)
-        is_complete = request.is_complete
+        is_complete = request.body.complete
         # The engine may be closing an idle connection just now: only a request that can be sent again goes there.
         # After a failure nobody can tell whether the management API has acted on a request.
         is_repeatable = passage is not None or request.is_idempotent
@@ -93,7 +90,7 @@ class Forwarding:
             self._request.pump(self._upstream)
             if self._passage is not None:
                 self._passage.touch()
-            if not self._request.is_full:
+            if not self._request.body.full:
                 self._client.resume()
 
     def pause(self) -> None:
@@ -177,7 +174,7 @@ class Forwarding:
         self._upstream = None
         request = self._request
         is_stale = upstream.is_used and not upstream.was_heard
-        if is_stale and (request.is_idempotent or upstream.is_untaken()) and request.rewind():
+        if is_stale and (request.is_idempotent or upstream.is_untaken()) and request.body.rewind():
             self._connect(upstream.address)
             return
         if self._serving is not None:
@@ -192,6 +189,10 @@ class Forwarding:
             self.pump()
         except HttpError as error:
             self._owner.fail(error)
+
+    @property
+    def _serving(self) -> Serving | None:
+        return None if self._passage is None else self._passage.serving
 
     def _connect(self, address: Address) -> None:
         self._task = self._shared.loop.create_task(self._connect_anew(address))
@@ -212,7 +213,7 @@ class Forwarding:
     def _send(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._request.send(upstream, self)
-        if not self._request.is_full:
+        if not self._request.body.full:
             self._client.resume()
 
     def _progress(self, sent_bytes: int) -> None:

@@ -25,7 +25,7 @@ _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS"})
 class Request:
     """A request whose destination is known."""
 
-    __slots__ = ("_body", "_head", "_is_chunked", "_lines", "_path")
+    __slots__ = ("_head", "_is_chunked", "_lines", "_path", "body")
 
     def __init__(self, head: RequestHead, body: Body, path: bytes, lines: Iterable[bytes]) -> None:
         """
@@ -36,7 +36,7 @@ class Request:
             lines: more for the head.
         """
         self._head = head
-        self._body = body
+        self.body = body
         self._path = path
         self._lines = lines
         self._is_chunked = False
@@ -45,23 +45,9 @@ class Request:
     def is_idempotent(self) -> bool:
         return self._head.method in _IDEMPOTENT
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of the body is here."""
-        return self._body.complete
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no more of the body should come before some was sent."""
-        return self._body.full
-
-    def rewind(self) -> bool:
-        """Prepare to send it again; False: its first bytes are not held any more."""
-        return self._body.rewind()
-
     def send(self, upstream: Upstream, consumer: Consumer) -> None:
         """Send the head, and as much of the body as there is. ``consumer`` gets the response."""
-        head, body = self._head, self._body
+        head, body = self._head, self.body
         length = body.length
         self._is_chunked = length is None
         first = self._head_for(upstream.address, length)
@@ -75,7 +61,7 @@ class Request:
 
     def pump(self, upstream: Upstream) -> None:
         """Send more of the body, as much as the upstream takes now. Raises HttpError 500, as Body does."""
-        body = self._body
+        body = self.body
         if upstream.is_written:
             return
         while not upstream.is_blocked and (data := body.take()):
