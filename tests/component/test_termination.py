@@ -1,4 +1,4 @@
-"""The launcher at its end, and where it cannot even begin."""
+"""The end of the launcher's own process."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import sys
 
 _PROGRAM = """
 import os, signal
-from gpusvc.launcher import launch as launcher
-signal.signal(signal.SIGTERM, launcher._terminate)
+from gpusvc.launcher import termination
+signal.signal(signal.SIGTERM, termination.on_sigterm)
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except BaseException:
     pass  # as the set-up of a module by Cython does
 try:
     signal.pause()
-except launcher._TerminatedError:
-    launcher._is_ending()
+except termination.TerminatedError:
+    termination.end_quietly()
     print("heard")
 """
 
 
-def test_a_word_to_end_that_was_swallowed_is_said_again() -> None:
+def test_a_sigterm_whose_exception_was_swallowed_is_repeated() -> None:
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=False, timeout=30)
     assert (done.stdout, done.stderr, done.returncode) == ("heard\n", "", 0)
 
@@ -32,8 +32,8 @@ def fork():
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 os.fork = fork
 sys.argv = ["launcher", "qwen"]
-from gpusvc.launcher import launch as launcher
-launcher.main()
+from gpusvc.launcher import launch
+launch.main()
 """
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from gpusvc.launcher.engine import environment
+from gpusvc.launcher.parked import environment
 from gpusvc.linux.users import User
 
 USER = User(name="gpusvc", uid=990, gid=990, groups=(990,), home="/var/lib/gpusvc/home", shell="/usr/sbin/nologin")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become 
 # Stands for the launcher, with all that it might leave to the engine and must not.
 _LAUNCHER = """
 import ctypes, json, os, signal, sys
-from gpusvc.launcher.engine import Orders, ParkedEngine
+from gpusvc.launcher.parked import Orders, ParkedEngine
 from gpusvc.linux.users import User
 from gpusvc.errors import GpusvcError
 

@@ -1,0 +1,102 @@
+"""The load: from the execution of the engine until it is ready, makes no progress any more, or ends."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from gpusvc.errors import EngineError, NvmlError
+from gpusvc.gpu.reading import total
+from gpusvc.launcher import readiness, watching
+from gpusvc.launcher.progress import Reading, moved
+from gpusvc.linux import processes
+from gpusvc.quantity import MIB, format_amount, format_duration
+
+if TYPE_CHECKING:
+    from gpusvc.launcher.run import Run
+    from gpusvc.linux.cgroup import Cgroup
+    from gpusvc.linux.sockets import Listener
+
+_SHORTEST_PAUSE_SECONDS = 0.005
+_LONGEST_PAUSE_SECONDS = 0.1
+_READING_SECONDS = 1.0
+_HEALTH_SECONDS = 5.0
+
+# A GPU with less than this free while a model loads on it is full.
+_FULL_BYTES = 64 * MIB
+
+
+class Load:
+    """One load. ``was_full`` tells whether a GPU of the model was full at the last reading."""
+
+    def __init__(self, run: Run, cgroup: Cgroup, pidfd: int) -> None:
+        self.was_full = False
+        self._run = run
+        self._cgroup = cgroup
+        self._pidfd = pidfd
+
+    def wait(self) -> Listener | None:
+        """Wait until the engine is ready; return its socket, or None if the engine ended.
+
+        Raises:
+            EngineError: it made no progress for start_timeout, or another program listens on its port.
+        """
+        began = last_moved = time.monotonic()
+        reading: Reading | None = None
+        while not watching.ended(self._pidfd, _pause(time.monotonic() - began)):
+            where = self._listener()
+            if where is not None and readiness.answers(where, self._run.config.health, _HEALTH_SECONDS):
+                return where
+            now = time.monotonic()
+            if now - (began if reading is None else reading.at_seconds) < _READING_SECONDS:
+                continue
+            before, reading = reading, self._read()
+            if before is None or moved(before, reading) or self._cgroup.frozen():
+                last_moved = now
+            if now - last_moved > self._run.config.start_timeout_seconds:
+                raise self._no_progress(where)
+            self._report(now - began, reading)
+        return None
+
+    def _listener(self) -> Listener | None:
+        run = self._run
+        try:
+            return readiness.listener(self._cgroup, run.lease.port, run.user)
+        except EngineError:
+            # For a moment, the socket of a process that is just ending has no owner.
+            if watching.ended(self._pidfd, _LONGEST_PAUSE_SECONDS):
+                return None
+        return readiness.listener(self._cgroup, run.lease.port, run.user)
+
+    def _read(self) -> Reading:
+        run = self._run
+        pids = self._cgroup.pids()
+        vram: int | None = None
+        if run.nvml is not None:
+            uuids = {gpu.uuid for gpu in run.gpus}
+            with contextlib.suppress(NvmlError):
+                own = [gpu for gpu in run.nvml.snapshot() if gpu.uuid in uuids]
+                vram = total(gpu.used_by(pids) for gpu in own)
+                self.was_full = any(gpu.free_bytes is not None and gpu.free_bytes < _FULL_BYTES for gpu in own)
+        with processes.acting_as(run.user.uid, run.user.gid):
+            io = processes.io_bytes(pids)
+        return Reading(time.monotonic(), self._cgroup.cpu_seconds(), io, vram)
+
+    def _report(self, elapsed_seconds: float, reading: Reading) -> None:
+        run = self._run
+        vram = "" if not run.gpus else f", {format_amount(reading.vram_bytes)} of VRAM so far"
+        run.notifier.waiting(f"Loading on {run.place()}{vram}, {elapsed_seconds:.0f} s.")
+
+    def _no_progress(self, where: Listener | None) -> EngineError:
+        run = self._run
+        what = "none of its processes listens" if where is None else f"{run.config.health} does not answer"
+        return EngineError(
+            f"The engine made no progress for {format_duration(run.config.start_timeout_seconds)}, "
+            f"and {what} on port {run.lease.port}."
+        )
+
+
+def _pause(elapsed_seconds: float) -> float:
+    """The time between two looks at an engine that loads: a small part of the time that it has taken so far."""
+    return min(max(elapsed_seconds / 20, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,99 @@
+"""One run of a model: the state that the phases of the launcher share."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from gpusvc.config.files import load_host, load_startable_model
+from gpusvc.gpu import nodes
+from gpusvc.gpu.reading import total
+from gpusvc.journal import events
+from gpusvc.linux.users import User
+from gpusvc.quantity import format_amount
+from gpusvc.state import lease as leases
+from gpusvc.state.lease import Lease
+
+if TYPE_CHECKING:
+    import socket
+
+    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.reading import Gpu
+    from gpusvc.launcher.parked import ParkedEngine
+    from gpusvc.paths import Paths
+    from gpusvc.systemd.notify import Notifier
+
+
+class Run:
+    """What is known of the run so far.
+
+    Raises:
+        UnknownModelError: the model has no file.
+        ConfigError: the host's file or the model's file has an error, or the user does not exist.
+    """
+
+    def __init__(
+        self, name: str, paths: Paths, parked: ParkedEngine, notifier: Notifier, *, is_second_try: bool
+    ) -> None:
+        self.name = name
+        self.paths = paths
+        self.parked = parked
+        self.notifier = notifier
+        self.is_second_try = is_second_try
+        self.host = load_host(paths)
+        self.config = load_startable_model(paths, name, self.host)
+        self.user = User.named(self.config.user)
+        self.began_seconds = time.monotonic()
+        self.began_at = time.time()
+        self.lease = Lease(model=name, port=0, gpus=(), created=self.began_at)
+        self.gpus: tuple[Gpu, ...] = ()
+        self.nvml: Nvml | None = None
+        """None: the model needs no GPU."""
+        self.caller: socket.socket | None = None
+        """The connection to the `gpusvc run` that this program belongs to; None: a model server."""
+        self.is_guess = False
+        """Whether the model's need for VRAM was only guessed."""
+        self.is_fenced = True
+        """Whether a device filter keeps the engine off other GPUs."""
+
+    def write_lease(self) -> None:
+        """Raises GpusvcError if the file system does not take it."""
+        leases.write(self.paths, self.lease)
+
+    def emit(self, kind: events.Kind, sentence: str, *, level: int = 6) -> None:
+        """Write an event about the model to the journal, with its GPUs and the VRAM that it holds."""
+        events.emit(
+            kind,
+            sentence,
+            model=self.name,
+            gpu=[gpu.index for gpu in self.lease.gpus],
+            bytes=total(gpu.used_bytes for gpu in self.lease.gpus),
+            level=level,
+        )
+
+    def identifier(self) -> str:
+        """SYSLOG_IDENTIFIER= of the engine's lines in the journal."""
+        return os.path.basename(self.config.command[0])  # noqa: PTH119  the name as given, without a Path
+
+    def allowed_nodes(self) -> tuple[str, ...]:
+        """The device nodes that the engine may open."""
+        minors = [gpu.minor for gpu in self.gpus if gpu.minor is not None]
+        return nodes.of_gpus(minors, [gpu.pci_bus_id for gpu in self.gpus])
+
+    def place(self) -> str:
+        """The GPUs of the model, in words."""
+        return " and ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in self.gpus) or "no GPU"
+
+    def ready_sentence(self) -> str:
+        """Where the model answers, on which GPUs, and how much VRAM it holds."""
+        fence = "" if self.is_fenced else " No device filter keeps it off other GPUs."
+        if self.caller is not None:
+            return f"Running on {self.place()}.{fence}"
+        address = self.lease.address or ""
+        host = f"[{address}]" if ":" in address else address
+        sentence = f"Ready at http://{host}:{self.lease.port} on {self.place()}"
+        used = [gpu.used_bytes for gpu in self.lease.gpus]
+        if used:
+            sentence += f" with {format_amount(total(used))} of VRAM"
+        return f"{sentence}.{fence}"

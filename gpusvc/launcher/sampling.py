@@ -1,0 +1,83 @@
+"""What the lease records of a model that runs: its processes, for the release proof, and the VRAM they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gpusvc.errors import GpusvcError, NvmlError
+from gpusvc.linux import processes
+from gpusvc.log import log
+from gpusvc.quantity import MIB
+from gpusvc.release import proof
+from gpusvc.state import footprints
+
+if TYPE_CHECKING:
+    from gpusvc.gpu.reading import Gpu
+    from gpusvc.launcher.run import Run
+    from gpusvc.linux.cgroup import Cgroup
+    from gpusvc.state.lease import LeasedGpu
+
+# A change of the peak that is worth a write.
+_LEARNED_BYTES = 16 * MIB
+
+
+class Sampler:
+    """Keeps the lease and the learned footprint of a run up to date."""
+
+    def __init__(self, run: Run, cgroup: Cgroup) -> None:
+        self._run = run
+        self._cgroup = cgroup
+        self._peaks: dict[str, int] = {}
+        self._written = run.lease
+
+    def sample(self) -> None:
+        """Take one reading of NVML into the lease. What cannot be read keeps its last value."""
+        run = self._run
+        if run.nvml is None:
+            return
+        try:
+            gpus = run.nvml.snapshot()
+        except NvmlError as error:
+            log(4, f"NVML cannot be read: {error}")
+            return
+        inside = set(self._cgroup.pids())
+        listed = {process.pid for gpu in gpus for process in gpu.processes or ()}
+        lease = run.lease.seen(processes.identify_all(inside & listed))
+        # A process that has ended matters to the proof only while the driver lists it.
+        remembered = frozenset(p for p in lease.processes if p.pid in inside or p.pid in listed)
+        own = {process.pid for process in remembered}
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        sampled = tuple(_resampled(leased, by_uuid.get(leased.uuid), own) for leased in lease.gpus)
+        run.lease = replace(lease, processes=remembered, gpus=sampled)
+        self._learn()
+
+    def write(self) -> None:
+        """Write the lease if it changed. A full file system ends no model: the next write may work."""
+        if self._run.lease == self._written:
+            return
+        try:
+            self._run.write_lease()
+            self._written = self._run.lease
+        except GpusvcError as error:
+            log(4, str(error))
+
+    def _learn(self) -> None:
+        run = self._run
+        names = {gpu.uuid: gpu.name for gpu in run.gpus}
+        for leased in run.lease.gpus:
+            if leased.used_bytes is not None and leased.used_bytes > self._peaks.get(leased.uuid, 0) + _LEARNED_BYTES:
+                self._peaks[leased.uuid] = leased.used_bytes
+                footprints.learn(run.paths, run.name, run.lease.config_digest, names[leased.uuid], leased.used_bytes)
+
+
+def _resampled(leased: LeasedGpu, gpu: Gpu | None, pids: AbstractSet[int]) -> LeasedGpu:
+    if gpu is None or gpu.problem is not None or gpu.processes is None:
+        return leased
+    baseline = proof.baseline_bytes(gpu, processes.identify, pids)
+    return replace(
+        leased,
+        baseline_bytes=leased.baseline_bytes if baseline is None else baseline,
+        used_bytes=gpu.used_by(pids),
+    )

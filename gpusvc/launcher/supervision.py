@@ -1,0 +1,95 @@
+"""The launcher while the engine serves: health checks, systemd's watchdog, and the lease."""
+
+from __future__ import annotations
+
+import select
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gpusvc import names
+from gpusvc.journal.events import Kind
+from gpusvc.launcher import readiness, watching
+from gpusvc.launcher.sampling import Sampler
+from gpusvc.log import log
+from gpusvc.quantity import format_duration
+from gpusvc.state import use
+from gpusvc.systemd.notify import ROPE_SECONDS
+
+if TYPE_CHECKING:
+    from gpusvc.launcher.run import Run
+    from gpusvc.linux.cgroup import Cgroup
+    from gpusvc.linux.sockets import Listener
+
+_CHECK_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
+
+
+class Supervision:
+    """One engine that serves. ``where`` is None for a program of `gpusvc run`, which has no port to check."""
+
+    def __init__(self, run: Run, cgroup: Cgroup, pidfd: int, where: Listener | None) -> None:
+        self._run = run
+        self._cgroup = cgroup
+        self._pidfd = pidfd
+        self._where = where
+        self._sampler = Sampler(run, cgroup)
+        timeout = run.config.health_timeout_seconds
+        self._every_seconds = min(_CHECK_SECONDS, timeout / 4 or _CHECK_SECONDS)
+        self._last_answer = time.monotonic()
+
+    def serve(self) -> None:
+        """Tell systemd and the lease that the model is ready, and return when the engine has ended."""
+        self._announce()
+        while not self._is_over():
+            self._check()
+            self._sampler.sample()
+            self._sampler.write()
+        self._run.notifier.stopping()  # the processes that the engine leaves may take longer than the watchdog waits
+
+    def _announce(self) -> None:
+        run = self._run
+        run.lease = replace(run.lease, ready=True, address=None if self._where is None else self._where.reachable_at)
+        self._sampler.sample()
+        run.write_lease()
+        use.touch(run.paths, run.name)
+        run.notifier.set_watchdog(run.config.health_timeout_seconds)
+        sentence = run.ready_sentence()
+        run.notifier.ready(sentence)
+        run.emit(Kind.READY, f"Ready after {time.monotonic() - run.began_seconds:.2f} s. {sentence}")
+        self._last_answer = time.monotonic()
+
+    def _check(self) -> None:
+        """Ask the health path, and feed systemd's watchdog if it answers."""
+        run = self._run
+        timeout = min(_ANSWER_SECONDS, self._every_seconds)
+        if self._where is None or readiness.answers(self._where, run.config.health, timeout):
+            self._feed(run.ready_sentence())
+        elif self._cgroup.frozen():  # the administrator froze it, so it does not hang
+            self._feed(f"Frozen: `systemctl thaw {run.lease.scope}` lets it go on.")
+        else:
+            silent = format_duration(round(time.monotonic() - self._last_answer))
+            run.notifier.status(f"{run.config.health or 'The port'} has not answered for {silent}.")
+
+    def _feed(self, sentence: str) -> None:
+        self._last_answer = time.monotonic()
+        self._run.notifier.feed_watchdog()
+        self._run.notifier.status(sentence)
+
+    def _is_over(self) -> bool:
+        """Wait until the next check is due; whether the engine ended. A program is stopped when its caller is gone."""
+        caller = self._run.caller
+        if caller is None:
+            return watching.ended(self._pidfd, self._every_seconds)
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.register(caller, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(self._every_seconds * 1000)}
+        if caller.fileno() not in ready or self._pidfd in ready:
+            return self._pidfd in ready
+        from gpusvc.systemd.manager import Manager  # noqa: PLC0415  only where a program outlives its caller
+
+        log(4, "The caller of this program is gone, so the program is stopped.")
+        with Manager() as manager:
+            manager.enqueue("Stop", names.service(self._run.name))
+        return watching.ended(self._pidfd, ROPE_SECONDS)  # systemd's SIGTERM comes first
