@@ -81,13 +81,16 @@ def _read_exclusive(table: Table, key: str, default: tuple[str, ...]) -> tuple[s
     groups = table.texts(key)
     if groups is None:
         return default
-    for position, group in enumerate(groups):
+    listed: set[str] = set()
+    for position, entry in enumerate(groups):
         place = f"{key}[{position}]"
-        if not names.is_name(group):
+        group, slash, side = entry.partition("/")
+        if not names.is_name(group) or (slash and not names.is_name(side)):
             hint = "It is written as a model's name: letters, digits, ':', '_', '.' or '-'."
-            table.problem(place, f"{shown(group)} cannot name a group.", hint)
-        elif group in groups[:position]:
+            table.problem(place, f"{shown(entry)} cannot name a group.", hint)
+        elif group in listed:
             table.problem(place, f"{shown(group)} is listed twice.")
+        listed.add(group)
     return groups
 
 
@@ -149,7 +152,7 @@ class ModelConfig(Section, kw_only=True):
     """The lowest is evicted first."""
     pinned: bool = boolean("pinned", default=False, live=True)  # never evicted
     exclusive: tuple[str, ...] = custom("exclusive", _read_exclusive, default=(), live=True)
-    """Names of groups; of each, one model runs at a time."""
+    """``GROUP`` or ``GROUP/SIDE``; placement.plan.exclude_each_other() says what they mean."""
     gpu: GpuRequest = section("gpu", GpuRequest)
     scope: Mapping[str, str] = custom("scope", _read_scope, default=dict)
     """systemd.resource-control(5) properties, verbatim."""

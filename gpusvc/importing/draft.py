@@ -48,10 +48,26 @@ class Note:
 class Notes(list[Note]):
     """The notes of an import, in the order of its source; each is said once."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[Note] = set()
+
     def add(self, model: str | None, key: str, reason: str) -> None:
         note = Note(model, key, reason)
-        if note not in self:
+        if note not in self._known:
+            self._known.add(note)
             self.append(note)
+
+
+def by_kind(notes: Iterable[Note]) -> list[str]:
+    """The notes as lines, one for each key and reason: ``a, b: KEY: REASON`` names the models that it is about."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        models.setdefault((note.key, note.reason), []).extend([note.model] if note.model is not None else [])
+    return [
+        f"{', '.join(dict.fromkeys(listed))}: {key}: {reason}" if listed else f"{key}: {reason}"
+        for (key, reason), listed in models.items()
+    ]
 
 
 @dataclass(slots=True)

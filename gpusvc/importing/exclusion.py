@@ -1,33 +1,75 @@
-"""Which models may not run beside each other, said in groups of which one runs at a time; pure graph work."""
+"""Which models exclude each other, said by groups with sides; pure graph work.
+
+Models of different sides of a group exclude each other, models of one side do not. A side of one model needs no name.
+Sets of models are bit masks: bit ``n`` is the model of that number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterator, Sequence
 
-Pair = frozenset[str]
-
-
-def pairs(models: Iterable[str]) -> set[Pair]:
-    """Every two of them."""
-    return {frozenset(two) for two in combinations(dict.fromkeys(models), 2)}
+# A group: its sides.
+Sides = list[int]
 
 
-def groups(models: Sequence[str], excluded: set[Pair]) -> list[tuple[str, ...]]:
-    """Groups whose members exclude each other, all of ``excluded`` and nothing else; few rather than fewest.
+def members(mask: int) -> Iterator[int]:
+    """The numbers of the bits that are set, in their order."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
-    Two that exclude each other are in one group at least, so that a model may be in several.
+
+def groups(excluded: Sequence[int]) -> list[Sides]:
+    """Groups that say what is excluded and nothing else.
+
+    Args:
+        excluded: for each model those that it excludes. It holds both ways.
     """
-    left = set(excluded)
-    found: list[tuple[str, ...]] = []
-    for first in models:
-        for second in models:
-            if frozenset((first, second)) not in left:
-                continue
-            members = [first, second]
-            for other in models:
-                if other not in members and all(frozenset((other, member)) in excluded for member in members):
-                    members.append(other)
-            found.append(tuple(model for model in models if model in members))
-            left -= pairs(members)
+    found: list[Sides] = []
+    left = [(1 << len(excluded)) - 1]
+    while left:
+        models = left.pop()
+        if not models & (models - 1):
+            continue
+        sides = _components(models, lambda model, within: within & ~excluded[model])
+        if len(sides) > 1:
+            # Every model of one side excludes every model of the others.
+            found.append(sides)
+            left += sides
+            continue
+        parts = _components(models, lambda model, within: within & excluded[model])
+        if len(parts) > 1:
+            left += parts
+            continue
+        # No such division: one model against those that it excludes, then all the others.
+        most = max(members(models), key=lambda model: (excluded[model] & models).bit_count())
+        found.append([1 << most, excluded[most] & models])
+        left.append(models & ~(1 << most))
     return found
+
+
+def _components(models: int, neighbours: Callable[[int, int], int]) -> list[int]:
+    """The connected parts of a graph, in the order of their first models."""
+    parts: list[int] = []
+    while models:
+        part = border = models & -models
+        models ^= part
+        while border:
+            lowest = border & -border
+            border ^= lowest
+            reached = neighbours(lowest.bit_length() - 1, models)
+            models &= ~reached
+            part |= reached
+            border |= reached
+        parts.append(part)
+    return parts
+
+
+def entries(name: str, sides: Sequence[Sequence[str]], titles: Sequence[str]) -> dict[str, str]:
+    """What ``exclusive`` says of each model of a group: ``NAME``, or ``NAME/SIDE`` where its side has several."""
+    return {
+        model: name if len(side) == 1 else f"{name}/{title}"
+        for side, title in zip(sides, titles, strict=True)
+        for model in side
+    }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 from gpusvc.errors import ConfigError
+from gpusvc.quantity import shown
 
 # Where the keys before the first header are.
 DEFAULT = "default"
 
-_HEADER = re.compile(r"\[[ \t]*([^]]+?)[ \t]*\][ \t]*(?:[;#].*)?")
-_PAIR = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)[ \t]*=[ \t]*(.*)")
-_COMMENT = re.compile(r"[ \t]*[;#].*")
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_COMMENT = re.compile(r"[;#]")
 
 
 def parse(text: str, source: str) -> dict[str, dict[str, str]]:
@@ -22,15 +23,28 @@ def parse(text: str, source: str) -> dict[str, dict[str, str]]:
     """
     sections: dict[str, dict[str, str]] = {}
     current = DEFAULT
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip()
-        if not stripped or stripped[0] in ";#":
+    for number, raw in enumerate(_LINE_END.split(text), start=1):
+        line = raw.strip()
+        if not line or line[0] in ";#":
             continue
-        if header := _HEADER.fullmatch(stripped):
-            current = header.group(1)
+        if line[0] == "[":
+            current = _header(line, number, source)
             sections[current] = {}
-        elif pair := _PAIR.fullmatch(stripped):
-            sections.setdefault(current, {})[pair.group(1)] = _COMMENT.sub("", pair.group(2)).strip()
-        else:
-            raise ConfigError(f"Line {number} of {source} is neither [NAME] nor KEY = VALUE.")
+            continue
+        key, equals, value = line.partition("=")
+        if not equals or not _KEY.fullmatch(key.rstrip()):
+            raise _malformed(line, number, source)
+        sections.setdefault(current, {})[key.rstrip()] = _COMMENT.split(value, maxsplit=1)[0].strip()
     return sections
+
+
+def _header(line: str, number: int, source: str) -> str:
+    """The name of a section, out of ``[ NAME ] ; comment``."""
+    name, bracket, rest = line[1:].partition("]")
+    if not bracket or not name.strip() or rest.strip()[:1] not in ("", ";", "#"):
+        raise _malformed(line, number, source)
+    return name.strip()
+
+
+def _malformed(line: str, number: int, source: str) -> ConfigError:
+    return ConfigError(f"Line {number} of {source} is neither [NAME] nor KEY = VALUE: {shown(line)}.")

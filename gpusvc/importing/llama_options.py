@@ -1,58 +1,129 @@
-"""The options of llama-server, as far as one has to know them to write them: how many dashes, and which take no value.
-
-From ``llama-server --help``; an option that is not here is taken to have two dashes, and a value.
-"""
+"""llama-server's options by their names: which take a value, which can be denied, and how a preset writes them."""
 
 from __future__ import annotations
 
-from gpusvc.importing.foreign import truth_of
+from enum import StrEnum
+from functools import cache
+from typing import NamedTuple
+
+from gpusvc.importing import llama_table
+
+# llama.cpp knows these words and no others (common/arg.cpp).
+_TRUE = ("on", "enabled", "true", "1")
+_FALSE = ("off", "disabled", "false", "0")
+
+_VARIABLE = "LLAMA_ARG_"
+_DENIED_VARIABLE = "LLAMA_ARG_NO_"
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+class Kind(StrEnum):
+    """What an option takes."""
+
+    FLAG = "flag"
+    SWITCH = "switch"  # on, off or auto
+    PATH = "path"
+    VALUE = "value"
+    PAIR = "pair"  # two values
 
 
-# Short names of several letters have one dash all the same.
-_SHORT = _words(
-    """
-    ag bs cb cl cmoe cmoed cms cram ctk ctkd ctv ctvd ctxcp dev devd dr dt fa fit fitc fitt hf hfd hff hfr hfrd
-    hft jf kvo kvu lcd lcs lm lv lzm md mg mm mmdev mmu mu ncffn ncmoe ncmoed ngl ngld nkvo nocb no-ag no-kvu np
-    nr ot otd rea sm sp sps tb tbd td to ts ub
-    """
-)
+class Option(NamedTuple):
+    """An option of llama-server. Names have their dashes."""
 
-# Options without a value that can be denied, as --no-NAME.
-_DENIABLE = _words(
-    """
-    agent cache-idle-slots cache-prompt cont-batching context-shift cors-credentials escape jinja kv-offload
-    kv-unified log-jsonl log-prefix log-timestamps mmap mmproj-auto mmproj-offload models-autoload op-offload
-    perf prefill-assistant reasoning-preserve repack skip-chat-parsing slots spec-draft-backend-sampling ui
-    ui-mcp-proxy warmup webui webui-mcp-proxy
-    """
-)
+    kind: Kind
+    names: tuple[str, ...]
+    denials: tuple[str, ...]
+    variable: str  # of the environment; empty: none
+    older: bool = False  # today's llama-server refuses it
 
-# Options without a value that cannot.
-_PLAIN = _words(
-    """
-    backend-sampling bs check-tensors cmoe cpu-moe embedding embeddings ignore-eos log-disable log-verbose
-    lora-init-without-apply metrics mlock no-host no-kv-offload nkvo offline props rerank reranking reuse-port
-    special spm-infill swa-full v verbose
-    """
-)
+    @property
+    def leading(self) -> str:
+        """The name by which two spellings are known to be the same option, without dashes."""
+        return self.names[-1].lstrip("-")
 
 
-def spell(name: str, value: str) -> list[str]:
-    """An option as arguments, out of its name without dashes and a value as a preset has it; nothing if it is off."""
-    truth = truth_of(value)
-    if name in _DENIABLE and truth is not None:
-        return [f"--{name}" if truth else f"--no-{name}"]
-    if name.startswith("no-") and name.removeprefix("no-") in _DENIABLE and truth is not None:
-        return [f"--{name}" if truth else f"--{name.removeprefix('no-')}"]
-    # A word that no value is called by: also an option that came later than this list.
-    if truth is not None and (name in _PLAIN or value.strip().lower() in ("true", "false")):
-        return [dashed(name)] if truth else []
-    return [dashed(name), value]
+@cache
+def options() -> tuple[Option, ...]:
+    """All options, the older ones last."""
+    tables = (
+        (Kind.FLAG, llama_table.FLAGS),
+        (Kind.SWITCH, llama_table.SWITCHES),
+        (Kind.PATH, llama_table.PATHS),
+        (Kind.VALUE, llama_table.VALUES),
+        (Kind.PAIR, llama_table.PAIRS),
+    )
+    known = [_option(kind, line) for kind, table in tables for line in table.split("\n") if line.strip()]
+    older = [_option(Kind.FLAG, line) for line in llama_table.OLDER.split("\n") if line.strip()]
+    return (*known, *(option._replace(older=True) for option in older))
 
 
-def dashed(name: str) -> str:
-    return f"-{name}" if len(name) == 1 or name in _SHORT else f"--{name}"
+def _option(kind: Kind, line: str) -> Option:
+    words = line.split()
+    return Option(
+        kind,
+        tuple(word for word in words if word.startswith("-")),
+        tuple(word[1:] for word in words if word.startswith("!")),
+        next((word for word in words if word[0].isupper()), ""),
+    )
+
+
+@cache
+def _by_key() -> dict[str, Option]:
+    keys: dict[str, Option] = {}
+    for option in options():
+        for key in (option.variable, _denied_variable(option), *option.names, *option.denials):
+            if key:
+                keys.setdefault(key.lstrip("-"), option)
+    return keys
+
+
+def _denied_variable(option: Option) -> str:
+    """llama.cpp reads LLAMA_ARG_NO_X beside LLAMA_ARG_X for options that can be denied."""
+    if not option.denials or not option.variable.startswith(_VARIABLE):
+        return ""
+    return _DENIED_VARIABLE + option.variable.removeprefix(_VARIABLE)
+
+
+def find(key: str) -> Option | None:
+    """The option that a preset's key means: one of its names without dashes, or its variable; None if unknown."""
+    return _by_key().get(key)
+
+
+def is_path(argument: str) -> bool:
+    """Whether an argument of a command is an option whose value names a file."""
+    option = find(argument.lstrip("-")) if argument.startswith("-") else None
+    return option is not None and option.kind is Kind.PATH
+
+
+def spell(key: str, value: str) -> list[str]:
+    """The arguments that say what a preset says by ``key = value``; none for a flag that is off."""
+    option = find(key)
+    if option is None:
+        # An option newer than the table. A flag can be told by its value alone.
+        truth = _truth(value) if value in ("true", "false") else None
+        return [f"--{key}", value] if truth is None else [f"--{key}"] if truth else []
+    name = _dashed(option, key)
+    if option.kind is Kind.FLAG:
+        return _spell_flag(option, key, name, value)
+    if option.kind is Kind.SWITCH:
+        truth = _truth(value)
+        return [name, value if truth is None else "on" if truth else "off"]
+    return [name, value]
+
+
+def _spell_flag(option: Option, key: str, name: str, value: str) -> list[str]:
+    """llama.cpp takes every value for yes that it does not know as a no."""
+    denies = name in option.denials or key.startswith(_DENIED_VARIABLE)
+    if denies == (_truth(value) is False):
+        return [name if not denies and name in option.names else option.names[-1]]
+    if not option.denials:
+        return []
+    return [name if name in option.denials else option.denials[-1]]
+
+
+def _truth(word: str) -> bool | None:
+    return True if word in _TRUE else False if word in _FALSE else None
+
+
+def _dashed(option: Option, key: str) -> str:
+    """The key with its dashes; the leading name for a variable."""
+    return next((name for name in option.names + option.denials if name.lstrip("-") == key), option.names[-1])

@@ -1,27 +1,28 @@
 """llama-swap's configuration (its config.example.yaml and config-schema.json) as model files.
 
-Its rules of who may run beside whom, ``groups`` and ``matrix``, become ``exclusive``. Where there are none it runs one
-model at a time, for want of a way to know better; that is not carried over, as gpusvc measures.
+Its rules of which models may run together are in ``swap_rules``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import combinations
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import SplitResult, urlsplit
 
-from gpusvc import names
-from gpusvc.config.model import MAX_PRIORITY
 from gpusvc.config.presets import PORT
 from gpusvc.errors import ConfigError
-from gpusvc.importing import commandline, exclusion, matrix
+from gpusvc.importing import commandline, gpu_options, places, shell, swap_rules
 from gpusvc.importing.draft import Draft, Import, Notes, finish, without_nulls
 from gpusvc.importing.foreign import Foreign
-from gpusvc.importing.macros import Macros, unknown
+from gpusvc.importing.macros import Macros, unknown, unknown_in
 from gpusvc.importing.naming import Naming
 
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1|0\.0\.0\.0|::")
+
+# More than any machine serves.
+_MOST_MODELS = 5000
 
 # Keys of the whole that no model file has, and where what they say belongs.
 _ELSEWHERE = {
@@ -51,24 +52,32 @@ _LOST = {
     "timeouts": "Connections to an engine are local. `upstream_timeout` below [gateway] bounds its silence.",
 }
 
+_CONTAINER = (
+    "A container is run by its daemon, outside the model's control group: gpusvc could neither keep it to its GPUs nor "
+    "prove its end, and the model never counts as ready. Name the engine itself, or a runtime that keeps the processes "
+    "below itself, as `podman run --cgroups=disabled` does."
+)
 
-@dataclass(slots=True)
-class _Model:
-    """A model of llama-swap's, its draft, and what the rules for all have to know of it."""
 
-    id: str
-    draft: Draft
+class _Source(NamedTuple):
+    """What all models of a configuration need to know."""
+
+    name: str  # for people
+    place: Path  # where it lies
     macros: Macros
-    aliases: list[str] = field(default_factory=list)
+    there: places.Exists
 
 
-def convert(document: object, source: str, environment: Mapping[str, str]) -> Import:
+def convert(
+    document: object, source: str, environment: Mapping[str, str], there: places.Exists = places.exists
+) -> Import:
     """The models of a configuration.
 
     Args:
         document: what the YAML file holds.
-        source: its name, for people.
+        source: its path.
         environment: for its ``${env.NAME}``.
+        there: whether there is such a file.
 
     Raises:
         ConfigError: it is no configuration of llama-swap.
@@ -76,119 +85,261 @@ def convert(document: object, source: str, environment: Mapping[str, str]) -> Im
     if not isinstance(document, Mapping) or not isinstance(document.get("models"), Mapping):
         raise ConfigError(f"{source} has no models.", hint="A llama-swap configuration has a mapping of that name.")
     notes = Notes()
-    whole = Foreign(document, notes, None)
-    macros = Macros(environment, _texts(whole.table("macros")))
-    naming = Naming()
+    shared = document.get("macros")
+    macros = Macros(environment, shared if isinstance(shared, Mapping) else {})
+    whole = Foreign(_expanded(document, macros, source), notes, None)
+    whole.table("macros")
     listed = whole.table("models")
-    models: dict[str, _Model] = {}
+    if len(listed.names()) > _MOST_MODELS:
+        raise ConfigError(f"{source} has more than {_MOST_MODELS} models.")
+    about = _Source(source, Path(source), macros, there)
+    naming = Naming()
+    models: dict[str, Draft] = {}
     for identifier in listed.names():
-        fields = Foreign(listed.value(identifier), notes, naming.name(identifier), "")
-        model = _convert_model(identifier, fields, macros, source)
-        if model is not None:
-            models[identifier] = model
+        name = naming.name(identifier)
+        draft = _Model(identifier, name, listed.value(identifier), notes, about).convert()
+        if draft is not None:
+            models[identifier] = draft
     _apply_defaults(whole, models)
-    _apply_rules(whole, models, notes)
+    swap_rules.apply(whole, models)
     _apply_preload(whole.table("hooks"), models)
     whole.drop(_ELSEWHERE)
     whole.finish()
-    _note_gpus(models, notes)
-    return finish((model.draft for model in models.values()), notes)
+    if any(draft.get("gpu.count") is None for draft in models.values()):
+        whole.note("models", "An engine saw every GPU there; here a model gets one, or `count` below [gpu].")
+    return finish(models.values(), notes)
+
+
+def _expanded(document: Mapping[object, object], macros: Macros, source: str) -> dict[object, object]:
+    """The configuration with its macros expanded, but for the models, which have their own."""
+    kept = ("models", "macros")
+    try:
+        return {key: value if key in kept else macros.expand_value(value) for key, value in document.items()}
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be read: {error}.") from error
 
 
 # -- one model --------------------------------------------------------------------------------------------------------
 
 
-def _convert_model(identifier: str, fields: Foreign, macros: Macros, source: str) -> _Model | None:
-    """None, and a note, if it has no command."""
-    name = fields.model
-    assert name is not None  # noqa: S101 - convert() named it
-    draft = Draft(name, f"Imported from {source}, where it is called {identifier!r}.")
-    # Those that everybody may refer to come first.
-    own = Macros(environment=macros.environment, texts={"MODEL_ID": identifier, "PORT": PORT})
-    own = own.with_more(macros.texts).with_more(_texts(fields.table("macros")))
+class _Model:
+    """One model of a configuration."""
+
+    def __init__(self, identifier: str, name: str, document: object, notes: Notes, source: _Source) -> None:
+        self._id = identifier
+        self._source = source
+        self._draft = Draft(name, f"Imported from {source.name}, where it is called {identifier!r}.")
+        said = document if isinstance(document, Mapping) else {}
+        own = said.get("macros")
+        first = {"MODEL_ID": identifier, "PORT": PORT}
+        self._macros = source.macros.with_more(own if isinstance(own, Mapping) else {}, first)
+        # One that is no mapping is noted by Foreign.
+        self._fields = Foreign(said if isinstance(document, Mapping) else document, notes, name, "")
+        self._aliases = [identifier]
+
+    def convert(self) -> Draft | None:
+        """The draft; None, and a note, if the model has no command."""
+        draft = self._draft
+        try:
+            self._fields = self._expanded()
+            command = self._command()
+        except ValueError as error:
+            self._fields.note("cmd", f"It cannot be taken apart: {error}. The model is left out.")
+            return None
+        if not command:
+            self._fields.note("cmd", "It is missing, and so the model is left out.")
+            return None
+        fields = self._fields
+        self._put_command(command)
+        self._put_names()
+        self._put_port(command)
+        self._put_times()
+        check = fields.text("checkEndpoint") or "/health"
+        draft.put("health", None if check == "/health" else "" if check == "none" else check)
+        draft.put("concurrency", fields.count("concurrencyLimit") or None)
+        self._put_filters(fields.table("filters"))
+        fields.drop(_LOST)
+        fields.finish()
+        draft.extend("aliases", self._aliases)
+        return draft
+
+    def _expanded(self) -> Foreign:
+        """All keys with their macros expanded. What an unknown macro is left in is noted and left out."""
+        fields = self._fields
+        kept: dict[str, object] = {}
+        for key in fields.names():
+            value = fields.value(key)
+            if key in ("cmd", "cmdStop") and isinstance(value, str):
+                value = shell.without_comments(value)
+            if key == "macros":
+                continue
+            value = self._macros.expand_value(value)
+            kept[key] = value if key in ("cmd", "cmdStop", *_LOST) else self._without_unknown(key, value)
+        return Foreign(kept, fields.notes, fields.model, "")
+
+    def _without_unknown(self, key: str, value: object) -> object:
+        """The value without those parts that still have macros in them."""
+        if isinstance(value, list):
+            return [item for item in value if not self._note_unknown(key, item)]
+        if isinstance(value, Mapping):
+            return {
+                name: self._without_unknown(f"{key}.{name}", item)
+                for name, item in value.items()
+                if not self._note_unknown(key, name)
+            }
+        return None if self._note_unknown(key, value) else value
+
+    def _note_unknown(self, key: str, value: object) -> bool:
+        found = unknown_in(value)
+        for macro in found:
+            self._fields.note(key, f"{_what_is_wrong_with(macro)}: {macro}. Left out.")
+        return bool(found)
+
+    def _command(self) -> list[str]:
+        words, open_quote = shell.split(shell.without_comments(self._fields.text("cmd") or ""))
+        if open_quote:
+            reason = "A quotation mark has no counterpart; the quotation ends with the command, as in llama-swap."
+            self._fields.note("cmd", reason)
+        return words
+
+    def _put_command(self, command: list[str]) -> None:
+        draft, fields = self._draft, self._fields
+        for macro in unknown(" ".join(command)):
+            what = _what_is_wrong_with(macro)
+            fields.note("cmd", f"{what}: {macro} is left as it is. `gpusvc edit {draft.name}` mends it.")
+        env = self._environment()
+        reports: list[gpu_options.Report] = []
+        settled = gpu_options.settle(draft, command, env, reports)
+        for report in reports:
+            fields.note(f"env.{report.subject}" if report.subject in env else "cmd", _sentence(report, env))
+        stop = shell.split(fields.text("cmdStop") or "").words
+        if commandline.is_container(command) or commandline.is_container(stop):
+            fields.note("cmd", _CONTAINER)
+            draft.put("command", settled)
+            return
+        if stop:
+            fields.note("cmdStop", "A stop is a SIGTERM to the whole control group, then SIGKILL, then the proof.")
+        draft.put("command", self._placed(settled))
+
+    def _environment(self) -> dict[str, str]:
+        env: dict[str, str] = {}
+        for entry in self._fields.texts("env"):
+            variable, equals, value = entry.partition("=")
+            if not equals:
+                self._fields.note("env", f"{entry!r} has no '=': left out.")
+            elif PORT in value and variable != "PORT":
+                self._fields.note("env", f"{variable}: only a command can name the port; $PORT has it. Left out.")
+            else:
+                env[variable] = value
+        return env
+
+    def _placed(self, command: list[str]) -> list[str]:
+        """The command with the directory that its relative paths are relative to, or with a note."""
+        relative = commandline.relative_paths(command)
+        if not relative:
+            return command
+        listed = ", ".join(relative[:5])
+        base = places.directory_of(relative, self._source.place, self._source.there)
+        if base is None:
+            reason = (
+                f"{listed}: relative to where llama-swap was started. Set working_directory, or write absolute paths."
+            )
+            self._fields.note("cmd", reason)
+            return command
+        self._draft.put("working_directory", str(base))
+        self._fields.note("cmd", f"{listed}: relative to where llama-swap was started, which is taken for {base}.")
+        # A program is found by its absolute path, or in PATH.
+        return [str(base / command[0]), *command[1:]] if command[0] in relative else command
+
+    def _put_names(self) -> None:
+        fields = self._fields
+        title, text = fields.text("name"), fields.text("description")
+        said = " ".join(f"{title}: {text}".split() if title and text else (title or text or "").split())
+        description = "".join(character for character in said if character.isprintable())
+        if description != said:
+            fields.note("name" if title else "description", "It has characters that cannot be printed: left out.")
+        self._draft.put("description", description or None)
+        self._draft.put("served_name", fields.text("useModelName") or None)
+        aliases = fields.value("aliases")
+        for alias in aliases if isinstance(aliases, list) else [] if aliases is None else [aliases]:
+            if isinstance(alias, Mapping):
+                self._aliases.append(str(alias.get("id", "")))
+                if alias.get("unlisted") or alias.get("name") not in (None, alias.get("id")):
+                    fields.note("aliases", f"{alias.get('id')!r} is listed by the gateway, under no other name.")
+            elif isinstance(alias, str | int | float):
+                self._aliases.append(str(alias))
+        self._aliases = [alias for alias in self._aliases if alias]
+
+    def _put_port(self, command: list[str]) -> None:
+        """The port that llama-swap sends requests to; else the one that the command names."""
+        said = self._fields.text("proxy") or ""
+        has_placeholder = any(PORT in argument for argument in command)
+        parts, port = _split_url("" if PORT in said else said)
+        if parts.hostname and not _LOOPBACK.fullmatch(parts.hostname):
+            self._fields.note("proxy", f"{parts.hostname} may be another machine; gpusvc asks the engine on this one.")
+        url = _urlsplit(said.replace(PORT, "1"))
+        if url is not None and (url.path.strip("/") or url.scheme == "https"):
+            self._fields.note("proxy", "gpusvc asks the engine by plain HTTP, with the path that the client gave.")
+        if port is not None:
+            self._draft.put("port", port)
+            if has_placeholder:
+                reason = f"It has {PORT} too, which is {port} here: give what does not listen there another port."
+                self._fields.note("cmd", reason)
+        elif not has_placeholder:
+            self._draft.put("port", commandline.fixed_port(command))
+            if self._draft.get("port") is None:
+                self._fields.note("cmd", f"It names no port. Where the engine does not go by $PORT, say {PORT} in it.")
+
+    def _put_times(self) -> None:
+        ttl = self._fields.number("ttl")
+        if ttl is not None and ttl >= 0:
+            _put_ttl(self._draft, ttl)
+        self._draft.put("stop_timeout", _seconds(self._fields.count("unloadTimeout")))
+
+    def _put_filters(self, filters: Foreign) -> None:
+        # The latter is an older spelling, which llama-swap still takes.
+        stripped = ",".join(filters.text(key) or "" for key in ("stripParams", "strip_params")).split(",")
+        members = {member.strip() for member in stripped} - {"", "model"}
+        self._draft.put("filter.strip", sorted(members))
+        values = filters.value("setParams")
+        kept, lost = without_nulls(values if isinstance(values, Mapping) else {})
+        kept.pop("model", None)
+        self._draft.put("filter.set", kept)
+        for member in lost:
+            filters.note(f"setParams.{member}", "A member cannot be set to null: TOML has none.")
+        by_name = filters.table("setParamsByID")
+        for alias in by_name.names():
+            by_name.value(alias)
+            if alias not in self._aliases:
+                self._aliases.append(alias)
+            reason = "It is an alias that sets nothing: [filter] holds for all names of a model."
+            by_name.note(alias, reason)
+        filters.finish()
+
+
+def _what_is_wrong_with(macro: str) -> str:
+    return "The environment has no such variable" if macro.startswith("${env.") else "No such macro is defined"
+
+
+def _sentence(report: gpu_options.Report, env: Mapping[str, str]) -> str:
+    """The reason, with what it is about where the note's key does not say that."""
+    return report.reason if report.subject in env else f"{report.subject}: {report.reason}"
+
+
+def _urlsplit(url: str) -> SplitResult | None:
     try:
-        command = commandline.split(own.expand(fields.text("cmd") or ""))
-    except ValueError as error:
-        fields.note("cmd", f"It cannot be taken apart: {error}. The model is left out.")
-        return None
-    if not command:
-        fields.note("cmd", "It is missing, and so the model is left out.")
-        return None
-    model = _Model(identifier, draft, own, [identifier])
-    _put_command(draft, command, fields)
-    _put_names(model, fields)
-    _put_port(draft, own.expand(fields.text("proxy") or ""), command, fields)
-    _put_times(draft, fields)
-    check = own.expand(fields.text("checkEndpoint") or "/health")
-    draft.put("health", None if check == "/health" else "" if check == "none" else check)
-    draft.put("concurrency", fields.count("concurrencyLimit") or None)
-    _put_filters(model, fields.table("filters"))
-    if fields.text("cmdStop"):
-        fields.note("cmdStop", "A stop is a SIGTERM to the whole control group, then SIGKILL, then the proof.")
-    fields.drop(_LOST)
-    fields.finish()
-    draft.extend("aliases", model.aliases)
-    return model
-
-
-def _put_command(draft: Draft, command: list[str], fields: Foreign) -> None:
-    draft.put("command", command)
-    for macro in unknown(" ".join(command)):
-        what = "The environment has no such variable" if macro.startswith("${env.") else "No such macro is defined"
-        fields.note("cmd", f"{what}: {macro} is left as it is. `gpusvc edit {draft.name}` mends it.")
-    if commandline.is_container(command):
-        fields.note("cmd", commandline.CONTAINER)
-    count = commandline.gpus(command)
-    draft.put("gpu.count", count if count != 1 else None)
-    env: dict[str, str] = {}
-    for entry in fields.texts("env"):
-        variable, equals, value = entry.partition("=")
-        if equals:
-            env[variable] = value
-        else:
-            fields.note("env", f"{entry!r} has no '=': left out.")
-    commandline.put_environment(draft, env, fields.notes, "env")
-
-
-def _put_names(model: _Model, fields: Foreign) -> None:
-    title, text = fields.text("name"), " ".join((fields.text("description") or "").split())
-    description = f"{title}: {text}" if title and text else title or text
-    model.draft.put("description", description if description and description.isprintable() else None)
-    model.draft.put("served_name", fields.text("useModelName") or None)
-    aliases = fields.value("aliases")
-    for alias in aliases if isinstance(aliases, list) else []:
-        if isinstance(alias, Mapping):
-            model.aliases.append(str(alias.get("id", "")))
-            if alias.get("unlisted") or alias.get("name") not in (None, alias.get("id")):
-                fields.note("aliases", f"{alias.get('id')!r} is listed by the gateway, under no other name.")
-        else:
-            model.aliases.append(str(alias))
-    model.aliases = [alias for alias in model.aliases if alias]
-
-
-def _put_port(draft: Draft, proxy: str, command: list[str], fields: Foreign) -> None:
-    """The port that the command names; else the one that llama-swap sends requests to."""
-    if any(PORT in argument for argument in command):
-        return
-    try:
-        parts = urlsplit(proxy)
-        port = parts.port
+        return urlsplit(url)
     except ValueError:
-        parts, port = urlsplit(""), None
-    draft.put("port", commandline.fixed_port(command) or port)
-    if draft.get("port") is None:
-        fields.note("cmd", f"It names no port. Where the engine does not go by $PORT, say {PORT} in it.")
-    if parts.hostname and parts.hostname not in _LOOPBACK:
-        fields.note("proxy", f"{parts.hostname} may be another machine; gpusvc asks the engine on this one.")
-    if parts.path.strip("/") or parts.scheme == "https":
-        fields.note("proxy", "gpusvc asks the engine by plain HTTP, with the path that the client gave.")
+        return None
 
 
-def _put_times(draft: Draft, fields: Foreign) -> None:
-    ttl = fields.number("ttl")
-    if ttl is not None and ttl >= 0:
-        _put_ttl(draft, ttl)
-    draft.put("stop_timeout", _seconds(fields.count("unloadTimeout")))
+def _split_url(url: str) -> tuple[SplitResult, int | None]:
+    """The parts of a URL and its port. Nothing for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        return parts, parts.port
+    except ValueError:
+        return urlsplit(""), None
 
 
 def _put_ttl(draft: Draft, ttl: float) -> None:
@@ -201,179 +352,35 @@ def _seconds(value: float | None) -> str | None:
     return f"{value:g}s" if value else None
 
 
-def _put_filters(model: _Model, filters: Foreign) -> None:
-    stripped = model.macros.expand(filters.text("stripParams") or "").split(",")
-    members = dict.fromkeys(member.strip() for member in stripped if member.strip() not in ("", "model"))
-    model.draft.put("filter.strip", list(members))
-    values = filters.value("setParams")
-    kept, lost = without_nulls(values if isinstance(values, Mapping) else {})
-    kept.pop("model", None)
-    model.draft.put("filter.set", kept)
-    for member in lost:
-        filters.note(f"setParams.{member}", "A member cannot be set to null: TOML has none.")
-    by_name = filters.table("setParamsByID")
-    for key in by_name.names():
-        by_name.value(key)
-        alias = model.macros.expand(key)
-        if alias not in model.aliases:
-            model.aliases.append(alias)
-        by_name.note(key, f"{alias!r} is an alias that sets nothing: [filter] holds for all names of a model.")
-    filters.finish()
+# -- what holds for all -----------------------------------------------------------------------------------------------
 
 
-# -- rules for all ----------------------------------------------------------------------------------------------------
-
-
-def _apply_defaults(whole: Foreign, models: Mapping[str, _Model]) -> None:
-    """What the whole says for each model that does not say it itself."""
+def _apply_defaults(whole: Foreign, models: Mapping[str, Draft]) -> None:
+    """What the configuration says for each model that does not say it itself."""
     ttl, patience, stop = whole.number("globalTTL"), whole.number("healthCheckTimeout"), whole.number("unloadTimeout")
-    for model in models.values():
-        if ttl is not None and ttl >= 0 and model.draft.get("idle_timeout") is None and not model.draft.get("keep"):
-            _put_ttl(model.draft, ttl)
-        if model.draft.get("stop_timeout") is None:
-            model.draft.put("stop_timeout", _seconds(stop))
-        model.draft.put("start_timeout", None if patience is None else _seconds(max(patience, 15)))
+    for draft in models.values():
+        if ttl is not None and ttl >= 0 and draft.get("idle_timeout") is None and not draft.get("keep"):
+            _put_ttl(draft, ttl)
+        if draft.get("stop_timeout") is None:
+            draft.put("stop_timeout", _seconds(stop))
+        draft.put("start_timeout", None if patience is None else _seconds(max(patience, 15)))
     if patience is not None:
         whole.note("healthCheckTimeout", "It became start_timeout, which is the time without any progress.")
-    if ttl is None and any(model.draft.get("idle_timeout") is None for model in models.values()):
+    if ttl is None and any(draft.get("idle_timeout") is None for draft in models.values()):
         whole.note("globalTTL", "It is not said: llama-swap never unloads then. Here idle_timeout of the host holds.")
 
 
-def _apply_preload(hooks: Foreign, models: Mapping[str, _Model]) -> None:
+def _apply_preload(hooks: Foreign, models: Mapping[str, Draft]) -> None:
     startup = hooks.table("on_startup")
-    owners = {alias: model for model in models.values() for alias in model.aliases}
+    owners: dict[str, Draft] = {}
+    for identifier, draft in models.items():
+        aliases = draft.get("aliases")
+        for alias in [identifier, *(aliases if isinstance(aliases, list) else [])]:
+            owners.setdefault(alias, draft)
     for name in startup.texts("preload"):
         if name in owners:
-            owners[name].draft.put("preload", True)
+            owners[name].put("preload", True)
         else:
             startup.note("preload", f"There is no model {name!r}.")
     startup.finish()
     hooks.finish()
-
-
-def _apply_rules(whole: Foreign, models: Mapping[str, _Model], notes: Notes) -> None:
-    """groups, or else matrix, at the top or below routing."""
-    routing = whole.table("routing")
-    settings = _router(routing)
-    groups = whole.table("groups") if whole.has("groups") else settings.table("groups")
-    rules = whole.table("matrix") if whole.has("matrix") else settings.table("matrix")
-    whole.value("groups"), whole.value("matrix")
-    if groups.names():
-        excluded = _excluded_by_groups(groups, models)
-    elif rules.names():
-        excluded = _excluded_by_matrix(rules, models)
-    else:
-        if len(models) > 1:
-            reason = "There are none: llama-swap ran one model at a time. Here those run side by side that find room;"
-            notes.add(None, "groups", f"{reason} `max_active = 1` in gpusvc.toml is the old rule.")
-        return
-    for number, members in enumerate(exclusion.groups(list(models), excluded), start=1):
-        for member in members:
-            models[member].draft.extend("exclusive", [_group_name(groups, members, number)])
-
-
-def _router(routing: Foreign) -> Foreign:
-    router = routing.table("router")
-    router.value("use")
-    scheduler = routing.table("scheduler")
-    if scheduler.names():
-        routing.note("scheduler", "Who waits is served in turn; `priority` of a model here is about eviction.")
-    settings = router.table("settings")
-    routing.finish()
-    return settings
-
-
-def _group_name(groups: Foreign, members: tuple[str, ...], number: int) -> str:
-    """That of a group of llama-swap with just these members; groups of gpusvc are named as models are."""
-    for name in groups.names():
-        group = groups.value(name)
-        listed = group.get("members") if isinstance(group, Mapping) else None
-        if isinstance(listed, list) and set(members) == set(map(str, listed)) and names.is_name(name):
-            return name
-    return f"swap-{number}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    members: tuple[str, ...]
-    swap: bool = True
-    exclusive: bool = True
-    persistent: bool = False
-
-    def ends(self, other: _Group) -> bool:
-        """Whether a model of this one that starts ends those of the other."""
-        return self.exclusive and not other.persistent
-
-
-def _excluded_by_groups(listed: Foreign, models: Mapping[str, _Model]) -> set[exclusion.Pair]:
-    groups: list[_Group] = []
-    for name in listed.names():
-        fields = listed.table(name)
-        members = [member for member in fields.texts("members") if member in models]
-        flags = {key: fields.truth(key) for key in ("swap", "exclusive", "persistent")}
-        groups.append(_Group(tuple(members), **{key: flag for key, flag in flags.items() if flag is not None}))
-        fields.finish()
-    # Whoever is in no group is in one that llama-swap makes.
-    grouped = {member for group in groups for member in group.members}
-    groups.append(_Group(tuple(model for model in models if model not in grouped)))
-
-    excluded: set[exclusion.Pair] = set()
-    one_way = False
-    for group in groups:
-        if group.swap:
-            excluded |= exclusion.pairs(group.members)
-    for one, other in combinations(groups, 2):
-        if one.ends(other) or other.ends(one):
-            crossing = {frozenset((a, b)) for a in one.members for b in other.members}
-            one_way |= bool(crossing) and one.ends(other) != other.ends(one)
-            excluded |= crossing
-    if one_way:
-        listed.note(
-            "exclusive", "There one of two groups ended the other, but not the reverse; here it goes both ways."
-        )
-    for group in groups:
-        for member in group.members if group.persistent else ():
-            # It is never evicted. With a ttl of its own it goes when it is idle, which a pinned model never does.
-            key, value = ("pinned", True) if models[member].draft.get("idle_timeout") is None else ("priority", 100)
-            models[member].draft.put(key, value)
-    return excluded
-
-
-def _excluded_by_matrix(rules: Foreign, models: Mapping[str, _Model]) -> set[exclusion.Pair]:
-    variables, sets = _texts(rules.table("vars")), _texts(rules.table("sets"))
-    costs = rules.table("evict_costs")
-    for short in costs.names():
-        cost = costs.count(short)
-        if cost is not None and variables.get(short) in models:
-            models[variables[short]].draft.put("priority", min(max(cost - 1, 0), MAX_PRIORITY) or None)
-    if costs.names():
-        rules.note("evict_costs", "They became priority: who has the lowest goes first; costs are not added up.")
-    rules.finish()
-    try:
-        together = matrix.expand(sets, variables)
-    except (ValueError, RecursionError) as error:
-        rules.note("sets", f"{error} They are left out.")
-        return set()
-    allowed = {pair for members in together for pair in exclusion.pairs(sorted(members))}
-    if any(_is_allowed(trio, allowed) and not any(trio <= some for some in together) for trio in _trios(together)):
-        rules.note("sets", "Three that may run together two by two, but not all at once, have no counterpart.")
-    return exclusion.pairs(models) - allowed
-
-
-def _trios(together: list[matrix.Together]) -> list[frozenset[str]]:
-    models = sorted({model for members in together for model in members})
-    return [frozenset(trio) for trio in combinations(models, 3)] if len(models) <= 100 else []
-
-
-def _is_allowed(trio: frozenset[str], allowed: set[exclusion.Pair]) -> bool:
-    return exclusion.pairs(sorted(trio)) <= allowed
-
-
-def _note_gpus(models: Mapping[str, _Model], notes: Notes) -> None:
-    if any(model.draft.get("gpu.count") is None for model in models.values()):
-        notes.add(None, "models", "An engine saw every GPU there; here a model gets one, or `count` below [gpu].")
-
-
-def _texts(fields: Foreign) -> dict[str, str]:
-    """Every key of a mapping as text."""
-    return {key: text for key in fields.names() if (text := fields.text(key)) is not None}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpusvc.config import presets as engines
 from gpusvc.errors import UsageError
-from gpusvc.importing import commandline
+from gpusvc.importing import commandline, gpu_options
 from gpusvc.importing.draft import Draft
 from gpusvc.quantity import format_size
 from gpusvc.weights import description as about
@@ -92,12 +92,13 @@ def of_command(name: str, command: Sequence[str], wishes: Wishes) -> Draft:
     """
     if wishes.engine or wishes.context:
         raise UsageError("A command says by itself which engine it is, and how long the context.")
-    program, *arguments = command
+    reports: list[gpu_options.Report] = []
+    draft = Draft(name, "")
+    program, *arguments = gpu_options.settle(draft, command, {}, reports)
     if "/" in program:
         program = str(Path(program).absolute())
-    draft = Draft(name, "")
+    draft.origin = "\n".join(f"{report.subject}: {report.reason}" for report in reports)
     draft.put("command", [program, *arguments])
-    draft.put("gpu.count", commandline.gpus(command))
     if not any(engines.PORT in argument for argument in command):
         draft.put("port", commandline.fixed_port(command))
     _put_wishes(draft, wishes)

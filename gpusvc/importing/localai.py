@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gpusvc.errors import ConfigError
-from gpusvc.importing import commandline, defaults
+from gpusvc.importing import defaults, gpu_options
 from gpusvc.importing.draft import Draft, Import, Notes, finish
 from gpusvc.importing.foreign import Foreign, truth_of
 from gpusvc.importing.naming import Naming
@@ -246,7 +246,7 @@ def _put_llama(draft: Draft, fields: Foreign, parameters: Foreign, source: Path)
         draft.extend("args", ["--numa", "distribute"])
     if shares := fields.text("tensor_split"):
         draft.extend("args", ["--tensor-split", shares])
-        draft.put("gpu.count", commandline.gpus(["--tensor-split", shares]))
+        draft.put("gpu.count", gpu_options.count(["--tensor-split", shares]))
     _put_adapters(draft, fields, source)
     _put_options(draft, fields)
     defaults.put(draft, parameters)

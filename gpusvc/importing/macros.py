@@ -3,47 +3,155 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections.abc import Iterable, Mapping
+
+from gpusvc.errors import ConfigError
 
 _MACRO = re.compile(r"\$\{[a-zA-Z0-9_.-]+\}")
-_VARIABLE = re.compile(r"\$\{env\.([^}]+)\}")
+_NAMED = re.compile(r"\$\{(?:env\.([^}]+)|([a-zA-Z0-9_-]+))\}")
 
-# Macros hold macros: without an end to it, twenty lines could fill the memory.
+# Macros hold macros: without a limit, twenty lines could fill the memory.
 _LONGEST = 1 << 20
+_MOST = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much text all macros of an import may still make."""
+
+    def __init__(self, characters: int = _MOST) -> None:
+        self._left = characters
+
+    def spend(self, characters: int) -> None:
+        """Raises ConfigError if that is more than is left."""
+        self._left -= characters
+        if self._left < 0:
+            raise ConfigError(f"The macros make more than {_MOST >> 20} MiB of text.")
+
+
 class Macros:
-    """Texts by their names; each may refer to those before it."""
+    """Values by their names; a value may refer to the macros that are defined before it.
 
-    environment: Mapping[str, str]
-    texts: Mapping[str, str] = field(default_factory=dict)
+    Args:
+        environment: for ``${env.NAME}``.
+        shared: the macros that hold for all models.
+        own: those of one model. One that is in ``shared`` too takes its place, also for all that refer to it.
+        first: those that every other may refer to.
+        budget: for all macros of an import together.
+    """
 
-    def with_more(self, more: Mapping[str, str]) -> Self:
-        """These and ``more``. One that is there already is replaced where it stands, for all that refer to it."""
-        return replace(self, texts={**self.texts, **more})
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        shared: Mapping[str, object],
+        own: Mapping[str, object] | None = None,
+        first: Mapping[str, object] | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.environment = environment
+        self.shared = shared
+        self._own = own or {}
+        self._first = first or {}
+        self._budget = budget or Budget()
+        self._texts: dict[str, str] = {}
+
+    def with_more(self, own: Mapping[str, object], first: Mapping[str, object] | None = None) -> Macros:
+        """The same macros for one model, with its own."""
+        return Macros(self.environment, self.shared, own, first, self._budget)
 
     def expand(self, text: str) -> str:
         """``text`` with all that is known in place of its macros; what is unknown stays as it is written.
 
         Raises:
             ValueError: it grows beyond all measure.
+            ConfigError: all texts together do.
         """
-        text = self._with_variables(text)
-        # The last first, as each may hold those before it.
-        for name in reversed(list(self.texts)):
-            macro, value = f"${{{name}}}", self._with_variables(self.texts[name])
-            if len(text) + text.count(macro) * len(value) > _LONGEST:
-                raise ValueError("the macros make a text of more than a megabyte")
-            text = text.replace(macro, value)
-        return text
+        try:
+            return self._expand(text, frozenset())
+        except RecursionError as error:
+            raise ValueError("the macros are nested too deeply") from error
 
-    def _with_variables(self, text: str) -> str:
-        return _VARIABLE.sub(lambda match: self.environment.get(match.group(1), match.group()), text)
+    def expand_value(self, value: object) -> object:
+        """The same for every text of a value and every key of its mappings.
+
+        A text that is one macro and nothing else becomes the macro's value: a number stays one.
+        """
+        if isinstance(value, str):
+            match = _NAMED.fullmatch(value)
+            known = self._find(match.group(2)) if match is not None and match.group(2) else None
+            return self.expand(value) if known is None or isinstance(known, str) else known
+        if isinstance(value, list):
+            return [self.expand_value(item) for item in value]
+        if isinstance(value, Mapping):
+            return {
+                self.expand(key) if isinstance(key, str) else key: self.expand_value(item)
+                for key, item in value.items()
+            }
+        return value
+
+    def _expand(self, text: str, within: frozenset[str]) -> str:
+        """``within`` are the macros whose values ``text`` is a part of: none leads back to itself."""
+        if "${" not in text:
+            return text
+        size = 0
+        parts: list[str] = []
+        position = 0
+        for match in _NAMED.finditer(text):
+            replaced = self._replacement(match, within)
+            parts += [text[position : match.start()], replaced]
+            position = match.end()
+            size += len(replaced) + len(parts[-2])
+            if size > _LONGEST:
+                raise ValueError("the macros make a text of more than a megabyte")
+        parts.append(text[position:])
+        self._budget.spend(size + len(parts[-1]))
+        return "".join(parts)
+
+    def _replacement(self, match: re.Match[str], within: frozenset[str]) -> str:
+        variable, name = match.groups()
+        if variable is not None:
+            return self.environment.get(variable, match.group())
+        if name in within:
+            return match.group()
+        if name not in self._texts:
+            text = _text(self._find(name))
+            if text is None:
+                return match.group()
+            self._texts[name] = self._expand(text, within | {name})
+        return self._texts[name]
+
+    def _find(self, name: str) -> object:
+        return next((known[name] for known in (self._first, self._own, self.shared) if name in known), None)
+
+
+def _text(value: object) -> str | None:
+    """A macro's value as text, as Go writes it; None for what cannot stand within a text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    try:
+        return str(value) if isinstance(value, str | int) else None
+    except ValueError:  # an integer beyond Python's limit of digits
+        return None
 
 
 def unknown(text: str) -> list[str]:
     """The macros that a text still has."""
     return list(dict.fromkeys(_MACRO.findall(text)))
+
+
+def unknown_in(value: object) -> list[str]:
+    """The macros that any text of a value still has."""
+    return list(dict.fromkeys(macro for text in _texts(value) for macro in unknown(text)))
+
+
+def _texts(value: object) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
 
 
+def exclude_each_other(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two models may not run together, by the entries of their ``exclusive``.
+
+    ``GROUP`` excludes everything else in the group; ``GROUP/SIDE`` everything but the same side of the group.
+    """
+    if not one or not other:
+        return False
+    sides = dict(_group_and_side(entry) for entry in other)
+    return any(group in sides and not (side and side == sides[group]) for group, side in map(_group_and_side, one))
+
+
+def _group_and_side(entry: str) -> tuple[str, str]:
+    group, _, side = entry.partition("/")
+    return group, side
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a model asks for. ``needs`` are bytes by the GPU's UUID; where one is missing, the need is unknown."""
@@ -146,7 +162,7 @@ class _Search:
 
     def run(self) -> Plan | None:
         request = self._request
-        rivals = {r.model for r in self._residents if request.exclusive & r.exclusive}
+        rivals = {r.model for r in self._residents if exclude_each_other(request.exclusive, r.exclusive)}
         for resident in self._movable:
             if resident.model in rivals:
                 self._send_off(resident)
@@ -333,7 +349,9 @@ def _without_loading(offer: Offer) -> Offer:
 
 def _rule(request: Request, residents: Sequence[Resident], host: HostConfig) -> str | None:
     rivals = [
-        r for r in residents if request.exclusive & r.exclusive and (r.busy or r.pinned or r.loading or r.leaving)
+        r
+        for r in residents
+        if exclude_each_other(request.exclusive, r.exclusive) and (r.busy or r.pinned or r.loading or r.leaving)
     ]
     if rivals:
         return f"it is exclusive with {_listed(rivals)}"

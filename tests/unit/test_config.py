@@ -175,7 +175,7 @@ def test_every_key_of_a_model_is_read(paths: Paths, tmp_path: Path) -> None:
         busy_action = "none"
         priority = -5
         pinned = true
-        exclusive = ["image", "large"]
+        exclusive = ["image", "large/a"]
         served_name = "qwen3"
         concurrency = 4
         show_logs = false
@@ -204,7 +204,7 @@ def test_every_key_of_a_model_is_read(paths: Paths, tmp_path: Path) -> None:
     assert (config.release_timeout_seconds, config.health_timeout_seconds) == (900, 0)
     assert (config.idle_timeout_seconds, config.busy_timeout_seconds) == (0, 5400)
     assert (config.busy_action, config.priority, config.pinned) == (BusyAction.NONE, -5, True)
-    assert config.exclusive == ("image", "large")
+    assert config.exclusive == ("image", "large/a")
     assert config.serving == Serving(
         name="qwen",
         description="Qwen3 8B",
@@ -319,6 +319,8 @@ def test_without_a_directory_there_are_no_models(paths: Paths) -> None:
         ('exclusive = ["x", "x"]', "exclusive[1]: 'x' is listed twice."),
         ('exclusive = ["a b"]', "exclusive[0]: 'a b' cannot name a group. It is written as a model's name: letters,"),
         ('exclusive = [""]', "exclusive[0]: '' cannot name a group."),
+        ('exclusive = ["x/"]', "exclusive[0]: 'x/' cannot name a group."),
+        ('exclusive = ["x/a", "x/b"]', "exclusive[1]: 'x' is listed twice."),
         ('working_directory = "srv"', "working_directory: 'srv' is not an absolute path."),
         ('working_directory = "/dev/null"', "working_directory: '/dev/null' is not a directory."),
         ('working_directory = "/a/b"', "working_directory: '/a/b' cannot be used: No such file or directory."),

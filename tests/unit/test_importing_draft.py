@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusvc import names
-from gpusvc.importing.draft import Draft, Notes, finish
+from gpusvc.importing.draft import Draft, Note, Notes, by_kind, finish
 from gpusvc.importing.foreign import Foreign
 from gpusvc.importing.naming import Naming
 
@@ -80,6 +80,11 @@ def test_keys_are_read_as_what_they_mean_and_the_rest_is_noted() -> None:
         "m: x.gone: It is gone.",
         "m: x.what: It is not known here, and left out.",
     ]
+
+
+def test_notes_of_one_kind_are_one_line() -> None:
+    notes = [Note("a", "cmd", "It is x."), Note(None, "ui", "No."), Note("b", "cmd", "It is x."), Note("b", "k", "Y.")]
+    assert by_kind(notes) == ["a, b: cmd: It is x.", "ui: No.", "b: k: Y."]
 
 
 def test_what_is_no_mapping_has_no_keys() -> None:

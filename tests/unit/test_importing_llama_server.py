@@ -64,8 +64,8 @@ def test_a_section_becomes_a_model_with_what_holds_for_all() -> None:
         "engine": "llama-server",
         "model": "/etc/llama/gguf/coder.gguf",
         "args": [
-            *("--tensor-split", "2,1", "-c", "32768", "--jinja", "--no-mmap", "--flash-attn", "on", "--no-warmup"),
-            *("--metrics", "--chat-template-kwargs", '{"a": 1}'),
+            *("-c", "32768", "--jinja", "--no-mmap", "--flash-attn", "on", "--no-warmup", "--metrics"),
+            *("--chat-template-kwargs", '{"a": 1}', "--tensor-split", "2,1"),
         ],
         "aliases": ["code", "lab/coder"],
         "stop_timeout": "20s",
@@ -89,6 +89,9 @@ def test_what_is_left_out_is_named() -> None:
         ("coder", "api-key"),
         ("coder", "device"),
         ("coder", "sleep-idle-seconds"),
+        ("coder", "model"),
+        ("coder", "mmap"),
+        ("Small-GGUF:Q8_0", "mmap"),
         ("nothing", "model"),
     }
     assert "nothing" not in files(found)
@@ -100,6 +103,7 @@ def test_what_is_left_out_is_named() -> None:
     [
         ("device = none", {"count": 0}),
         ("main-gpu = 1\nsplit-mode = none", {"count": 1, "devices": [1]}),
+        ("device = CUDA0,CUDA2\nmg = 1\nsm = none", {"count": 1, "devices": [2]}),
         ("LLAMA_ARG_TENSOR_SPLIT = 1,1,0", {"count": 2}),
         ("dev = Vulkan0", None),
     ],
@@ -115,6 +119,22 @@ def test_which_gpus_becomes_a_table(keys: str, gpu: dict[str, Any] | None) -> No
         ("c", "1", ["-c", "1"]),
         ("fa", "on", ["-fa", "on"]),
         ("jinja", "off", ["--no-jinja"]),
+        ("flash-attn", "true", ["--flash-attn", "on"]),
+        ("fa", "0", ["-fa", "off"]),
+        ("fit", "false", ["-fit", "off"]),
+        ("reasoning", "1", ["--reasoning", "on"]),
+        ("rea", "auto", ["-rea", "auto"]),
+        ("no-mmproj", "1", ["--no-mmproj"]),
+        ("no-mmproj", "0", ["--mmproj-auto"]),
+        ("kvu", "on", ["-kvu"]),
+        ("no-kvu", "off", ["--kv-unified"]),
+        ("cb", "off", ["--no-cont-batching"]),
+        ("nocb", "1", ["-nocb"]),
+        ("spec-default", "on", ["--spec-default"]),
+        ("verbose", "disabled", []),
+        ("cpu-strict", "1", ["--cpu-strict", "1"]),
+        ("LLAMA_ARG_KV_UNIFIED", "0", ["--no-kv-unified"]),
+        ("LLAMA_ARG_NO_KV_UNIFIED", "1", ["--no-kv-unified"]),
         ("no-jinja", "true", ["--no-jinja"]),
         ("no-jinja", "false", ["--jinja"]),
         ("embeddings", "1", ["--embeddings"]),
@@ -126,6 +146,68 @@ def test_which_gpus_becomes_a_table(keys: str, gpu: dict[str, Any] | None) -> No
 )
 def test_an_option_is_spelt_as_the_engine_has_it(name: str, value: str, arguments: list[str]) -> None:
     assert llama_options.spell(name, value) == arguments
+
+
+@pytest.mark.parametrize(
+    ("all_of_them", "own", "args", "env"),
+    [
+        ("c = 1", "LLAMA_ARG_CTX_SIZE = 2", [], {"LLAMA_ARG_CTX_SIZE": "2"}),
+        ("LLAMA_ARG_CTX_SIZE = 1", "ctx-size = 2", ["--ctx-size", "2"], {}),
+        ("no-mmproj = 1", "mmproj-auto = 1", ["--mmproj-auto"], {}),
+        ("", "c = 1\nctx-size = 2", ["--ctx-size", "2"], {}),
+        ("", "ctx-size = 2\nc = 1", ["--ctx-size", "2"], {}),
+        ("fa = on", "LLAMA_ARG_FLASH_ATTN = off\nc = 1", ["-c", "1"], {"LLAMA_ARG_FLASH_ATTN": "off"}),
+    ],
+)
+def test_a_section_beats_what_holds_for_all_in_any_spelling(
+    all_of_them: str, own: str, args: list[str], env: dict[str, str]
+) -> None:
+    made = files(convert(f"[*]\n{all_of_them}\n[m]\nm = /x.gguf\n{own}"))["m"]
+    assert (made.get("args", []), made.get("env", {})) == (args, env)
+
+
+def test_keys_of_the_router_are_no_options() -> None:
+    found = convert("[m]\nm = /x.gguf\ndedup-cache-models = true\nno-models-autoload = 1\nmodels-max = 2")
+    assert "args" not in files(found)["m"]
+    assert [note.key for note in found.notes] == ["dedup-cache-models", "no-models-autoload", "models-max"]
+
+
+RELATIVE = "[m]\nmodel = gguf/a.gguf\nmm = gguf/mm.gguf\nLLAMA_ARG_CHAT_TEMPLATE_FILE = t.jinja"
+
+
+def test_relative_paths_become_absolute_where_their_files_are_found() -> None:
+    found = llama_server.convert(RELATIVE, SOURCE, lambda path: path.parts[:3] == ("/", "etc", "llama"))
+    made = files(found)["m"]
+    assert made["model"] == "/etc/llama/gguf/a.gguf"
+    assert made["args"] == ["-mm", "/etc/llama/gguf/mm.gguf"]
+    assert made["env"] == {"LLAMA_ARG_CHAT_TEMPLATE_FILE": "/etc/llama/t.jinja"}
+    assert [note.key for note in found.notes] == ["model", "mm", "LLAMA_ARG_CHAT_TEMPLATE_FILE"]
+
+
+def test_relative_paths_that_nobody_can_place_are_named() -> None:
+    found = llama_server.convert(RELATIVE, SOURCE, lambda _: False)
+    assert files(found)["m"]["args"] == ["-mm", "gguf/mm.gguf"]
+    assert [note.key for note in found.notes] == ["model", "mm", "LLAMA_ARG_CHAT_TEMPLATE_FILE"]
+    assert "make it absolute" in found.notes[1].reason
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [("model-url", "--model-url"), ("mu", "--model-url"), ("dr", "--docker-repo"), ("docker-repo", "--docker-repo")],
+)
+def test_a_model_from_elsewhere_is_fetched_by_the_engine(key: str, option: str) -> None:
+    found = convert(f"[m]\n{key} = ai/there\nc = 1")
+    assert files(found)["m"]["command"] == [
+        *("llama-server", option, "ai/there", "--alias", "m", "--host", "127.0.0.1", "--port", "{port}", "-c", "1")
+    ]
+    assert len(found.notes) == 1
+
+
+def test_sections_that_repeat_too_many_keys_are_refused() -> None:
+    shared = "".join(f"k{number} = 1\n" for number in range(400))
+    sections = "".join(f"[s{number}]\n" for number in range(400))
+    with pytest.raises(ConfigError, match="more than"):
+        convert(f"[*]\n{shared}{sections}")
 
 
 def test_keys_before_a_header_are_those_of_the_default() -> None:

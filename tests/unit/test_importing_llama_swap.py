@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from itertools import combinations
 from textwrap import dedent
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpusvc.errors import ConfigError
-from gpusvc.importing import commandline, exclusion, llama_swap, matrix, yamlfile
+from gpusvc.importing import llama_swap, yamlfile
 from gpusvc.importing.draft import Import
 from gpusvc.importing.macros import Macros, unknown
 
@@ -174,7 +171,7 @@ def test_parameters_by_name_leave_an_alias_behind() -> None:
     assert one(model)["aliases"] == ["m:high"]
 
 
-@pytest.mark.parametrize("cmd", ["''", "'# nothing'", "'x \"'", "[]"])
+@pytest.mark.parametrize("cmd", ["''", "'# nothing'", "['']", "[]"])
 def test_a_model_without_a_command_that_makes_sense_is_left_out_and_named(cmd: str) -> None:
     found = convert(f"models: {{m: {{cmd: {cmd}}}}}")
     assert found.drafts == ()
@@ -202,6 +199,17 @@ def test_a_macro_of_a_model_counts_within_those_of_all() -> None:
     assert shared.with_more({"ctx": "2"}).expand("${args}") == "-c 2"
 
 
+def test_a_macro_alone_keeps_its_type() -> None:
+    macros = Macros({"E": "x"}, {"n": 7, "f": 0.5, "on": True, "m": {"k": "v"}})
+    assert macros.expand_value(["${n}", "a${n}${f}${on}", {"${n}": "${m}"}, "${env.E}", "${gone}", 1]) == [
+        *(7, "a70.5true", {"7": {"k": "v"}}, "x", "${gone}", 1)
+    ]
+
+
+def test_macros_that_lead_back_to_themselves_end() -> None:
+    assert Macros({}, {"a": "${b}", "b": "<${a}>"}).expand("${a}") == "<${a}>"
+
+
 def test_macros_that_would_fill_the_memory_are_refused() -> None:
     texts = {"a0": "x" * 1000} | {f"a{number}": f"${{a{number - 1}}}" * 10 for number in range(1, 12)}
     with pytest.raises(ValueError, match="megabyte"):
@@ -210,112 +218,6 @@ def test_macros_that_would_fill_the_memory_are_refused() -> None:
 
 def test_macros_that_are_left_are_found_once() -> None:
     assert unknown("${a} ${env.B} ${a} $c {d}") == ["${a}", "${env.B}"]
-
-
-# ---- who may run beside whom ----
-
-
-def test_models_without_rules_are_left_to_vram() -> None:
-    found = convert("models: {a: {cmd: 'x ${PORT}'}, b: {cmd: 'x ${PORT}'}}")
-    assert not any("exclusive" in file for file in files(found).values())
-    assert any("max_active" in note.reason for note in found.notes)
-
-
-def exclusive(rules: str, models: str = "abcde") -> set[str]:
-    """Pairs of models that exclude each other, as ``ab``."""
-    listed = ", ".join(f"{name}: {{cmd: 'x ${{PORT}}'}}" for name in models)
-    made = files(convert(f"models: {{{listed}}}\n{rules}"))
-    return {
-        one + other
-        for one, other in combinations(models, 2)
-        if set(made[one].get("exclusive", ())) & set(made[other].get("exclusive", ()))
-    }
-
-
-def test_groups_that_swap_exclude_their_members() -> None:
-    rules = "groups: {g: {members: [a, b], exclusive: false}, h: {members: [c, d, e], exclusive: false}}"
-    assert exclusive(rules) == {"ab", "cd", "ce", "de"}
-
-
-def test_an_exclusive_group_excludes_the_others_and_a_persistent_one_is_spared() -> None:
-    rules = """
-groups:
-  work: {swap: false, exclusive: true, members: [a, b]}
-  always: {swap: false, exclusive: false, persistent: true, members: [c]}
-"""
-    # d and e are in no group, which is one that swaps and excludes.
-    assert exclusive(rules) == {"ad", "ae", "bd", "be", "de"}
-
-
-def test_persistent_models_are_pinned_unless_they_have_a_ttl() -> None:
-    rules = "groups: {always: {persistent: true, swap: false, exclusive: false, members: [a, b]}}"
-    made = files(convert(f"models: {{a: {{cmd: 'x ${{PORT}}'}}, b: {{cmd: 'x ${{PORT}}', ttl: 5}}}}\n{rules}"))
-    assert (made["a"].get("pinned"), made["b"].get("pinned"), made["b"].get("priority")) == (True, None, 100)
-
-
-def test_a_group_keeps_its_name() -> None:
-    made = files(convert("models: {a: {cmd: 'x ${PORT}'}, b: {cmd: 'x ${PORT}'}}\ngroups: {big: {members: [a, b]}}"))
-    assert made["a"]["exclusive"] == made["b"]["exclusive"] == ["big"]
-
-
-MATRIX = """
-  vars: {A: a, B: b, C: c, D: d}
-  evict_costs: {C: 50, D: 1}
-  sets: {base: "(A | B) & C", more: "+base & D", alone: "A"}
-"""
-
-
-def test_a_matrix_excludes_all_that_no_set_has_together() -> None:
-    assert exclusive(f"matrix:{MATRIX}") == {"ab", "ae", "be", "ce", "de"}
-
-
-def test_routing_is_where_newer_configurations_have_their_rules() -> None:
-    rules = "routing: {router: {use: group, settings: {groups: {g: {members: [a, b], exclusive: false}}}}}"
-    assert exclusive(rules, "ab") == {"ab"}
-
-
-def test_costs_become_priorities() -> None:
-    made = files(convert("models: {c: {cmd: 'x ${PORT}'}, d: {cmd: 'x ${PORT}'}}\nmatrix:" + MATRIX))
-    assert (made["c"].get("priority"), made["d"].get("priority")) == (49, None)
-
-
-@pytest.mark.parametrize("wrong", ["A &", "(A", "Z", "A ! B", "+nowhere", "+wrong", "A B", "", "(" * 3000])
-def test_a_set_that_makes_no_sense_is_named_and_left_out(wrong: str) -> None:
-    found = convert(f"models: {{a: {{cmd: 'x ${{PORT}}'}}}}\nmatrix: {{vars: {{A: a}}, sets: {{wrong: '{wrong}'}}}}")
-    assert "matrix.sets" in keys_noted(found)
-
-
-def test_sets_without_end_are_refused() -> None:
-    names = {f"v{number}": f"m{number}" for number in range(40)}
-    expression = " & ".join(
-        f"({one} | {other})" for one, other in zip(list(names)[::2], list(names)[1::2], strict=True)
-    )
-    with pytest.raises(ValueError, match="more than"):
-        matrix.expand({"all": expression}, names)
-
-
-@given(st.sets(st.frozensets(st.sampled_from("abcdef"), min_size=2, max_size=2)))
-def test_groups_say_what_is_excluded_and_nothing_else(pairs: set[frozenset[str]]) -> None:
-    groups = exclusion.groups("abcdef", pairs)
-    assert set[frozenset[str]]().union(*(exclusion.pairs(group) for group in groups)) == pairs
-
-
-# ---- commands ----
-
-
-@pytest.mark.parametrize(
-    ("command", "gpus"),
-    [
-        ("vllm serve x -tp 2", 2),
-        ("python3 -m sglang.launch_server --tp-size=4", 4),
-        ("llama-server -ts 3,1,0", 2),
-        ("llama-server -ts 0.5/0.5", 2),
-        ("llama-server --device none", 0),
-        ("llama-server", None),
-    ],
-)
-def test_a_command_says_how_many_gpus_it_wants(command: str, gpus: int | None) -> None:
-    assert commandline.gpus(command.split()) == gpus
 
 
 # ---- YAML ----

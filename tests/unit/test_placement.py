@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gpusvc.config.files import HostConfig, HostGpu, Placement
 from gpusvc.errors import PlacementError
 from gpusvc.gpu.reading import Gpu
-from gpusvc.placement.plan import Claim, Plan, Refusal, Request, Resident, plan, refusal
+from gpusvc.placement.plan import Claim, Plan, Refusal, Request, Resident, exclude_each_other, plan, refusal
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
 HOST = HostConfig(gpu=HostGpu(reserve_bytes=512 * MIB))
@@ -358,6 +358,26 @@ def test_models_of_one_exclusive_group_never_run_together() -> None:
     rival = replace(resident("rival", last_use=9, gpu0=1), exclusive=frozenset({"big"}))
     residents = [rival, resident("other", gpu0=1)]
     assert victims(outcome_of(residents, need=GIB, exclusive=frozenset({"big"}))) == ("rival",)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "excluded"),
+    [
+        ("big", "big", True),
+        ("big/a", "big/a", False),
+        ("big/a", "big/b", True),
+        ("big", "big/a", True),
+        ("big/a", "big", True),
+        ("big/a", "small/a", False),
+        ("big/a own", "big/a", False),
+        ("big/a own", "big/a own", True),
+        ("", "big", False),
+    ],
+)
+def test_sides_of_an_exclusive_group_run_apart(one: str, other: str, *, excluded: bool) -> None:
+    assert exclude_each_other(frozenset(one.split()), frozenset(other.split())) is excluded
+    rival = replace(resident("rival", last_use=9, gpu0=1), exclusive=frozenset(other.split()))
+    assert victims(outcome_of([rival], need=GIB, exclusive=frozenset(one.split()))) == (("rival",) if excluded else ())
 
 
 def test_an_exclusive_model_that_is_pinned_is_in_the_way_for_good() -> None:

@@ -141,10 +141,12 @@ def _write(paths: Paths, drafts: Sequence[Draft], texts: dict[str, str], *, forc
 
 def _tell(found: Import, problems: Sequence[Problem], *, written: bool) -> None:
     """On stderr, so that files may go elsewhere."""
+    from gpusvc.importing.draft import by_kind
+
     if found.notes:
         typer.echo("What has no counterpart, or another one:", err=True)
-    for note in found.notes:
-        typer.echo(f"  {note}", err=True)
+    for line in by_kind(found.notes):
+        typer.echo(f"  {line}", err=True)
     if problems:
         typer.echo("What has to be mended before these models start:", err=True)
     for problem in problems:
