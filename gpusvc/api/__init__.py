@@ -1,4 +1,4 @@
-"""The management API on /run/gpusvc/api.sock: what people, programs and the gateway ask of gpusvc over HTTP (aiohttp).
+"""The management API on /run/gpusvc/api.sock: HTTP (aiohttp) for people, programs and the gateway.
 
-It alone starts models for the gateway. Its user may start and stop models by a rule of polkit's, and nothing else.
+It starts models for the gateway. A polkit rule lets its user start and stop models, and nothing else.
 """

@@ -31,19 +31,19 @@ from gpusvc.systemd.notify import Notifier
 # sd_listen_fds(3)
 _FIRST_FD = 3
 
-# As gpusvc-api.socket has it: event loops call listen(2) again, and with that decide anew.
+# The value of gpusvc-api.socket. Event loops call listen(2) again, which sets it anew.
 _BACKLOG = 1024
 
 # A third of WatchdogSec=.
 _FEED_SECONDS = 20.0
 
-# How long short answers may take when the service stops. What is long is somebody's wait for systemd, which goes on.
+# How long short responses may take when the service stops. Long ones wait for systemd, which continues.
 _GOODBYE_SECONDS = 2.0
 
 
 @asynccontextmanager
 async def service_of(paths: Paths) -> AsyncIterator[Service]:
-    """Everything that the routes work on, as long as the context lasts."""
+    """Yield what the routes work on; it is closed at the end of the block."""
     loop = asyncio.get_running_loop()
     snapshots = Snapshots(paths)
 
@@ -51,7 +51,7 @@ async def service_of(paths: Paths) -> AsyncIterator[Service]:
         if of_service(job.unit) is not None:
             snapshots.forget()
 
-    # The loop waits with patience of its own.
+    # The loop has a deadline of its own.
     bus = Bus(loop, partial(Manager, patience_seconds=0), on_end=job_ended)
     events = Events()
     jobs = Jobs(paths, bus, journal.last_words, on_change=snapshots.forget)
@@ -91,7 +91,7 @@ async def serve(paths: Paths, listening: socket.socket, notifier: Notifier) -> N
 
 
 def inherited_socket() -> socket.socket | None:
-    """The socket of gpusvc-api.socket; None: this was not started by systemd."""
+    """Return the socket of gpusvc-api.socket, or None if systemd did not start this process."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
         return None
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):

@@ -1,4 +1,4 @@
-"""ExecStart= of gpusvc-preload.service: starts the models whose files say ``preload = true``, and waits for none."""
+"""ExecStart= of gpusvc-preload.service: starts the models with ``preload = true``, without waiting for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpusvc.paths import Paths
 
 
 def preloaded(paths: Paths) -> list[str]:
-    """The models that want it, sorted; those whose files cannot be right are told of, and left out."""
+    """Return the models with ``preload = true``, sorted. A file with errors is logged and left out."""
     found = []
     for name in model_names(paths):
         try:
@@ -25,7 +25,7 @@ def preloaded(paths: Paths) -> list[str]:
 
 
 def main() -> int:
-    """The exit status: 0 even if one could not be started, as that is this model's trouble."""
+    """Return the exit status: 0 even if a model could not be started; its own unit reports that."""
     try:
         chosen = preloaded(Paths.here())
         if not chosen:

@@ -1,6 +1,6 @@
-"""The command ``gpusvc``: each command is a function, and this is where all of them meet, print their errors and exit.
+"""The command ``gpusvc``: it knows all commands, prints their errors, and exits.
 
-Commands raise; only ``main()`` prints an error and exits. What only one command needs, that command imports.
+A command is a function that raises; only ``main()`` prints an error and exits. A command imports what only it needs.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from gpusvc.printable import printable  # noqa: E402
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
-# A command that an error advises; for a user's own models there is one more word in it.
+# A command that a hint names. For a user's own models it needs --user.
 _OWN_COMMAND = re.compile(r"`(gpusvc|systemctl) (?!--user )")
 
-# click's ClickException. Newer typers carry a copy of click under a private name, so that its heir is the way to it.
+# click's ClickException. Newer typers carry click under a private name, so it is found through its subclass.
 _ParserError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def _choose_instance(context: typer.Context, wanted: bool) -> None:
-    # For all that this process does, and for whatever it starts.
+    # In the environment, so that this process and its children use the same instance.
     if wanted:
         os.environ[USER_INSTANCE] = "1"
         context.obj = Paths.here()
@@ -112,16 +112,16 @@ app.add_typer(key.app, name="key")
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run the console script."""
     sys.exit(run(Paths.here(), sys.argv[1:]))
 
 
 def run(paths: Paths, arguments: Sequence[str]) -> int:
-    """Run one command; its errors go to stderr. The exit status."""
-    if arguments[:1] == ["help"]:  # as of git and cargo
+    """Run one command, print its errors to stderr, and return the exit status."""
+    if arguments[:1] == ["help"]:  # as git and cargo have it
         arguments = [*arguments[1:], "--help"]
     try:
-        # Not standalone: typer's parser prints nothing and exits nowhere.
+        # Not standalone: typer then neither prints errors nor exits.
         code = app(list(arguments), prog_name="gpusvc", obj=paths, standalone_mode=False)
         sys.stdout.flush()
     except _ParserError as error:
@@ -130,7 +130,7 @@ def run(paths: Paths, arguments: Sequence[str]) -> int:
             typer.echo("Options of the engine go behind --: gpusvc add NAME FILE.gguf -- -ngl 99", err=True)
         return int(error.exit_code)
     except BrokenPipeError:
-        # Whoever reads has seen enough. What Python flushes at exit must not fail again.
+        # The reader closed the pipe. The flush at Python's exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort):
@@ -141,14 +141,14 @@ def run(paths: Paths, arguments: Sequence[str]) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Print what went wrong, each of several errors by itself; the highest of their exit statuses."""
+    """Print ``error``, or each error of a group. Return the highest of their exit statuses."""
     if isinstance(error, ExceptionGroup):
         return max(_report(part) for part in error.exceptions)
     if isinstance(error, GpusvcError):
         text = error.message if error.hint is None else f"{error.message}\n{error.hint}"
         if is_user_instance():
             text = _OWN_COMMAND.sub(r"`\1 --user ", text)
-        # Engines and foreign processes are quoted in it.
+        # The text may quote engines and foreign processes.
         typer.echo("gpusvc: " + "\n  ".join(map(printable, text.split("\n"))), err=True)
         return error.exit_code
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "gpusvc":

@@ -1,4 +1,4 @@
-"""``python -m gpusvc.cli``: the command, where no script is installed for it."""
+"""``python -m gpusvc.cli``: the command where its script is not installed."""
 
 from gpusvc.cli import main
 

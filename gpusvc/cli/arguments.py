@@ -1,4 +1,4 @@
-"""What several commands take: names of models, ``--all`` and ``--json``."""
+"""Arguments of several commands: names of models, ``--all`` and ``--json``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gpusvc.paths import Paths
 
 
 def complete_model(context: typer.Context, incomplete: str) -> list[str]:
-    """For the shell: every model that has a file, or holds something."""
+    """Return the models that the shell offers: those that have a file or a lease."""
     paths = context.find_object(Paths) or Paths.here()
     files = (file.name.removesuffix(".toml") for file in paths.models_directory.glob("*.toml"))
     leases = (file.parent.name for file in paths.leases_directory.glob("*/lease.json"))
     return sorted({name for name in (*files, *leases) if name.startswith(incomplete)})
 
 
-# typer 0.7 knows no Annotated: these are defaults of the parameters.
+# Defaults of parameters, because typer 0.7 does not know Annotated.
 NAME: Any = typer.Argument(..., metavar="NAME", help="The model, or an alias of it.", autocompletion=complete_model)
 NAMES: Any = typer.Argument(None, help="Models.", autocompletion=complete_model)
 SOME_NAMES: Any = typer.Argument(..., help="Models.", autocompletion=complete_model)
@@ -25,7 +25,7 @@ JSON: Any = typer.Option(False, "--json", help="Print JSON.")
 
 
 def paths_of(context: typer.Context) -> Paths:
-    """Where gpusvc's files are, as main() said."""
+    """Return the paths that main() chose."""
     paths = context.find_object(Paths)
     assert paths is not None, "main() gives it"  # noqa: S101
     return paths

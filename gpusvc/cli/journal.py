@@ -1,4 +1,4 @@
-"""What a model's unit wrote, as journalctl(1) gives it: the engine's lines, gpusvc's and systemd's."""
+"""The journal of a model's unit, read by journalctl(1): lines of the engine, gpusvc and systemd."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from gpusvc.journal import units as unitlog
 
 
 def last_lines(name: str, lines: int, *, since: float | None = None) -> list[str]:
-    """The engine's and gpusvc's last ones, oldest first; none if the caller may not read them.
+    """Return the last lines of the engine and gpusvc, oldest first; none if the caller may not read them.
 
     Args:
         name: the model.
         lines: how many.
-        since: not those before that, in seconds since the epoch.
+        since: no lines before this time, in seconds since the epoch.
     """
     import subprocess  # noqa: PLC0415  most commands ask nobody
 
     try:
-        # Lines written a moment ago may be in journald's socket still; only root may ask it to read on.
+        # New lines may still be in journald's socket; only root may ask it to read them.
         subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
         command = ["journalctl", *unitlog.own_lines(name), *unitlog.newest(lines, since)]
         done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
@@ -29,9 +29,9 @@ def last_lines(name: str, lines: int, *, since: float | None = None) -> list[str
 
 
 def window(command: Sequence[str], lines: str, since: str) -> list[str]:
-    """Options for ``command``, a journalctl(1), to show only the last ``lines`` since then; either may be empty.
+    """Return options for ``command``, a journalctl(1), to show the last ``lines`` since ``since``; either may be empty.
 
-    With both, systemd 252 shows the first lines since then instead. So the place of the oldest of them is looked up.
+    With both options, systemd 252 shows the first lines instead. So the cursor of the oldest line is looked up.
     """
     import subprocess  # noqa: PLC0415  as above
 
@@ -43,4 +43,4 @@ def window(command: Sequence[str], lines: str, since: str) -> list[str]:
         done = subprocess.run([*command, *options, *backwards], check=False, capture_output=True)  # noqa: S603
         return [f"--cursor={json.loads(done.stdout.splitlines()[-1])['__CURSOR']}"]
     except (OSError, IndexError, ValueError, KeyError):
-        return options  # what is wrong is for journalctl to say
+        return options  # journalctl reports the error

@@ -1,4 +1,4 @@
-"""What is going on while a command waits: on a terminal lines that change, elsewhere a line when something does."""
+"""Progress of a waiting command: changing lines on a terminal, elsewhere a new line for each change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMBERS = re.compile(r"[0-9][0-9.:]*( [KMGTP]?i?B\b)?")
 
 
 class Progress:
-    """A context manager; ``show()`` it what is going on as often as you like. It leaves no line on a terminal."""
+    """A context manager. Call ``show()`` as often as you like; it leaves no line on a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -32,12 +32,12 @@ class Progress:
         self.clear()
 
     def show(self, sentences: Mapping[str, str]) -> None:
-        """What each model does now, by its name."""
+        """Show one sentence for each model, by name."""
         if self._live:
             self._draw(sentences)
             return
         for name, sentence in sentences.items():
-            # A log wants to know that it loads, not every second how far it is.
+            # A log needs the line once, not with a new number every second.
             gist = _NUMBERS.sub("#", sentence)
             if sentence and self._told.get(name) != gist:
                 self._told[name] = gist
@@ -45,7 +45,7 @@ class Progress:
                 self._stream.flush()
 
     def clear(self) -> None:
-        """Take away what is shown, so that something else may be printed."""
+        """Erase the lines, so that something else may be printed."""
         if self._lines:
             self._stream.write(f"\x1b[{self._lines}F\x1b[J")
             self._stream.flush()
@@ -57,7 +57,7 @@ class Progress:
         size = shutil.get_terminal_size()
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         lines = [f"{name}  {minutes}:{seconds:02}  {printable(text)}" for name, text in sentences.items()]
-        # More than fits would scroll away from where it could be redrawn.
+        # Lines beyond the screen could not be redrawn.
         lines = [line[: size.columns - 1] for line in lines[: max(1, size.lines - 1)]]
         start = f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
         self._stream.write(start + "".join(line + "\n" for line in lines))

@@ -14,7 +14,7 @@ UNKNOWN = "-"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> list[str]:
-    """Lines of aligned columns, those named in ``right`` flush right."""
+    """Return lines of aligned columns; those named in ``right`` are flush right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = []
@@ -47,7 +47,7 @@ def number(value: int | None) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago, in its largest unit: ``42 s``, ``3 min``, ``2 h``, ``5 d``."""
+    """Return a time span in its largest unit: ``42 s``, ``3 min``, ``2 h``, ``5 d``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{int(seconds / length)} {unit}"
@@ -55,5 +55,5 @@ def age(seconds: float) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """``text`` made printable, and no longer than ``width``."""
+    """Return ``text`` made printable and cut to ``width`` characters."""
     return printable(text, width=width)

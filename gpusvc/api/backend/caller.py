@@ -1,4 +1,4 @@
-"""Who asks: for the journal, never for a decision. Whoever may open the socket may ask for everything."""
+"""Who sent a request: for the journal, never for a decision. Everybody who may open the socket may do everything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import struct
 
 from aiohttp import web
 
-# Named by the gateway, which takes it out of what its own clients send.
+# The gateway sets this header, and removes it from the requests of its clients.
 KEY_HEADER = "X-Gpusvc-Key"
 _GATEWAY = "gpusvc-gateway"
 
@@ -16,7 +16,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def caller(request: web.Request) -> str:
-    """The user at the other end of the socket, or the key of a client of the gateway's."""
+    """Return the user at the other end of the socket, or the name of the gateway client's key."""
     user = _user(request)
     key = request.headers.get(KEY_HEADER, "")
     if user == _GATEWAY and key:

@@ -1,6 +1,6 @@
-"""Events and logs out of the journal, each through a journalctl(1) of its own, without ever blocking the loop.
+"""Events and logs from the journal, each read by a journalctl(1) of its own, without blocking the loop.
 
-One follower of all events serves everybody: it counts them, and hands them to whoever subscribed.
+One follower of all events serves all clients: it counts the events and hands them to the subscribers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gpusvc.journal.eventlog import Event
 from gpusvc.journal.events import Kind
 from gpusvc.log import log
 
-# Events that wait for one who reads them; beyond that he is too slow to be waited for.
+# Events that may wait for one reader. A slower reader is dropped.
 QUEUE_LENGTH = 256
 
-# A journalctl that ended, as when journald was restarted, has a successor.
+# A journalctl that ended is started again after this time, as when journald was restarted.
 _PAUSE_SECONDS = 5.0
 
 # A line of the journal is rarely longer. A longer one is left out, and the next one read.
@@ -35,7 +35,7 @@ _LONGEST_MESSAGE_CHARACTERS = 16 * 1024
 
 _ANSWER_SECONDS = 10.0
 
-# Reasons as they are said begin so; those who count them want few words.
+# How a reason's sentence begins, and its word for counters.
 _REASONS = (
     ("room for ", "room"),
     ("an operator ", "operator"),
@@ -44,7 +44,7 @@ _REASONS = (
 
 @dataclass(slots=True)
 class Loads:
-    """How long the loads of one model took, from the start of its engine to its first answer."""
+    """How long the loads of one model took, from the engine's start until it was ready."""
 
     count: int = 0
     total_seconds: float = 0.0
@@ -52,14 +52,14 @@ class Loads:
 
 
 class Subscription:
-    """The events since it began, for one who reads them."""
+    """The events since the subscription began, for one reader."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue(QUEUE_LENGTH + 1)
         self._is_dropped = False
 
     async def next(self) -> Event | None:
-        """The next event; None: there are no more, as the reader was too slow."""
+        """Return the next event, or None if the reader was too slow and lost events."""
         if self._is_dropped and self._queue.empty():
             return None
         return await self._queue.get()
@@ -75,10 +75,10 @@ class Subscription:
 
 
 class Events:
-    """The events of all models. For the loop's thread alone.
+    """The events of all models. Use it only in the loop's thread.
 
     ``seen`` counts them by (kind, reason, model) since run() began, and ``loads`` the loads by model. The reason of an
-    eviction is ``idle``, ``pressure``, ``room``, ``operator`` or empty, and any other the word of an error, or empty.
+    eviction is ``idle``, ``pressure``, ``room``, ``operator`` or empty; any other reason is an error's word, or empty.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class Events:
             self._subscriptions.discard(subscription)
 
     async def last(self, lines: int, *, model: str | None = None, after: str | None = None) -> list[Event]:
-        """The last events, oldest first; ``after``: of those after this place in the journal.
+        """Return the last events, oldest first. ``after`` is a cursor: only events after it.
 
         Raises:
             GpusvcError: the journal cannot be read.
@@ -142,10 +142,10 @@ class Events:
             self._starts.pop(name, None)
 
     def _reason(self, event: Event) -> str:
-        """One of a few words: what is said to a person has names and numbers in it."""
+        """Return the reason as one of a few words. The sentence for people has names and numbers in it."""
         name = event.model or ""
         if event.kind in {Kind.IDLE, Kind.PRESSURE}:
-            # The watchdog says so first, and then evicts.
+            # The watchdog emits this event first, then evicts.
             self._why_it_goes[name] = event.kind
             return ""
         if event.kind != Kind.EVICT:
@@ -157,7 +157,7 @@ class Events:
 
 
 async def read(command: list[str]) -> list[bytes]:
-    """All that a journalctl prints that ends by itself, as lines.
+    """Run a journalctl that ends by itself, and return its lines.
 
     Raises:
         GpusvcError: the journal cannot be read.
@@ -184,7 +184,7 @@ async def log_of(name: str, lines: int, *, follow: bool) -> AsyncIterator[AsyncI
 
 
 async def last_words(name: str, lines: int, since: float) -> list[str]:
-    """The engine's and the launcher's last lines since then (seconds since the epoch), oldest first; none if unread."""
+    """Return the last lines of engine and launcher since ``since`` (epoch seconds), oldest first; none on an error."""
     try:
         return unitlog.messages(await read(["journalctl", *unitlog.own_lines(name), *unitlog.newest(lines, since)]))
     except GpusvcError:
@@ -198,9 +198,9 @@ async def _entries(lines: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
 
 
 def told(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of journalctl's JSON as the API tells it; raises KeyError, TypeError or ValueError for none."""
+    """Return an entry of journalctl's JSON in the API's form; raise KeyError, TypeError or ValueError if it is bad."""
     message = entry.get("MESSAGE")
-    if isinstance(message, list):  # it has bytes that are not printable
+    if isinstance(message, list):  # journalctl gives unprintable bytes as a list
         message = bytes(message).decode(errors="replace")
     return {
         "time": int(entry["__REALTIME_TIMESTAMP"]) / 1_000_000,
@@ -228,7 +228,7 @@ async def _journalctl(command: list[str]) -> AsyncIterator[AsyncIterator[bytes]]
         )
     except OSError as error:
         raise GpusvcError(f"journalctl cannot be run: {error.strerror}.") from None
-    except RuntimeError as error:  # up to Python 3.11 a thread waits for each child, and there may be none to have
+    except RuntimeError as error:  # up to Python 3.11 each child needs a thread, and the machine may have none left
         raise GpusvcError(f"journalctl cannot be run: {error}.") from None
     try:
         yield _lines_of(child)
@@ -242,13 +242,13 @@ async def _lines_of(child: asyncio.subprocess.Process) -> AsyncIterator[bytes]:
     assert child.stdout is not None  # noqa: S101
     assert child.stderr is not None  # noqa: S101
     complaints: deque[bytes] = deque(maxlen=3)
-    # Read on the side, so that a child with much to complain of does not come to a halt.
+    # Read stderr beside stdout, so that a full pipe does not block the child.
     listener = asyncio.ensure_future(_keep(child.stderr, complaints))
     try:
         while True:
             try:
                 line = await child.stdout.readline()
-            except ValueError:  # longer than the limit: asyncio has dropped what it held of it
+            except ValueError:  # longer than the limit: asyncio has dropped its buffer
                 continue
             if not line:
                 break

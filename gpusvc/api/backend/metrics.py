@@ -1,7 +1,7 @@
-"""``/metrics`` for Prometheus: what the gateway counted, what there is now, and what happened, as families of samples.
+"""``/metrics`` for Prometheus: the gateway's counters, the present state, and counts of events.
 
-To look changes nothing: a scrape reads counters and the snapshot that all share, and is nobody's use of a model. What
-is not known has no sample, rather than one of zero; ``gpusvc_source_up`` says which source is missing.
+A scrape changes nothing: it reads counters and the shared snapshot, and does not count as use of a model. An unknown
+value has no sample instead of zero; ``gpusvc_source_up`` says which source is missing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _GPU = ("gpu", "uuid")
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """All that is told at one moment. None: its source does not answer."""
+    """Everything that one scrape shows. None: the source does not answer."""
 
     models: Sequence[ModelStatus] | None
     gpus: Sequence[GpuStatus] | None
@@ -65,7 +65,7 @@ def routes(service: Service) -> list[web.RouteDef]:
 
 
 async def scrape(service: Service) -> Scrape:
-    """What there is to tell now."""
+    """Read everything that a scrape shows."""
     models: Sequence[ModelStatus] | None = None
     gpus: Sequence[GpuStatus] | None = None
     totals: Mapping[str, Totals] | None = None
@@ -79,7 +79,7 @@ async def scrape(service: Service) -> Scrape:
 
 
 class _Told(Collector):
-    """Families that are there already, for an encoder that wants to collect them."""
+    """Hands ready families to the encoder, which wants to collect them."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
@@ -92,7 +92,7 @@ class _Told(Collector):
 
 
 def families(scrape: Scrape) -> Iterator[Metric]:
-    """The families of samples of one scrape, those without any among them."""
+    """Return the families of one scrape, also those without samples."""
     yield InfoMetricFamily("gpusvc_build", "The gpusvc that answers.", {"version": __version__})
     yield _gauge(
         "gpusvc_source_up",
@@ -305,7 +305,7 @@ def _of_gpus(gpus: Sequence[GpuStatus]) -> Iterator[Metric]:
 
 
 def foreign_bytes(status: GpuStatus) -> int | None:
-    """What processes of no model hold of a GPU; None: NVML does not tell."""
+    """Return the bytes that foreign processes hold on a GPU, or None if NVML does not say."""
     if status.gpu.processes is None:
         return None
     return total(holder.vram_bytes for holder in status.holders if holder.model is None)
@@ -324,7 +324,7 @@ def _gauge(
 def _counter(
     name: str, text: str, labels: Sequence[str], samples: Iterable[tuple[Sequence[str], int]]
 ) -> CounterMetricFamily:
-    """``name`` is without the _total that it gets."""
+    """Return a counter. ``name`` is without the suffix _total."""
     family = CounterMetricFamily(name, text, labels=labels)
     for values, number in samples:
         family.add_metric(values, number)

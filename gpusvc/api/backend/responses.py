@@ -12,13 +12,13 @@ from gpusvc.printable import escaped_json
 
 
 def json_response(value: Any, *, status: int = 200) -> web.Response:
-    """``value`` as JSON."""
+    """Return ``value`` as a JSON response."""
     text = escaped_json(json.dumps(value, ensure_ascii=False)) + "\n"
     return web.Response(text=text, status=status, content_type="application/json")
 
 
 def error_response(error: GpusvcError, *, with_log: bool = True) -> web.Response:
-    """``error``: its sentence, what to do about it, and, of a start that failed, what the engine said last."""
+    """Return ``error`` as JSON: its message, its hint, and for a failed start the engine's last lines."""
     status = error.http_status
     told: dict[str, Any] = {
         "message": error.message,

@@ -1,4 +1,4 @@
-"""What all handlers of the API share: the seam between the routes and what they tell of.
+"""What all handlers of the API share.
 
 A module of routes has one function: ``endpoints(service) -> list[Endpoint]``, or ``routes(service) ->
 list[web.RouteDef]``. Either way the first line of a handler's docstring is its summary in the OpenAPI document.
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The parts of one running API. All of it lives on the loop's thread.
+    """The parts of one running API. Use them only in the loop's thread.
 
     - ``await snapshots.models()``: list[inventory.ModelStatus] with standing, of all models, sorted by name.
     - ``await snapshots.gpus()``: list[inventory.GpuStatus]; empty on a machine without GPUs. ``snapshots.problem``: why
-      NVML did not answer last, as an error; None: it did. Both are shared by all who ask within a second.
+      NVML did not answer last, as an error, or None. All requests within a second share one reading.
     - ``events.seen``: Counter of (kind, reason, model) since the API was started; reasons are a few fixed words.
     - ``events.loads``: model → Loads(count, total_seconds, last_seconds), from start to ready.
     - ``await events.last(20)``: list[eventlog.Event], the newest last.
@@ -43,10 +43,10 @@ class Service:
     streams: Streams
 
     def resolve(self, text: str, *, configured: bool = False) -> str:
-        """The model that ``text`` means: a name or an alias; ``configured``: one that has a file.
+        """Return the model that ``text`` names, by name or alias. ``configured``: only a model with a file.
 
         Raises:
-            UnknownModelError, UsageError: there is none.
+            UnknownModelError, UsageError: there is no such model.
             SystemdError: systemd does not answer.
         """
         also = () if configured else [*leases.holders(self.paths), *self._running()]

@@ -1,4 +1,4 @@
-"""Work that one or several wait for, and that goes on when they are gone."""
+"""Work that continues when its waiters are gone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _T = TypeVar("_T")
 
 
 async def outcome(task: asyncio.Task[_T]) -> _T:
-    """What comes of ``task``, which goes on if whoever waits here is cancelled.
+    """Return the result of ``task``. The task continues if the waiter is cancelled.
 
-    asyncio.shield() does the same, but from Python 3.14 on takes a failure that nobody waits for any more for an
-    error of the program. That a model did not start is none, and the journal has it from its launcher.
+    asyncio.shield() does the same, but from Python 3.14 on it reports a failure without a waiter as a program error. A
+    model that did not start is no program error, and its launcher has written the failure to the journal.
     """
     await asyncio.wait({task})
     return task.result()

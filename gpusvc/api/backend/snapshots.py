@@ -1,4 +1,4 @@
-"""What there is now, for all who ask within a second: read in one thread, as NVML may take its time in the driver."""
+"""The present state of models and GPUs, shared by all requests within a second. One thread reads it: NVML may block."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _T = TypeVar("_T")
 
 FRESH_SECONDS = 1.0
 
-# A machine without a driver is not asked for one at every turn.
+# How long a missing driver is not asked for again.
 _ABSENT_SECONDS = 10.0
 
 
 class Snapshots:
-    """Models and GPUs. The coroutines are for one loop; everything that takes time runs in one thread beside it."""
+    """Models and GPUs. The coroutines belong to one loop; everything that may block runs in one thread beside it."""
 
     def __init__(
         self, paths: Paths, *, connect: Callable[[], Manager] = systemd.Manager, open_nvml: Callable[[], Nvml] = Nvml
     ) -> None:
         self._paths = paths
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
-        self._line = Line(connect)  # of the thread, as _nvml is
+        self._line = Line(connect)  # belongs to the thread, as _nvml does
         self._open_nvml = open_nvml
         self._nvml: Nvml | None = None
         self._absent: tuple[float, NvmlUnavailableError] | None = None
@@ -46,7 +46,7 @@ class Snapshots:
         self.problem: GpusvcError | None = None
 
     async def models(self) -> list[ModelStatus]:
-        """Every model that has a file, runs, failed, or holds a lease, with its standing; sorted by name.
+        """Return every model that has a file, runs, failed, or holds a lease, with its standing, sorted by name.
 
         Raises:
             GpusvcError: systemd does not answer, or the models' directory cannot be read.
@@ -54,7 +54,7 @@ class Snapshots:
         return await self._models.get()
 
     async def model(self, name: str) -> tuple[ModelStatus, tuple[ModelProcess, ...]]:
-        """One model with its standing, and its processes.
+        """Return one model with its standing, and its processes.
 
         Raises:
             SystemdError: systemd does not answer.
@@ -67,7 +67,7 @@ class Snapshots:
         )
 
     async def gpus(self) -> list[GpuStatus]:
-        """The GPUs with who holds how much of them; none on a machine without a driver, which ``problem`` tells.
+        """Return the GPUs with their holders; none on a machine without a driver, and then ``problem`` says why.
 
         Raises:
             NvmlError: the driver does not answer.
@@ -75,12 +75,12 @@ class Snapshots:
         return await self._gpus.get()
 
     def forget(self) -> None:
-        """Something changed: whoever asks from now on is told what is so from now on."""
+        """Drop what was read: something changed."""
         for fresh in (self._readings, self._gpus, self._models):
             fresh.forget()
 
     async def beside(self, work: Callable[[], _T]) -> _T:
-        """The result of ``work``, which may block for a while, done in the thread."""
+        """Run ``work``, which may block, in the thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def close(self) -> None:
@@ -101,7 +101,7 @@ class Snapshots:
         try:
             readings = await self._readings.get()
         except NvmlUnavailableError as error:
-            # A machine without GPUs is a normal machine. One whose driver fails is not.
+            # A machine without GPUs is no error. A failing driver is.
             self.problem = error
             readings = ()
         except NvmlError as error:
@@ -153,7 +153,7 @@ class Snapshots:
 
 
 class _Fresh(Generic[_T]):
-    """A value that takes time to get, got once for all who ask within FRESH_SECONDS."""
+    """A value that is read once for all requests within FRESH_SECONDS."""
 
     def __init__(self, get: Callable[[], Awaitable[_T]]) -> None:
         self._get = get
@@ -165,7 +165,7 @@ class _Fresh(Generic[_T]):
         if self._task is None or (self._task.done() and loop.time() >= self._until):
             task = self._task = loop.create_task(self._run())
             task.add_done_callback(self._done)
-        # Whoever goes away takes nothing from the others.
+        # A cancelled waiter must not cancel the others.
         return await outcome(self._task)
 
     def forget(self) -> None:
@@ -178,4 +178,4 @@ class _Fresh(Generic[_T]):
         if task is self._task:
             self._until = asyncio.get_running_loop().time() + FRESH_SECONDS
         if not task.cancelled():
-            task.exception()  # all who asked may be gone
+            task.exception()  # every waiter may be gone

@@ -8,7 +8,7 @@ from gpusvc.api.page.html import Html, element
 
 
 def clock(seconds: float, now: float) -> Html:
-    """The time of day, and of another day the day."""
+    """Return the time of day; for another day also the date."""
     moment = time.localtime(seconds)
     is_today = moment[:3] == time.localtime(now)[:3]
     return element(
@@ -28,7 +28,7 @@ def until(then: float, now: float) -> Html:
 
 
 def duration(seconds: float) -> str:
-    """Seconds to the minute, then minutes to the hour, and so on; a moment if it is none. As page.js has it."""
+    """Return a duration in one or two units, or "a moment". page.js has the same rule."""
     whole = int(seconds)
     if whole <= 0:
         return "a moment"

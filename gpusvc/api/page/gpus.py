@@ -14,7 +14,7 @@ _BAR = 1000
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """A part of a GPU's memory and who has it. ``size`` None: not known how much."""
+    """A part of a GPU's memory and its holder. ``size`` in bytes, or None if unknown."""
 
     label: str
     size: int | None
@@ -25,7 +25,7 @@ class _Share:
 def gpu(status: GpuStatus, hues: Mapping[str, int]) -> Html:
     gpu = status.gpu
     shares = list(_shares(status, hues))
-    # The table of names beside it says the same, to everybody: the picture has nothing to add for who cannot see it.
+    # The legend says the same as text, so screen readers skip the picture.
     return element(
         "li",
         element(
@@ -88,7 +88,7 @@ def _bar(shares: Sequence[_Share], total_bytes: int | None) -> Html | None:
         if share.css != "free" and width > 0:
             rects.append(element("rect", x=f"{left:.1f}", y="0", width=f"{width:.1f}", height="1", class_=share.css))
         left += width
-    # Attributes and not styles: the page's policy allows no style in the markup.
+    # Attributes instead of styles: the page's policy allows no style in the markup.
     bar = {"viewBox": f"0 0 {_BAR} 1", "preserveAspectRatio": "none", "aria-hidden": "true", "class": "bar"}
     return element("svg", *rects, **bar)
 

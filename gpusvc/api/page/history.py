@@ -32,7 +32,7 @@ def log(chosen: Log | None, now: float) -> Html:
         "section",
         element("h2", "Log", element("span", f" of {name}" if name else "", id="log-name"), id="log-title"),
         element("p", note or "", id="log-note", class_="empty"),
-        # A reader who wants it read out goes there; a log that talks by itself is unbearable.
+        # A screen reader reads the log when its user goes there, not by itself.
         element(
             "div",
             lines,

@@ -1,4 +1,4 @@
-"""HTML as values: what is text is escaped wherever it comes from, and what is markup was made here."""
+"""HTML as values: every text is escaped, and only this module makes markup."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _VOID = frozenset({"input", "link", "meta"})
 
 
 class Html(str):
-    """Markup, to stand in a page as it is."""
+    """Markup that needs no escaping."""
 
     __slots__ = ()
 
@@ -27,12 +27,12 @@ def element(tag: str, /, *content: Content, **attributes: Attribute) -> Html:
 
 
 def join(*content: Content) -> Html:
-    """All of ``content`` in a row."""
+    """Return all of ``content`` in a row."""
     return Html("".join(part if isinstance(part, Html) else escape(plain(part)) for part in content if part))
 
 
 def plain(text: str) -> str:
-    """``text`` without characters that are no characters: controls, and halves of surrogate pairs."""
+    """Return ``text`` without control characters and lone surrogates."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in " \n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)

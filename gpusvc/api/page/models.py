@@ -36,7 +36,7 @@ def model(model: ModelStatus, all_facts: Mapping[str, Facts], hues: Mapping[str,
     key = quote(name, safe="")
     facts, hue = all_facts.get(name, Facts()), hues[name]
     described = facts.description if facts.description != name else None
-    # What a model says of itself while all is well is where it listens, which is of no use through the gateway.
+    # The status text of a ready model is its address, which clients of the gateway do not need.
     told = model.text if state not in {ModelState.READY, ModelState.STOPPED} else None
     return element(
         "li",
@@ -68,7 +68,7 @@ def _holdings(model: ModelStatus) -> Iterator[Content]:
 
 
 def _use(model: ModelStatus, facts: Facts, now: float) -> Iterator[Content]:
-    """Whether it is in use, or since when it is not and when it therefore goes."""
+    """Return whether the model is in use, or since when it is idle and when it will be unloaded."""
     standing = model.standing
     if model.state in _IN_MOTION and model.since is not None:
         yield "for "
@@ -137,7 +137,7 @@ def _button(
             class_=kind,
             id=f"{slot}-{key}",
             aria_pressed=None if pressed is None else str(pressed).lower(),
-            # One that is disabled for good loses the focus.
+            # The attribute disabled would take the focus away.
             aria_disabled="true" if disabled else None,
         ),
         method="post",

@@ -1,8 +1,8 @@
-"""The status page at ``/``: what there is now, for a person and his browser.
+"""The status page at ``/``, for a person with a browser.
 
-It is whole without a script; with one it follows the events, and asks for ``/gpusvc/page`` when something changed. Its
-buttons are forms for the API's own routes. Nothing comes from elsewhere, and nothing in the markup is run: model names,
-descriptions, commands of foreign processes and logs are what strangers wrote.
+It works without a script. The script follows the events and loads ``/gpusvc/page`` when something changed. The buttons
+are forms for the API's own routes. The page loads nothing from other servers, and no markup of strangers is run: model
+names, descriptions, commands of foreign processes and logs are untrusted text.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _POLICY = (
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
-    # Not no-referrer: with that a browser sends a form without its origin, which the gateway wants to see.
+    # Not no-referrer: a browser would then send forms without the origin that the gateway checks.
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -80,12 +80,12 @@ def routes(service: Service) -> list[web.RouteDef]:
 
 
 def error_page(error: GpusvcError) -> web.Response:
-    """``error`` for a person whose browser sent a form."""
+    """Return ``error`` as a page, for a browser that sent a form."""
     return _html(document.error_page(error.message, error.hint), status=error.http_status)
 
 
 async def moment(service: Service) -> Moment:
-    """What the page shows now; what cannot be had is left out, and said to be."""
+    """Read what the page shows. A part that cannot be read is left out, and the page says so."""
     problems: list[str] = []
     models = await _or_none(service.snapshots.models(), problems)
     gpus = await _or_none(service.snapshots.gpus(), problems)
@@ -114,7 +114,7 @@ async def _read_log(name: str) -> Log:
 
 
 def facts_of(paths: Paths, models: Iterable[str]) -> dict[str, Facts]:
-    """What the files of these models say. Whether they could be started is not asked here."""
+    """Read what the files of these models say, without checking whether they could start."""
     try:
         host = load_host(paths)
     except GpusvcError:

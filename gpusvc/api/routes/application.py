@@ -23,7 +23,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class _HttpError(GpusvcError):
-    """What aiohttp has to say: no such route, no such method, too much of a body."""
+    """An error of aiohttp: no such route, no such method, a body that is too large."""
 
     def __init__(self, error: web.HTTPException) -> None:
         super().__init__(f"{error.reason}.", hint="GET /gpusvc/openapi.json has all routes.")
@@ -35,21 +35,21 @@ class _InternalError(GpusvcError):
 
 
 class _ExhaustedError(GpusvcError):
-    """It would have worked on a machine with a process, a file descriptor or a page to spare."""
+    """The machine has no process, file descriptor or memory left for the request."""
 
     http_status = 503
     retry_after_seconds = 5
 
 
 def application(service: Service) -> web.Application:
-    """All of the API over ``service``."""
+    """Return the whole API over ``service``."""
     made = web.Application(middlewares=[_errors], client_max_size=_MAX_BODY_BYTES)
     made.router.add_routes([endpoint.route() for endpoint in endpoints(service)])
     return made
 
 
 def endpoints(service: Service) -> list[Endpoint]:
-    """Every route there is."""
+    """Return every route."""
     found = [
         *models.endpoints(service),
         *machine.endpoints(service),
@@ -71,7 +71,7 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except GpusvcError as error:
-        # A form of the page that was sent without JavaScript wants to be read by a person.
+        # A form that the page sent without JavaScript is read by a person.
         is_form = request.method == "POST" and "text/html" in request.headers.get("Accept", "")
         return page.error_page(error) if is_form else error_response(error)
     except web.HTTPException as error:
@@ -82,8 +82,8 @@ async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except (ConnectionError, TimeoutError):
-        raise  # the client's, or of a stream to it
-    except Exception as error:  # one request must not take the others along
+        raise  # of the client's connection
+    except Exception as error:  # one failing request must not end the API
         if _is_want(error):
             return error_response(
                 _ExhaustedError(f"This machine has too little of something: {error}.", hint="Try again.")

@@ -1,4 +1,4 @@
-"""The routes of the API as values: what answers them, and what the OpenAPI document says of them, in one place."""
+"""The routes of the API as values: the handler, and what the OpenAPI document says, in one place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# A name of a model or an alias; those with a slash come percent-encoded.
+# A model's name or alias. A slash in it comes percent-encoded.
 NAMED = "{name}"
 
 JSON = "application/json"
@@ -19,7 +19,7 @@ SSE = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One of a query."""
+    """One parameter of a query."""
 
     name: str
     summary: str
@@ -51,12 +51,12 @@ class Endpoint:
 
     @classmethod
     def from_route(cls, route: web.RouteDef) -> Endpoint:
-        """That of a module that has only routes."""
+        """Return the endpoint of a plain aiohttp route."""
         handler: Any = route.handler
         return cls(route.method, route.path, handler, media=(getattr(handler, "media", "*/*"),))
 
 
 def flag(request: web.Request, name: str) -> bool:
-    """Whether the query says so: ``?name``, ``?name=1``, ``?name=true``."""
+    """Whether the query sets the flag: ``?name``, ``?name=1``, ``?name=true``."""
     text = request.query.get(name)
     return text is not None and text.lower() in {"", "1", "true", "yes"}

@@ -1,4 +1,4 @@
-"""Models: what there is of them, and what is done to them."""
+"""Routes that show, start, stop, evict and pin models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ _T = TypeVar("_T")
 
 _LOG_LINES = 10
 
-# How soon it is noticed that nobody waits for a start any more. Only some releases of aiohttp tell a handler so, by
-# cancelling it.
+# How often a handler checks whether its client still waits. Only some releases of aiohttp cancel it.
 _LOOK_SECONDS = 0.25
 
 _WAIT = Parameter(
@@ -50,11 +49,11 @@ class _Models:
         self._background: set[asyncio.Task[Any]] = set()
 
     async def list_(self, _: web.Request) -> web.Response:
-        """All models, those that are stopped too."""
+        """All models, stopped ones too."""
         return json_response([model.to_json() for model in await self._service.snapshots.models()])
 
     async def show(self, request: web.Request) -> web.Response:
-        """All there is to know of one model."""
+        """Everything about one model."""
         name = self._name(request)
         service = self._service
         status, processes = await service.snapshots.model(name)
@@ -122,14 +121,14 @@ class _Models:
         return _done(request, {"name": name, "state": "stopped", "was_running": was_up})
 
     async def release(self, request: web.Request) -> web.StreamResponse:
-        """Try once more to prove the VRAM of a model free that is stuck."""
+        """Try again to prove the release of a stuck model."""
         name = self._name(request)
         self._note(request, name, "release")
         await self._finish(self._service.jobs.release(name))
         return _done(request, {"name": name, "state": "stopped"})
 
     async def pin(self, request: web.Request) -> web.StreamResponse:
-        """Keep a model from being evicted, until the machine is booted."""
+        """Protect a model from eviction until the next boot."""
         name = self._name(request)
         self._note(request, name, "pin")
         pins.pin(self._service.paths, name)
@@ -166,7 +165,7 @@ class _Models:
             return False
 
     async def _finish(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """What was begun goes on when its client goes away, whatever aiohttp does to the handler."""
+        """Finish ``work`` even if the client disconnects and aiohttp cancels the handler."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -195,7 +194,7 @@ def _ready(ready: Ready) -> web.Response:
 
 
 def _done(request: web.Request, value: dict[str, Any], *, status: int = 200) -> web.StreamResponse:
-    """``value``, or for a person's form without a script the way back to the page."""
+    """Return ``value`` as JSON, or for a form of the page a redirect to the page."""
     if _is_form(request):
         return web.Response(status=303, headers={"Location": "/"})
     return json_response(value, status=status)

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made of the routes themselves."""
+"""The OpenAPI document, made from the routes."""
 
 from __future__ import annotations
 
@@ -93,5 +93,5 @@ def _identifier(endpoint: Endpoint) -> str:
 
 
 def _path(path: str) -> str:
-    """Without what aiohttp has between braces beside the name."""
+    """Return the path without aiohttp's patterns in braces."""
     return re.sub(r"\{(\w+):[^}]*\}", r"{\1}", path)

@@ -1,4 +1,4 @@
-"""``check``: everything that is wrong with the configuration, in one go."""
+"""``check``: prints everything that is wrong with the configuration."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``doctor``: what is wrong with this machine, with the evidence and how to mend it; and the end of orphans."""
+"""``doctor``: shows what is wrong with this machine, with evidence and cure; it can also end orphans."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _gpus() -> tuple[Any, ...]:
         with Nvml() as nvml:
             return nvml.snapshot()
     except NvmlError:
-        return ()  # said already
+        return ()  # printed already
 
 
 def _print(finding: Finding) -> None:
@@ -100,7 +100,7 @@ def _end_orphans(paths: Paths, *, ask: bool) -> None:
 
 
 def _agreed(pid: int) -> bool:
-    """A yes from a person; without one to ask it is a no."""
+    """Ask a person. Without a terminal the answer is no."""
     if not sys.stdin.isatty():
         typer.echo("Nobody is there to be asked; --yes answers for you.", err=True)
         return False

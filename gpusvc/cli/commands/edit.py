@@ -1,4 +1,4 @@
-"""``edit``: a model's file in an editor; what cannot be right never takes its place."""
+"""``edit``: opens a model's file in an editor; a file with errors never replaces the old one."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from gpusvc.config.table import Problem
     from gpusvc.paths import Paths
 
-# What Debian calls the one that the administrator chose, and what is there when nobody did.
+# Debian's name for the administrator's choice, and an editor that is always installed.
 _EDITORS = ("sensible-editor", "editor", "nano", "vi")
 
 
 def edit(context: typer.Context, name: str = NAME) -> None:
     """Change a model's file in $VISUAL or $EDITOR.
 
-    A file in which anything is wrong does not replace the one that is there.
+    A file with errors does not replace the one that is there.
     """
     import shutil
     import tempfile
@@ -87,14 +87,14 @@ def _run_editor(file: Path) -> None:
 
 
 def _check(paths: Paths, name: str, content: bytes) -> list[Problem]:
-    """As it is checked where it is installed; of bytes that are no text that is told, too."""
+    """Check the file as if it were installed. Bytes that are not UTF-8 are a problem too."""
     from gpusvc.config import directory as model_directory
 
     return model_directory.check(paths, {name: content.decode(errors="surrogateescape")})
 
 
 def _loaded(paths: Paths, name: str) -> ModelConfig | None:
-    """None if there is anything wrong with it."""
+    """Return the configuration, or None if it has an error."""
     from gpusvc.config.files import load_host, load_model
 
     try:
@@ -104,7 +104,7 @@ def _loaded(paths: Paths, name: str) -> ModelConfig | None:
 
 
 def _what_follows(paths: Paths, name: str, old: ModelConfig | None) -> str:
-    """What the change means to the model as it is now."""
+    """Return a sentence on what the change means for the model as it runs now."""
     from gpusvc.config.revision import compare
 
     written = f"{paths.model_file(name)} is written."
@@ -128,7 +128,7 @@ def _what_follows(paths: Paths, name: str, old: ModelConfig | None) -> str:
 
 
 def _is_running(name: str) -> bool | None:
-    """None: systemd does not say."""
+    """Whether the model runs, or None if systemd does not answer."""
     from gpusvc.systemd.manager import ActiveState, Manager
 
     try:

@@ -1,4 +1,4 @@
-"""``events``: what happened to models, out of the journal."""
+"""``events``: shows the events of models from the journal."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def events(
         table.print_json([event.to_json() for event in found])
         return
     for event in found:
-        # A line at a time, whole: whoever reads from a pipe wants the event now.
+        # Flush each line, so that a reader of the pipe gets the event at once.
         typer.echo(escaped_json(json.dumps(event.to_json(), ensure_ascii=False)) if as_json else _lines(event))
 
 
@@ -65,7 +65,7 @@ def _read(command: list[str]) -> Iterator[Event]:
                 yield event
         status = child.wait()
     if status:
-        # journalctl has said on stderr what is wrong.
+        # journalctl has printed its error on stderr.
         if os.geteuid():
             raise PermissionDeniedError(
                 "The journal could not be read.", hint="root and members of the group systemd-journal may read it."
@@ -74,7 +74,7 @@ def _read(command: list[str]) -> Iterator[Event]:
 
 
 def _lines(event: Event) -> str:
-    """One line, and the further lines of its message below it; all that is new here comes before the sentence."""
+    """Return the event's line, with the further lines of its message below it."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.seconds))
     where = ",".join(map(str, event.gpus)) or table.UNKNOWN
     first, *rest = [printable(line) for line in event.message.splitlines()] or [""]

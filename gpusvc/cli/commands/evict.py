@@ -1,4 +1,4 @@
-"""``evict``: models out of the way, with manners: whoever uses them may finish, and nobody new comes in meanwhile."""
+"""``evict``: stops models after their users finished; new users wait meanwhile."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def evict(
             room = Room(paths, host, manager, progress, default if patience is None else patience, force=force)
             room.make(size, selector)
         elif selector is not None:
-            # What is in use is not meant, unless somebody says that it is.
+            # Models in use are left out unless --force names them.
             evictor = Evictor(paths, manager, progress, patience or 0.0, force=force)
             evictor.clear(selector)
         else:

@@ -1,4 +1,4 @@
-"""``key``: who may use the gateway."""
+"""``key``: makes, lists and removes keys of the gateway."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add(
 ) -> None:
     """Make a key, and print it.
 
-    It is shown this once: only its hash is kept. The gateway takes it within a second.
+    It is shown only now: gpusvc keeps its hash. The gateway accepts it within a second.
     """
     from gpusvc.config import keys
     from gpusvc.status import inventory
@@ -78,7 +78,7 @@ def add(
 
 @app.command("list")
 def list_(context: typer.Context, *, as_json: bool = JSON) -> None:
-    """Show all keys, and what they allow."""
+    """Show all keys, and what each allows."""
     from gpusvc.config.keys import file_of
 
     paths = paths_of(context)

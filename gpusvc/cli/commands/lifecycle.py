@@ -1,4 +1,4 @@
-"""``start``, ``stop``, ``restart``, ``release``: systemd does the work, and goes on if this command is interrupted."""
+"""``start``, ``stop``, ``restart``, ``release``: systemd does the work, and continues if the command is interrupted."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _LOG_LINES = 15
 
 _ALL_CONFIGURED: Any = typer.Option(False, "--all", help="Every model that has a file.")
 _FORGET: Any = typer.Option(
-    False, "--forget", help="If that cannot be proven: let others have it on your word, as long as no process is left."
+    False, "--forget", help="If the proof fails: give the VRAM to others on your word. Refused while a process is left."
 )
 _ALL_RUNNING: Any = typer.Option(False, "--all", help="Every model that runs.")
 
 
 class StillGoingError(GpusvcError):
-    """The user went away; systemd did not."""
+    """The user interrupted the command; systemd continues."""
 
     exit_code = 130
 
@@ -62,7 +62,7 @@ def restart(context: typer.Context, names: list[str] = NAMES, *, everything: boo
 
     paths = paths_of(context)
     with Manager() as manager:
-        # Without a file it would stop, and never start again.
+        # A model without a file would stop and could not start again.
         chosen = choose(names, lambda text: inventory.resolve(paths, text), _up(manager) if everything else None)
         bring_up(manager, "Restart", chosen, "restarting")
 
@@ -138,7 +138,7 @@ def release(context: typer.Context, names: list[str] = SOME_NAMES, forget: bool 
 
 
 def _forget(paths: Paths, name: str) -> bool:
-    """Take an operator's word for the release of ``name``; not while a process of it lives."""
+    """Drop the lease of ``name`` without a proof. Return False if a process of it is alive."""
     from gpusvc.journal import events
     from gpusvc.linux.cgroup import Cgroup
     from gpusvc.state import lease
@@ -152,7 +152,7 @@ def _forget(paths: Paths, name: str) -> bool:
     events.emit(
         events.Kind.LEAK, f"{name} is forgotten without proof.", model=name, gpu=gpus, reason="told to", level=4
     )
-    _forget_failure(name)
+    forget_failure(name)
     return True
 
 
@@ -163,23 +163,23 @@ def _release(paths: Paths, name: str, progress: Progress) -> str:
     with lease.hold(paths, name):
         released = release(paths, name, on_wait=lambda sentence: progress.show({name: sentence}))
     if released is not None:
-        _forget_failure(name)
+        forget_failure(name)
     return f"{name} holds nothing." if released is None else str(released)
 
 
-def _forget_failure(name: str) -> None:
-    """A unit that failed only for want of this proof has no reason to be failed any more."""
+def forget_failure(name: str) -> None:
+    """Have systemd forget that the model's unit failed, if it did. An error of systemd is ignored."""
     from gpusvc.names import service
     from gpusvc.systemd.manager import ActiveState, Manager
 
-    with contextlib.suppress(SystemdError), Manager() as manager:  # the release is proven all the same
+    with contextlib.suppress(SystemdError), Manager() as manager:
         unit = manager.unit(service(name))
         if unit is not None and unit.active is ActiveState.FAILED:
             manager.reset_failed(unit.name)
 
 
 def choose(names: Sequence[str] | None, resolve: Callable[[str], str], everything: Iterable[str] | None) -> list[str]:
-    """The models that are meant: each once, in the order given; ``everything`` None: --all was not said."""
+    """Return the chosen models, each once, in the order given. ``everything`` is None if --all was not given."""
     if everything is not None:
         if names:
             raise UsageError("Name models or say --all, not both.")
@@ -190,7 +190,7 @@ def choose(names: Sequence[str] | None, resolve: Callable[[str], str], everythin
 
 
 def _up(manager: Manager) -> set[str]:
-    """The models that run, start or stop."""
+    """Return the models that run, start or stop."""
     from gpusvc.status import inventory
 
     return {name for name, unit in inventory.units(manager).items() if unit.active != "failed"}
@@ -199,10 +199,10 @@ def _up(manager: Manager) -> set[str]:
 def bring_up(
     manager: Manager, verb: str, chosen: Sequence[str], doing: str, *, announce: Callable[[str], object] = typer.echo
 ) -> None:
-    """Start or restart models side by side; each is announced as soon as it is ready.
+    """Start or restart models side by side, and announce each as soon as it is ready.
 
     Raises:
-        EngineError: one could not be started; or an ExceptionGroup of several.
+        EngineError: a model could not be started; an ExceptionGroup for several models.
     """
     from gpusvc.systemd.manager import JobResult
 
@@ -221,7 +221,7 @@ def bring_up(
 
 
 def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, JobResult]]:
-    """Wait for the jobs of the ``pending`` models, and show how they get on; each is taken out as it ends."""
+    """Wait for the jobs of the ``pending`` models and show their progress. A model is taken out when its job ends."""
     with Progress(sys.stderr) as progress:
         while pending:
             timeout = _TICK_SECONDS
@@ -236,13 +236,13 @@ def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, Jo
 
 
 def _said(manager: Manager, name: str) -> str:
-    """What the model's service says of itself; empty if nothing."""
+    """Return the status text of the model's service, or an empty string."""
     unit = manager.unit(service(name))
     return "" if unit is None else manager.service_status(unit).text
 
 
 def doing_of(manager: Manager, name: str) -> str:
-    """What goes on with a model whose job is not done."""
+    """Return a sentence on a model whose job is not done."""
     from gpusvc.status.inventory import ModelState, derive_state, describe
 
     unit = manager.unit(service(name))
@@ -253,7 +253,7 @@ def doing_of(manager: Manager, name: str) -> str:
 
 
 def why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
-    """What an operator needs to know of a start that failed: the reason, and the last lines of the log."""
+    """Return the error of a failed start: the reason, and the last lines of the log."""
     from gpusvc.systemd.manager import JobResult
 
     if result is JobResult.CANCELED:
@@ -266,7 +266,7 @@ def why_not(manager: Manager, name: str, result: JobResult, began: float) -> Gpu
     said = None if unit is None else manager.service_status(unit)
     reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
     lines = journal.last_lines(name, _LOG_LINES, since=began)
-    # What the launcher told systemd in one line, it wrote to the log too: once is enough.
+    # The launcher writes its status text to the log too; print it once.
     if reason in lines:
         lines.remove(reason)
     elif reason in " ".join(lines):
@@ -279,7 +279,7 @@ def why_not(manager: Manager, name: str, result: JobResult, began: float) -> Gpu
 
 @contextlib.contextmanager
 def going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]:
-    """Ctrl-C ends the command, not what systemd does for it: say so."""
+    """Turn Ctrl-C into a message that systemd continues."""
     try:
         yield
     except KeyboardInterrupt:
@@ -292,7 +292,7 @@ def going_on(pending: Collection[str], doing: str, hint: str) -> Iterator[None]:
 
 
 def raise_all(failures: Sequence[GpusvcError]) -> None:
-    """What failed, if anything did."""
+    """Raise the failure, or an ExceptionGroup of several; do nothing without one."""
     if len(failures) == 1:
         raise failures[0]
     if failures:

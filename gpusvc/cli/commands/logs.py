@@ -1,4 +1,4 @@
-"""``logs``: the journal of a model's unit, read by journalctl(1)."""
+"""``logs``: shows the journal of a model's unit with journalctl(1)."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``pin`` and ``unpin``: keep models from being evicted until the machine is booted again."""
+"""``pin`` and ``unpin``: protect models from eviction until the next boot."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def pin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
-    """Keep models from being evicted.
+    """Protect models from eviction.
 
-    It lasts until they are unpinned, or the machine is booted.
+    The pin lasts until `gpusvc unpin` or the next boot.
     """
     paths = paths_of(context)
     for name in _resolved(paths, names):
@@ -49,16 +49,16 @@ def unpin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
 
 
 def set_pin(paths: Paths, name: str) -> None:
-    """Raises PermissionDeniedError, or GpusvcError for a file system that does not take it."""
+    """Write the pin. Raises PermissionDeniedError, or GpusvcError if the file system refuses it."""
     file = paths.pin_file(name)
     with _translated(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.parent.chmod(0o755)  # whatever the umask said
+        file.parent.chmod(0o755)  # independent of the umask
         file.touch(mode=0o644)
 
 
 def take_pin(paths: Paths, name: str) -> bool:
-    """Whether it is not pinned any more: its file may say so still. Raises as set_pin()."""
+    """Remove the pin. Return False if the model's file still pins it. Raises as set_pin()."""
     from gpusvc.status import standing
 
     file = paths.pin_file(name)

@@ -1,9 +1,8 @@
-"""``rm``: a model's end: stopped, proven gone, and only then its file."""
+"""``rm``: stops a model, proves its release, and only then removes its file."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gpusvc.cli.arguments import SOME_NAMES, paths_of
-from gpusvc.errors import GpusvcError, SystemdError, UsageError
+from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.names import service
 
 if TYPE_CHECKING:
@@ -45,13 +44,15 @@ def rm(context: typer.Context, names: list[str] = SOME_NAMES, *, yes: bool = _YE
 
 
 def _remove(context: typer.Context, paths: Paths, name: str) -> None:
+    from gpusvc.cli.commands.lifecycle import forget_failure
+
     try:
         _end(context, paths, name)
     except GpusvcError as error:
         error.hint = " ".join(filter(None, [f"{paths.model_file(name)} is kept.", error.hint]))
         raise
     paths.pin_file(name).unlink(missing_ok=True)
-    _forget_failure(name)
+    forget_failure(name)
     typer.echo(f"{paths.model_file(name)} is removed.")
     for file in _left(name):
         typer.echo(f"{file} is still there.")
@@ -67,7 +68,7 @@ def _ask(paths: Paths, name: str) -> None:
 
 
 def _end(context: typer.Context, paths: Paths, name: str) -> None:
-    """Raises a GpusvcError, and leaves the file, unless it is proven that nothing is left of the model."""
+    """Remove the file once the release is proven. Otherwise raise a GpusvcError and keep the file."""
     from gpusvc.cli.commands import lifecycle
     from gpusvc.cli.progress import Progress
     from gpusvc.config import directory as model_directory
@@ -80,24 +81,13 @@ def _end(context: typer.Context, paths: Paths, name: str) -> None:
         unit = inventory.units(manager).get(name)
     if unit is not None and unit.active is not ActiveState.FAILED:
         lifecycle.stop(context, [name], everything=False)
-    # A launcher holds this as long as it lives: nobody starts the model between the proof and the removal. Of one that
-    # was stopped just now the proof finds nothing left to do.
+    # A launcher holds this lock as long as it lives, so nobody starts the model between the proof and the removal.
     with lease.hold(paths, name), Progress(sys.stderr) as progress:
         release(paths, name, on_wait=lambda sentence: progress.show({name: sentence}))
         model_directory.remove(paths, name)
 
 
-def _forget_failure(name: str) -> None:
-    """A unit without a file has no reason to be listed as failed."""
-    from gpusvc.systemd.manager import ActiveState, Manager
-
-    with contextlib.suppress(SystemdError), Manager() as manager:
-        unit = manager.unit(service(name))
-        if unit is not None and unit.active is ActiveState.FAILED:
-            manager.reset_failed(unit.name)
-
-
 def _left(name: str) -> list[Path]:
-    """What an administrator made for the unit, and may want again."""
+    """Return the drop-ins and links that an administrator made for the unit."""
     etc = Path("/etc/systemd/system")
     return sorted([*etc.glob(f"{service(name)}.d"), *etc.glob(f"*.wants/{service(name)}")])

@@ -1,4 +1,4 @@
-"""``run``: any program as a model, for as long as it runs, with the caller's terminal and exit status."""
+"""``run``: runs any program as a model, with the caller's terminal and exit status."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ _TICK_SECONDS = 0.1
 _TOUCH_SECONDS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-# The unit of a run differs from that of a model in what its caller expects of a program that he starts himself: it is
-# not started again, and it sees the files that he sees.
+# The unit of a run is not restarted, and it sees the files that its caller sees.
 _DROP_IN = """\
 [Service]
 Restart=no
@@ -65,10 +64,10 @@ def run(
 ) -> int:
     """Run a program as a model, on GPUs of its own.
 
-    Others make room for it, it sees no other GPUs, and at its end they are proven free.
+    Idle models make room for it, it sees only its GPUs, and at its end their VRAM is proven free.
 
-    It has this terminal, and its exit status is this command's. Ctrl-C interrupts it; a second Ctrl-C, a hang-up or the
-    end of this command stop it and all that it started.
+    The program has this terminal, and this command returns its exit status. Ctrl-C interrupts the program; a second
+    Ctrl-C, a hang-up or the end of this command stop it with all processes that it started.
     """
     paths = paths_of(context)
     command = command[1:] if command[0] == "--" else command
@@ -96,7 +95,7 @@ def _caller_name() -> str:
 
 
 def _free_name(paths: Paths, wanted: str | None, program: str) -> str:
-    """The name that was asked for, or one after the program, that is no other's."""
+    """Return the given name, or a free one made from the program's name."""
     from gpusvc.config import files as config
     from gpusvc.state import lease
 
@@ -150,7 +149,7 @@ def _socket(paths: Paths, name: str) -> Path:
 
 @contextlib.contextmanager
 def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
-    """A run whose files are there for as long as this lasts."""
+    """Yield a run; its files exist during the block."""
     from gpusvc.config.files import load_host, load_startable_model
     from gpusvc.launcher.caller import Caller
     from gpusvc.systemd.manager import Manager
@@ -161,7 +160,7 @@ def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
             paths.runs_directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             stack.callback(paths.run_file(name).unlink, missing_ok=True)
             paths.run_file(name).write_text(text)
-            load_startable_model(paths, name, load_host(paths))  # whatever is wrong is said here
+            load_startable_model(paths, name, load_host(paths))  # the error is printed here
             caller = stack.enter_context(contextlib.closing(Caller(_socket(paths, name), os.environ)))
             drop_in.parent.mkdir(parents=True, exist_ok=True)
             stack.callback(shutil.rmtree, drop_in.parent, ignore_errors=True)
@@ -174,7 +173,7 @@ def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
 
 
 class _Run:
-    """One run, from its start to its proven end."""
+    """One run, from its start to the proof of its release."""
 
     def __init__(self, paths: Paths, name: str, caller: Caller, manager: Manager) -> None:
         self._paths = paths
@@ -188,7 +187,7 @@ class _Run:
         self._stop = False
 
     def see_through(self) -> int:
-        """Run it, and wait for its proven end; the exit status that a shell would give."""
+        """Run the program, wait for the proof, and return the exit status as a shell gives it."""
         with self._heard() as signals:
             began = time.time()
             job = self._manager.enqueue("Start", self._unit)
@@ -196,7 +195,7 @@ class _Run:
                 while (result := self._manager.wait(job, 0)) is None:
                     self._attend(signals)
                     if self._caller.has_lent:
-                        progress.clear()  # the terminal is the program's now
+                        progress.clear()  # the program owns the terminal now
                     else:
                         progress.show({self._name: doing_of(self._manager, self._name)})
             if result != "done":
@@ -208,7 +207,7 @@ class _Run:
             return self._end(signals)
 
     def _attend(self, signals: int) -> None:
-        """One turn: serve the other side, pass on signals, and say that this use of the GPU goes on."""
+        """Do one turn: serve the program's side, pass on signals, and touch the use lock."""
         poll = select.poll()
         for fd in (signals, *self._caller.fds()):
             poll.register(fd, select.POLLIN)
@@ -222,7 +221,7 @@ class _Run:
             self._stay_inside()
 
     def _stay_inside(self) -> None:
-        """Whoever is inside is not evicted, and whoever says so each second is not taken to be stuck."""
+        """Hold the use lock, so that the run is not evicted, and touch it, so that it is not judged stuck."""
         from gpusvc.state import use
 
         if self._use is not None:
@@ -234,7 +233,7 @@ class _Run:
     def _pass_on(self, number: signal.Signals) -> None:
         self._signals.append(number)
         if number in {signal.SIGINT, signal.SIGQUIT} and len(self._signals) == 1:
-            with contextlib.suppress(GpusvcError):  # it does not run yet, or not any more
+            with contextlib.suppress(GpusvcError):  # it has not started, or has ended
                 self._manager.kill(names.scope(self._name), number)
                 return
         if not self._stop:
@@ -242,7 +241,7 @@ class _Run:
             self._manager.enqueue("Stop", self._unit)
 
     def _end(self, signals: int) -> int:
-        """The launcher is gone; what is left to wait for is the proof."""
+        """Wait for the proof after the launcher ended; return the exit status."""
         if self._use is not None:
             self._use.close()
         self._touched = math.inf
@@ -264,7 +263,7 @@ class _Run:
         return self._shell_status(status.exit_status + (128 if by_signal else 0))
 
     def _shell_status(self, status: int) -> int:
-        """As a shell gives it; ``status`` is systemd's, for a launcher that could not tell how the program ended."""
+        """Return the exit status as a shell gives it; systemd's ``status`` if the launcher reported none."""
         ended = self._caller.status
         if self._stop:
             return 128 + self._signals[-1]
@@ -273,14 +272,14 @@ class _Run:
         return 128 - ended if ended < 0 else ended
 
     def _forget_failure(self) -> None:
-        """A run that ended is over: nobody will look for it under its name."""
+        """Reset the failed unit: nobody looks for an ended run by its name."""
         unit = self._manager.unit(self._unit)
         if unit is not None and unit.active == "failed" and not self._paths.lease_file(self._name).exists():
             self._manager.reset_failed(self._unit)
 
     @contextlib.contextmanager
     def _heard(self) -> Iterator[int]:
-        """The signals that would end this process, as bytes of a file."""
+        """Yield a file that gives the signals that would end this process, one byte each."""
         reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
         wakeup = signal.set_wakeup_fd(writing)

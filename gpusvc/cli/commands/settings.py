@@ -1,4 +1,4 @@
-"""``config``: what is in effect, and which file says so."""
+"""``config``: shows the settings in effect, and which file each comes from."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def config(context: typer.Context, name: str = _NAME, *, as_json: bool = JSON) -
             [{"key": setting.key, "value": setting.value, "source": setting.source} for setting in settings]
         )
         return
-    # The value last: a command may be as long as it likes.
+    # The value is last, because a command may be long.
     rows = [
         (setting.key, setting.source, table.UNKNOWN if setting.value is None else printable(setting.value))
         for setting in settings

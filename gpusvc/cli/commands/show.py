@@ -1,4 +1,4 @@
-"""``ps``, ``list``, ``status``, ``gpus``: what there is, as tables and as JSON."""
+"""``ps``, ``list``, ``status``, ``gpus``: show models and GPUs as tables and as JSON."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LOG_LINES = 10
 _COMMAND_WIDTH = 50
 
-# By the values of judge.Source.
+# Keys are the values of judge.Source.
 _EVIDENCE = {"NVML": "use of the GPU", "CPU time": "CPU time"}
 
 
@@ -38,7 +38,7 @@ def ps(context: typer.Context, *, wide: bool = _WIDE, as_json: bool = JSON) -> N
 
 
 def list_(context: typer.Context, *, wide: bool = _WIDE, as_json: bool = JSON) -> None:
-    """Show all models, those that are stopped too."""
+    """Show all models, stopped ones too."""
     from gpusvc.config.files import model_names
 
     paths = paths_of(context)
@@ -46,7 +46,7 @@ def list_(context: typer.Context, *, wide: bool = _WIDE, as_json: bool = JSON) -
 
 
 def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) -> None:
-    """Show all there is to know of one model."""
+    """Show everything about one model."""
     from gpusvc.state import lease
     from gpusvc.status import inventory
     from gpusvc.systemd.manager import Manager
@@ -80,7 +80,7 @@ def gpus(context: typer.Context, *, as_json: bool = JSON) -> None:
         with Nvml() as nvml:
             readings = nvml.snapshot(utilisation=True)
     except NvmlUnavailableError as error:
-        # A machine without GPUs is a normal machine. One whose driver fails is not.
+        # A machine without GPUs is no error. A failing driver is.
         _note(error)
         readings = ()
     statuses = inventory.gpus(paths_of(context), readings)
@@ -102,7 +102,7 @@ def _show_models(paths: Paths, more: Sequence[str], *, wide: bool, as_json: bool
     now = time.time()
     head: tuple[str, ...] = ("NAME", "STATE", "GPU", "VRAM", "PORT", "PID", "SINCE")
     if wide:
-        # What it takes belongs side by side.
+        # The columns of VRAM stand side by side.
         head = ("NAME", "STATE", "GPU", "DECLARED", "LEARNED", "USED", "USE", "PRIORITY", *head[4:])
     rows = [[_cell(title, model, now) for title in head] for model in models]
     table.print_lines(table.table(head, rows, right=("VRAM", "DECLARED", "LEARNED", "USED", "PRIORITY", "PORT", "PID")))
@@ -139,7 +139,7 @@ def _cell(title: str, model: ModelStatus, now: float) -> str:
 
 
 def _use(state: ModelState, standing: Standing, now: float) -> str | None:
-    """Whether a model is in use, or for how long it was not; None: it is not there to be used, or not known."""
+    """Return "in use" or for how long the model is idle; None if it is not ready or that is unknown."""
     from gpusvc.status.inventory import ModelState
 
     if standing.in_use and state in {ModelState.READY, ModelState.STARTING}:
@@ -230,7 +230,7 @@ def _about_standing(state: ModelState, standing: Standing) -> Iterator[tuple[str
 
 
 def _about_file(paths: Paths, name: str) -> str:
-    """The model's file, and what is wrong with it."""
+    """Return the path of the model's file, or the error in it."""
     from gpusvc.config.files import load_host, load_startable_model
 
     try:

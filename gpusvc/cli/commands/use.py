@@ -1,4 +1,4 @@
-"""``use``: a command that has a model for as long as it runs."""
+"""``use``: runs a command that uses a model."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from gpusvc.state.lease import Lease
     from gpusvc.state.use import Use
 
-# How often a model may turn out to be gone again.
+# How often a model may stop again before the command gives up.
 _TRIES = 3
 
-# As often as progress is worth telling: gpusvc-use(7).
+# How often progress is noted: gpusvc-use(7).
 _TOUCH_SECONDS = 1.0
 
 _NAME: Any = typer.Argument(..., metavar="NAME", help="The model, or an alias of it.", autocompletion=complete_model)
 _COMMAND: Any = typer.Argument(..., metavar="-- COMMAND...", help="What is run, with its arguments.")
 
-# Everything from COMMAND on is its own, its options too, whether or not "--" stands before it.
+# Options after COMMAND belong to COMMAND, with or without "--" before it.
 SETTINGS = {"allow_interspersed_args": False}
 
 
 class CommandError(GpusvcError):
-    """The command cannot be run; 127 and 126 are what a shell says then."""
+    """The command cannot be run. Exit status 127 or 126, as a shell has it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class CommandError(GpusvcError):
 def use(context: typer.Context, name: str = _NAME, command: list[str] = _COMMAND) -> None:
     """Run a command that uses a model.
 
-    The model is started if need be, and not evicted before the command ends; GPUSVC_URL says where it answers.
+    The model is started if it does not run, and is not evicted before the command ends. It answers at $GPUSVC_URL.
     """
     import shutil
 
@@ -69,11 +69,11 @@ def use(context: typer.Context, name: str = _NAME, command: list[str] = _COMMAND
 
 
 def _enter_ready(paths: Paths, name: str) -> tuple[Lease, Use]:
-    """Come in, and have the model started if it is not there. Whoever is inside keeps it from being evicted.
+    """Take the use lock, and start the model if it does not run. Return the lock and the lease.
 
     Raises:
-        EngineError: it could not be started, or did not stay.
-        PermissionDeniedError: the caller may not use it, or not start it.
+        EngineError: the model could not be started, or stopped again.
+        PermissionDeniedError: the caller may not use the model, or not start it.
     """
     from gpusvc.state.use import NoDoorError
 
@@ -82,7 +82,7 @@ def _enter_ready(paths: Paths, name: str) -> tuple[Lease, Use]:
         try:
             entered = entered or _enter(paths, name)
         except NoDoorError:
-            pass  # it was never started
+            pass  # it never started
         else:
             held = _ready(paths, name)
             if held is not None:
@@ -103,7 +103,7 @@ def _enter(paths: Paths, name: str) -> Use:
 
 
 def _ready(paths: Paths, name: str) -> Lease | None:
-    """Its lease, if it serves."""
+    """Return the lease if the model is ready, else None."""
     from gpusvc.linux.cgroup import Cgroup
     from gpusvc.state import lease
 
@@ -119,7 +119,7 @@ def _start(name: str) -> None:
 
     with Manager() as manager:
         try:
-            # What goes to stdout is the command's.
+            # stdout belongs to the command.
             bring_up(manager, "Start", [name], "starting", announce=lambda _: None)
         except PermissionDeniedError:
             raise PermissionDeniedError(
@@ -129,11 +129,11 @@ def _start(name: str) -> None:
 
 
 def _become(command: list[str], environment: dict[str, str], entered: Use) -> NoReturn:
-    """Run the command in place of this process, so that signals and its exit status need nobody to pass them on."""
-    # Its children get the lock too. The keeper ends the use with the command itself, whoever is left of them then.
+    """Replace this process by the command, so that signals and the exit status pass without help."""
+    # Children inherit the lock. The keeper ends the use when the command itself ends, even if children are left.
     os.set_inheritable(entered.fileno(), True)
     _leave_keeper(entered)
-    # Python has these ignored, and an ignored signal is inherited.
+    # Python ignores these signals, and the command would inherit that.
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stdout.flush()
@@ -144,9 +144,9 @@ def _become(command: list[str], environment: dict[str, str], entered: Use) -> No
 
 
 def _leave_keeper(entered: Use) -> None:
-    """Have a process beside this one that says every second that the use goes on, and ends it when this one ends.
+    """Fork a process that touches the use lock every second and ends when this process ends.
 
-    If it is killed only that is lost: the lock is this process's own.
+    If it is killed, the use goes on: this process holds the lock.
     """
     user = os.pidfd_open(os.getpid())
     sys.stdout.flush()
@@ -156,7 +156,7 @@ def _leave_keeper(entered: Use) -> None:
         os.close(user)
         return
     try:
-        # Another fork, as the command may wait for all of its children; and out of reach of its terminal's signals.
+        # A second fork, because the command may wait for its children; a new session, away from the terminal.
         if not os.fork():
             os.setsid()
             _keep(entered, user)
@@ -165,7 +165,7 @@ def _leave_keeper(entered: Use) -> None:
 
 
 def _keep(entered: Use, user: int) -> None:
-    # Whoever reads what the command writes waits for the last who could write.
+    # A reader of the command's output waits until every writer closed it.
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)

@@ -1,4 +1,4 @@
-"""What ``top`` shows, as values in and lines out: it reads nothing, and knows neither the keyboard nor the clock."""
+"""The screen of ``top``: values in, lines out. It knows neither the keyboard nor the clock."""
 # ruff: noqa: PLC0415 - rich is loaded by who draws
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Order(StrEnum):
-    """By what the models are sorted."""
+    """The order of the models."""
 
     NAME = "name"
     VRAM = "VRAM"
@@ -29,7 +29,7 @@ class Order(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model at one moment. Times are in seconds; None: unknown, or never."""
+    """One model at one moment. Times are in seconds; None means unknown or never."""
 
     status: ModelStatus
     in_use: bool | None
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All that is on the screen."""
+    """Everything on the screen."""
 
     gpus: tuple[GpuStatus, ...]
     rows: tuple[Row, ...]
@@ -68,7 +68,7 @@ _STYLES = {
     ModelState.FAILED: "red",
     ModelState.STOPPED: "dim",
 }
-# Models on a GPU in this order; foreign processes have a colour of their own.
+# Colours of the models on a GPU, in order; foreign processes have their own colour.
 _COLOURS = ("green", "blue", "magenta", "cyan", "bright_blue", "bright_magenta")
 _FOREIGN = "yellow"
 _KEYS = "↑↓ choose  s start  x stop  p pin  o order  / filter  q quit"
@@ -76,7 +76,7 @@ _WIDE = 110
 
 
 def arranged(view: View) -> tuple[Row, ...]:
-    """The rows that the filter leaves, in order."""
+    """Return the rows that match the filter, in order."""
     keys: dict[Order, Callable[[Row], tuple[float | str, ...]]] = {
         Order.NAME: lambda row: (row.name,),
         Order.VRAM: lambda row: (-(row.status.vram_bytes or 0), row.name),
@@ -89,7 +89,7 @@ def arranged(view: View) -> tuple[Row, ...]:
 
 
 def plain(view: View) -> list[str]:
-    """The same as lines of text, for a pipe."""
+    """Return the view as lines of text, for a pipe."""
     lines = [f"gpusvc top, {view.clock}"]
     for each in view.gpus:
         gpu = each.gpu
@@ -135,7 +135,7 @@ def _leaves(row: Row) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``4:05``, ``1:02:03``, and days beyond that."""
+    """Return a time span as ``4:05`` or ``1:02:03``, in days if it is longer."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 48:
@@ -152,13 +152,13 @@ def _held(holder: object) -> str:
 
 
 def drawn(view: View, width: int, height: int) -> RenderableType:
-    """The whole screen, for a terminal of this size. What does not fit is cut off at the end of a part, and counted."""
+    """Return the screen for a terminal of this size. Rows that do not fit are left out and counted."""
     from rich.console import Group
     from rich.text import Text
 
     lines: list[RenderableType] = [_title(view, width)]
     gpus = [line for gpu in view.gpus for line in _gpu_lines(gpu, width)]
-    # A machine with many GPUs has its models seen all the same.
+    # Many GPUs must leave room for the models.
     most = max(2, (height - 4) // 2)
     if len(gpus) > most:
         gpus = [*gpus[: most - 1], Text(f"… and {len(view.gpus) - (most - 1) // 2} GPUs more", style="dim")]
@@ -190,7 +190,7 @@ def _title(view: View, width: int) -> Text:
 
 
 def _gpu_lines(status: GpuStatus, width: int) -> list[Text]:
-    """A bar, cut into what each holds, and under it who that is."""
+    """Return a bar with one segment for each holder, and the legend below it."""
     from rich.text import Text
 
     gpu = status.gpu
@@ -233,7 +233,7 @@ def _model_lines(view: View, rows: Sequence[Row], width: int, room: int) -> list
     if not rows:
         empty = "No model fits the filter." if view.filter else "No model is configured: `gpusvc add` makes one."
         return [Text(empty, style="dim")]
-    # The chosen one is always to be seen.
+    # The chosen row is always visible.
     place = next((number for number, row in enumerate(rows) if row.name == view.chosen), 0)
     first = max(0, min(place - room // 2, len(rows) - room))
     cells = [_cells(row) for row in rows]

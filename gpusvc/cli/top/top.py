@@ -1,4 +1,4 @@
-"""``top``: GPUs, models and events, live; and keys to start, stop and pin."""
+"""``top``: shows GPUs, models and events live; keys start, stop and pin models."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _print(look: _Look, count: int, interval: float) -> None:
 
 
 class _Look:
-    """What there is to be seen, gathered anew each time it is asked for."""
+    """Reads models and GPUs for each new screen."""
 
     def __init__(self, paths: Paths, manager: Manager) -> None:
         from gpusvc.config.watched import Watched
@@ -126,7 +126,7 @@ class _Look:
 
 
 def _ranked(rows: list[Row], watched: Watched) -> list[Row]:
-    """The rows with their rank: who goes first is decided by priority and last use, as placement does it."""
+    """Return the rows with their rank for eviction: by priority and last use, as placement orders them."""
 
     def worth(row: Row) -> tuple[int, float, str]:
         settings = watched.model(row.name)
@@ -138,10 +138,10 @@ def _ranked(rows: list[Row], watched: Watched) -> list[Row]:
 
 
 class _Screen:
-    """A terminal: draws, and does what the keys say."""
+    """The terminal: it draws the screen and acts on keys."""
 
     def __init__(self, paths: Paths, manager: Manager, look: _Look) -> None:
-        # Kept out for the commands that print no colours (cli/__init__.py).
+        # cli/__init__.py keeps it out for commands without colours.
         if sys.modules.get("rich") is None:
             sys.modules.pop("rich", None)
         from rich.console import Console
@@ -195,13 +195,13 @@ class _Screen:
         view = replace(self._view, events=tuple(self._events))
         with self._console.capture() as captured:
             self._console.print(dashboard.drawn(view, size.width, size.height), end="", soft_wrap=True)
-        # Home, each line cleared to its end: nothing flickers, and nothing old is left.
+        # Cursor home, and each line cleared to its end: no flicker, and no old text.
         lines = captured.get().rstrip("\n").split("\n")
         sys.stdout.write("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
         sys.stdout.flush()
 
     def _press(self, keys: bytes) -> bool:
-        """Do what was pressed; False: quit."""
+        """Act on a key. Return False to quit."""
         pressed = _ARROWS.get(keys)
         if pressed is not None:
             self._choose(-1 if pressed == "up" else 1)
@@ -296,7 +296,7 @@ class _Screen:
         self._message_until = time.monotonic() + _MESSAGE_SECONDS
 
     def _hear(self, events: int) -> bool:
-        """Take in new lines of the journal; False: there will be no more."""
+        """Read new lines of the journal. Return False at its end."""
         from gpusvc.journal import eventlog
 
         data = os.read(events, 1 << 20)
@@ -311,10 +311,10 @@ class _Screen:
 
     @contextlib.contextmanager
     def _followed(self) -> Iterator[int]:
-        """A file of lines for eventlog.parse(): the last events, and those to come."""
+        """Return a file of lines for eventlog.parse(): the last events, and new ones."""
         from gpusvc.journal import eventlog
 
-        # A pipe that has no writer left is at its end: whoever may not read the journal sees no events.
+        # A user who may not read the journal sees no events: the pipe is at its end.
         command = eventlog.command("--follow", f"--lines={_EVENTS}")
         child = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -341,7 +341,7 @@ class _Screen:
 
     @contextlib.contextmanager
     def _raw(self) -> Iterator[None]:
-        """The other screen, no cursor, and each key at once; all as it was afterwards, whatever happens."""
+        """Use the alternate screen, hide the cursor, and read keys at once; restore everything at the end."""
         fd = sys.stdin.fileno()
         before = termios.tcgetattr(fd)
         sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[2J")
