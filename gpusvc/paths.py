@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from gpusvc.record import Record
 
 # "1" in the environment of all that belongs to a user's instance, by Environment= of its units or `gpusvc --user`.
 USER_INSTANCE = "GPUSVC_USER"
@@ -21,8 +22,7 @@ def is_user_instance() -> bool:
     return os.environ.get(USER_INSTANCE) == "1"
 
 
-@dataclass(frozen=True, slots=True)
-class Paths:
+class Paths(Record):
     """The three roots, and what stands in them; and where systemd has what is ours."""
 
     config: Path

@@ -10,13 +10,13 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from gpusvc.config import files as config
 from gpusvc.config.files import Problem
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
 from gpusvc.paths import Paths
+from gpusvc.record import replace
 
 _MODE = 0o644
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gpusvc.quantity import shown
+from gpusvc.record import Record
 
 PORT = "{port}"
 
@@ -26,8 +26,7 @@ _REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 _QUANTISED_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?"
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(Record):
     """What a preset is told: the model, the names that clients use, the first of them its own, and how many GPUs."""
 
     model: str
@@ -35,8 +34,7 @@ class Served:
     gpus: int
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
+class Preset(Record):
     """An engine that gpusvc knows."""
 
     name: str

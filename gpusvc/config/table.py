@@ -10,7 +10,6 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from gpusvc.errors import ConfigError
 from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.quantity import format_duration, format_size, parse_duration, parse_size, shown
+from gpusvc.record import Record
 
 # Far more than any configuration has, and little enough to read without a thought.
 MAX_FILE_BYTES = 1024 * 1024
@@ -29,8 +29,7 @@ Default = TypeVar("Default")
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Record):
     """One thing that is wrong with one file."""
 
     file: Path

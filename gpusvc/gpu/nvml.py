@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
 from gpusvc.errors import NvmlError, NvmlUnavailableError
 from gpusvc.gpu.reading import Gpu, GpuProcess, ProcessSample, total
+from gpusvc.record import replace
 
 # nvmlReturn_t. Spelled out, since not every release of pynvml names all of them.
 _SUCCESS = 0

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+
+from gpusvc.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class GpuProcess:
+class GpuProcess(Record):
     """One process that has a context on a GPU. ``used_bytes`` None: NVML does not say (MIG, some containers)."""
 
     pid: int
     used_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessSample:
+class ProcessSample(Record):
     """The share of the GPU's time that one process had until ``timestamp_us`` (epoch)."""
 
     pid: int
@@ -23,8 +22,7 @@ class ProcessSample:
     timestamp_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(Record):
     """One GPU at one moment. None is "NVML does not say", never "nothing".
 
     ``index`` is NVML's (PCI order) and ``minor`` the N of ``/dev/nvidiaN``; they may differ. Where ``problem`` is set

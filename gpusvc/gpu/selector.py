@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from gpusvc.quantity import shown
+from gpusvc.record import Record
 
 # nvmlDeviceGetUUID() answers "GPU-" or "MIG-" and then 36 characters.
 _UUID_PREFIXES = ("gpu-", "mig-")
@@ -19,8 +19,7 @@ class SelectorKind(StrEnum):
     NAME = "name"
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSelector:
+class DeviceSelector(Record):
     """One entry of ``devices`` or ``exclude``."""
 
     kind: SelectorKind

@@ -13,13 +13,13 @@ import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn, Self
 
 from gpusvc.config.model import OWNED_VARIABLES
 from gpusvc.errors import EngineError, IsolationError
 from gpusvc.linux.users import User
+from gpusvc.record import Record, as_dict
 
 _USERS_OWN = ("HOME", "LOGNAME", "USER", "SHELL")
 
@@ -44,8 +44,7 @@ _NOT_INHERITED = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
+class Orders(Record):
     """What the parked process needs to become the engine."""
 
     command: tuple[str, ...]
@@ -124,7 +123,7 @@ class ParkedEngine:
         orders_fd, self._orders_fd = self._orders_fd, -1
         try:
             with os.fdopen(orders_fd, "w") as pipe:
-                json.dump(asdict(orders), pipe)
+                json.dump({**as_dict(orders), "user": as_dict(orders.user)}, pipe)
         except BrokenPipeError:
             raise EngineError("The engine's process was killed before it became the engine.") from None
         with os.fdopen(self._report_fd) as pipe:

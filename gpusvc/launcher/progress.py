@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gpusvc.quantity import MIB
+from gpusvc.record import Record
 
 # A tenth of one core. What waits for a lock or a network that never answers uses far less, what loads uses far more.
 _CPU_SHARE = 0.1
@@ -12,8 +11,7 @@ _IO_BYTES = 1 * MIB
 _VRAM_BYTES = 1 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Record):
     """What an engine had used up at one moment. None: unknown."""
 
     at_seconds: float

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpusvc.errors import GpusvcError, NvmlError
 from gpusvc.linux import processes
 from gpusvc.log import log
 from gpusvc.quantity import MIB
+from gpusvc.record import replace
 from gpusvc.release import proof
 from gpusvc.state import footprints
 

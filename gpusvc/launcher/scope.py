@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpusvc import names
@@ -11,6 +10,7 @@ from gpusvc.errors import IsolationError, SystemdError, UnansweredError
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.paths import is_user_instance
+from gpusvc.record import replace
 from gpusvc.systemd import manager as systemd
 
 if TYPE_CHECKING:

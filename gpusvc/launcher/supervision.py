@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpusvc import names
@@ -13,6 +12,7 @@ from gpusvc.launcher import readiness, watching
 from gpusvc.launcher.sampling import Sampler
 from gpusvc.log import log
 from gpusvc.quantity import format_duration
+from gpusvc.record import replace
 from gpusvc.state import use
 from gpusvc.systemd.notify import ROPE_SECONDS
 

@@ -10,9 +10,10 @@ import os
 import select
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from gpusvc.record import Record
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -20,8 +21,7 @@ ROOT = Path("/sys/fs/cgroup")
 _MOST_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Cgroup:
+class Cgroup(Record):
     """One control group; ``path`` is relative to the root of the hierarchy and begins with '/'."""
 
     path: str

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from gpusvc.printable import printable
+from gpusvc.record import Record
 
 
 class Process(NamedTuple):
@@ -24,8 +24,7 @@ class Process(NamedTuple):
     start_ticks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(Record):
     """Why a process might still be there: its command, its state (proc_pid_stat(5)), and where in the kernel it is."""
 
     pid: int
@@ -34,8 +33,7 @@ class Trace:
     stack: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Portrait:
+class Portrait(Record):
     """What a person needs to recognise a process. ``ancestors`` are (PID, name), the parent first, PID 1 last.
 
     ``leads_session`` is what setsid(2) makes: the main process of a service does, what a server forked mostly does not.

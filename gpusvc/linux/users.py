@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
-from dataclasses import dataclass
 from typing import Self
 
 from gpusvc.errors import ConfigError
+from gpusvc.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(Record):
     """Who the engine runs as."""
 
     name: str

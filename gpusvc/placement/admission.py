@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpusvc.errors import UnreleasedError
@@ -21,6 +20,7 @@ from gpusvc.placement import plan as placement
 from gpusvc.placement.eviction import Doors
 from gpusvc.placement.plan import Plan, Refusal, Request
 from gpusvc.placement.waitlist import Ticket
+from gpusvc.record import Record
 from gpusvc.release import proof
 from gpusvc.state import footprints as footprint
 from gpusvc.state import lease as leases
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 _PAUSE_SECONDS = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(Record):
     """A place: the lease as it was written, its GPUs as NVML showed them, and whether their need was only guessed."""
 
     lease: Lease

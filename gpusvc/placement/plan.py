@@ -8,12 +8,13 @@ least: its most valuable member is the least valuable possible, by priority firs
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gpusvc.errors import PlacementError
 from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.quantity import format_amount, format_duration, format_size
+from gpusvc.record import Record
 
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig
@@ -36,21 +37,19 @@ def _group_and_side(entry: str) -> tuple[str, str]:
     return group, side
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Record):
     """What a model asks for. ``needs`` are bytes by the GPU's UUID; where one is missing, the need is unknown."""
 
     model: str
     count: int
     devices: tuple[str, ...] = ()
-    needs: Mapping[str, int] = field(default_factory=dict)
+    needs: Mapping[str, int] = MappingProxyType({})
     exclusive: frozenset[str] = frozenset()
     clears: bool = False
     """Whether all that is idle has to leave its GPUs: it did not say what it needs, and ran out of memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Record):
     """Bytes of one GPU that a model was promised and has not taken yet: it is loading, or its end is not proven."""
 
     model: str
@@ -61,8 +60,7 @@ class Claim:
     """It did not say what it takes: until it is loaded, whatever is free there, or becomes so, may be its."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(Record):
     """Another model that counts as active. ``gives`` is what its end gives back, in bytes by the GPU's UUID."""
 
     model: str
@@ -82,16 +80,14 @@ class Resident:
         return (self.priority, self.last_use, self.model)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Record):
     """Where the model goes, by index, and which models go first."""
 
     gpus: tuple[Gpu, ...]
     victims: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(Record):
     """One GPU as a model sees it. ``free_bytes`` None: NVML does not say; ``obstacle``: why it is out of question."""
 
     gpu: Gpu
@@ -100,8 +96,7 @@ class Offer:
     obstacle: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Record):
     """Why there is no plan now, and what would make one."""
 
     offers: tuple[Offer, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpusvc import names
@@ -13,6 +12,7 @@ from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.placement.plan import Claim, Resident, standing
 from gpusvc.quantity import format_amount
+from gpusvc.record import Record
 from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.state.lease import BrokenLeaseError, Lease
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 _LOOKS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(Record):
     """A lease and the processes that stand behind it now."""
 
     lease: Lease
@@ -124,8 +123,7 @@ def _states(held: Sequence[Holding]) -> list[object]:
     return [(h.lease.model, h.lease.created, h.lease.ready, h.populated, h.attended, h.ending) for h in held]
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(Record):
     """All that a placement has to know of the others."""
 
     held: tuple[Holding, ...]

@@ -12,17 +12,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from gpusvc import files as statefile
 from gpusvc.paths import Paths
+from gpusvc.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(Record):
     """What a waiting start will take once it can: bytes by the GPU's UUID, and the models that leave for it."""
 
     model: str

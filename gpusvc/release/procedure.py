@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpusvc import names
@@ -24,6 +23,7 @@ from gpusvc.linux.cgroup import Cgroup
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.quantity import format_size, shown
+from gpusvc.record import Record, replace
 from gpusvc.release import proof
 from gpusvc.release.proof import Obstacle
 from gpusvc.state import lease as leases
@@ -44,8 +44,7 @@ _PATIENCE_SECONDS = 30.0
 _KILL_GRACE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Record):
     """A proven release: what came back (None: NVML could not tell), and how long that took."""
 
     model: str

@@ -7,10 +7,10 @@ have to be seen: that NVML lists none of them any more, and that the bytes are b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpusvc.quantity import MIB, format_size
+from gpusvc.record import Record
 
 if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 TOLERANCE_BYTES = 256 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Obstacle:
+class Obstacle(Record):
     """One reason why the release is not proven, and the process that is to blame where there is one."""
 
     sentence: str

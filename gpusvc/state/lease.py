@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -22,6 +21,7 @@ from gpusvc import names
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
 from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
+from gpusvc.record import Record, as_dict, replace
 
 VERSION = 1
 
@@ -39,8 +39,7 @@ class BrokenLeaseError(GpusvcError):
     """A lease file that cannot be read for what it says."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeasedGpu:
+class LeasedGpu(Record):
     """One GPU of a lease; the index is the one that NVML gave when the model was placed."""
 
     index: int
@@ -53,8 +52,7 @@ class LeasedGpu:
     """What the model's processes held when that was last looked at; None: unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(Record):
     """What a model holds. ``created`` is in seconds since the epoch."""
 
     model: str
@@ -73,7 +71,7 @@ class Lease:
     """Where the engine listens."""
     cgroup: str | None = None
     """The scope's control group; None: no engine was let into one yet."""
-    processes: frozenset[Process] = field(default_factory=frozenset)
+    processes: frozenset[Process] = frozenset()
     """Every process of the model that was seen."""
 
     @property
@@ -87,7 +85,12 @@ class Lease:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, **asdict(self), "processes": sorted(self.processes)}
+        return {
+            "version": VERSION,
+            **as_dict(self),
+            "gpus": [as_dict(gpu) for gpu in self.gpus],
+            "processes": sorted(self.processes),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:

@@ -16,12 +16,12 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.paths import Paths
+from gpusvc.record import Record
 
 # flock(2) knows no timeout, and what could interrupt it (a signal, a thread) is not ours to take.
 _FIRST_PAUSE_SECONDS = 0.001
@@ -51,8 +51,7 @@ class NoDoorError(GpusvcError):
     http_status = 503
 
 
-@dataclass(frozen=True, slots=True)
-class Glance:
+class Glance(Record):
     """How a model is used at one moment. Times are in seconds since the epoch; None: unknown."""
 
     in_use: bool | None

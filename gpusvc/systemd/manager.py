@@ -10,9 +10,8 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from gpusvc.errors import ConfigError, SystemdError, UnansweredError
 from gpusvc.paths import Paths, is_user_instance
@@ -79,8 +78,7 @@ class ActiveState(StrEnum):
 _UP = frozenset({ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING})
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """A loaded unit, as one answer of the manager describes it."""
 
     name: str
@@ -89,8 +87,7 @@ class Unit:
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceStatus:
+class ServiceStatus(NamedTuple):
     """What a service says of itself. ``since`` is when it entered its state, in seconds since the epoch; 0: never."""
 
     text: str
@@ -99,8 +96,7 @@ class ServiceStatus:
     since: float
 
 
-@dataclass(frozen=True, slots=True)
-class EndedJob:
+class EndedJob(NamedTuple):
     """A job that is over, whoever queued it; ``path`` is what enqueue() returned to him."""
 
     path: str
@@ -108,17 +104,16 @@ class EndedJob:
     result: JobResult
 
 
-@dataclass(slots=True)
 class _Queued:
     """A job that this connection queued, and has not heard of since."""
 
-    verb: str
-    unit: str
-    looked_at: float
+    def __init__(self, verb: str, unit: str, looked_at: float) -> None:
+        self.verb = verb
+        self.unit = unit
+        self.looked_at = looked_at
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(NamedTuple):
     """A transient scope to be made around processes that exist already."""
 
     name: str

@@ -17,10 +17,10 @@ import os
 import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gpusvc.quantity import MIB, format_size
+from gpusvc.record import Record
 from gpusvc.weights import gguf
 
 _HEADER_BYTES = 1 * MIB
@@ -69,16 +69,14 @@ _CACHE_BYTES = {
 _SPLIT = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf")
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Record):
     """Bytes of VRAM, on all GPUs of the model together, and in a sentence how they come about."""
 
     bytes: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(Record):
     """What decides the size of a model's cache: numbers for each token of context, all layers together."""
 
     layers: int
@@ -87,8 +85,7 @@ class _Shape:
     values: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Command:
+class _Command(Record):
     """An engine's command and environment, as questions are put to it."""
 
     arguments: Sequence[str]

@@ -10,7 +10,6 @@ import os
 import subprocess
 import time
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 from gpusvc import names
@@ -18,6 +17,7 @@ from gpusvc.errors import GpusvcError
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.paths import Paths
+from gpusvc.record import replace
 from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.state.lease import Lease, LeasedGpu
@@ -168,7 +168,7 @@ class Fleet:
             leases.remove(self.paths, name)
 
     def change(self, lease: Lease, **values: object) -> Lease:
-        changed = replace(lease, **values)  # type: ignore[arg-type]  # checked by the dataclass itself
+        changed = replace(lease, **values)
         leases.write(self.paths, changed)
         return changed
 

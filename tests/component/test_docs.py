@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from gpusvc.cli import app
 from gpusvc.config import files as config
 from gpusvc.hooks import daemon as hooks
 from gpusvc.paths import Paths
+from gpusvc.record import replace
 from gpusvc.state import counters
 from gpusvc.watchdog import verdicts
 from tests.unit.test_layering import ROWS

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from gpusvc.errors import UnreleasedError
 from gpusvc.linux import processes
 from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
+from gpusvc.record import replace
 from gpusvc.release.procedure import Release
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease, LeasedGpu

@@ -10,7 +10,6 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from gpusvc.paths import Paths
 from gpusvc.placement import waitlist
 from gpusvc.placement.waitlist import Ticket
 from gpusvc.printable import escaped_json, printable
+from gpusvc.record import replace
 from gpusvc.state import counters
 from gpusvc.state import footprints as footprint
 from gpusvc.state import lease as leases

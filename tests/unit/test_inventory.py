@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime
 
 import pytest
 
 from gpusvc.gpu.reading import Gpu, GpuProcess
+from gpusvc.record import replace
 from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
 from gpusvc.status.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, status_of, vram_of
 from gpusvc.systemd.manager import ActiveState, ServiceStatus, Unit
@@ -36,7 +36,7 @@ def gpu(index: int, uuid: str, *processes: GpuProcess) -> Gpu:
 
 def status(active: ActiveState | None, lease: Lease | BrokenLeaseError | None, text: str = "") -> ModelStatus:
     service = None if active is None else unit(active)
-    said = None if active is None else replace(SAID, text=text)
+    said = None if active is None else SAID._replace(text=text)
     return status_of("qwen", service, said, lease, vram_bytes=GIB)
 
 
@@ -73,7 +73,7 @@ def test_a_service_that_says_nothing_is_described_in_a_sentence(state: ModelStat
 
 
 def test_a_restart_to_come_is_told_with_its_reason() -> None:
-    said = replace(SAID, text="The engine ended by SIGSEGV.", result="signal")
+    said = SAID._replace(text="The engine ended by SIGSEGV.", result="signal")
     text = describe(ModelState.STARTING, unit(ActiveState.ACTIVATING, "auto-restart"), said)
     assert text == (
         "It ended badly (signal), and systemd starts it again soon. Last it said: The engine ended by SIGSEGV."

@@ -197,7 +197,7 @@ def test_a_file_without_keys_lets_nobody_in(file: Path) -> None:
 
 
 def test_a_service_also_reads_the_credential_that_systemd_gives_it(tmp_path: Path) -> None:
-    paths = replace(Paths.system(), config=tmp_path)
+    paths = Paths(config=tmp_path, runtime=Path("/run/gpusvc"), state=Path("/var/lib/gpusvc"))
     assert keys.files(paths, {}) == (tmp_path / "keys.toml",)
     credential = tmp_path / keys.CREDENTIAL
     write(credential, ALICE)

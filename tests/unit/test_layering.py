@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "gpusvc"
 
 # A room may import its own row and the rows above it in this list. A room is a folder, or a module beside the folders.
 ROWS = {
-    "words for all": {"backoff", "errors", "files", "log", "names", "paths", "printable", "quantity"},
+    "words for all": {"backoff", "errors", "files", "log", "names", "paths", "printable", "quantity", "record"},
     "foreign things": {"_vendor", "gpu", "journal", "linux", "systemd", "weights"},
     "configured, written down": {"config", "state"},
     "what is made of it": {"hooks", "importing", "release", "status"},

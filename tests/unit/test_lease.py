@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from gpusvc.errors import GpusvcError
 from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
+from gpusvc.record import replace
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gpusvc.config.files import HostConfig, HostGpu, Placement
 from gpusvc.errors import PlacementError
 from gpusvc.gpu.reading import Gpu
 from gpusvc.placement.plan import Claim, Plan, Refusal, Request, Resident, exclude_each_other, plan, refusal
+from gpusvc.record import replace
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
 HOST = HostConfig(gpu=HostGpu(reserve_bytes=512 * MIB))
@@ -556,7 +558,7 @@ def test_who_fits_on_one_gpu_is_not_refused(case: Case) -> None:
 
 
 def replace_gpus(case: Case, gpu: Gpu) -> Case:
-    return replace(case, gpus=[gpu])
+    return dataclasses.replace(case, gpus=[gpu])
 
 
 def _out_of_question(case: Case) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from gpusvc.launcher.progress import Reading, moved
+from gpusvc.record import replace
 from tests.unit.readings import GIB, MIB
 
 BEFORE = Reading(at_seconds=100.0, cpu_seconds=5.0, io_bytes=GIB, vram_bytes=GIB)

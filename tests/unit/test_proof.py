@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from gpusvc.gpu.reading import Gpu
 from gpusvc.linux.processes import Process
+from gpusvc.record import replace
 from gpusvc.release.proof import TOLERANCE_BYTES, baseline_bytes, obstacles, unattributed_bytes
 from gpusvc.state.lease import Lease, LeasedGpu
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from gpusvc.linux.processes import Process
@@ -11,6 +9,7 @@ from gpusvc.paths import Paths
 from gpusvc.placement import survey
 from gpusvc.placement.plan import Claim, Resident
 from gpusvc.placement.survey import Holding, Scene, in_words
+from gpusvc.record import replace
 from gpusvc.state.lease import Lease, LeasedGpu
 from tests.unit.readings import GIB, a_gpu, a_lost_gpu, uuid_of
 
