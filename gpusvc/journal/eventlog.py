@@ -35,7 +35,7 @@ class Event:
     """What happened, as events.emit() was told; None and empty: it was not told."""
 
     kind: str
-    """A value of events.Kind, or one that a newer gpusvc has."""
+    """A value of events.EventType, or one that a newer gpusvc has."""
     seconds: float
     """When, since the epoch, by the clock of that time."""
     message: str

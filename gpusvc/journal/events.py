@@ -27,7 +27,7 @@ _SEND_SECONDS = 0.2
 _MAX_VALUE_BYTES = 32 * 1024
 
 
-class Kind(StrEnum):
+class EventType(StrEnum):
     """What happened. The values are GPUSVC_EVENT=, and part of what hooks rely on."""
 
     START = "start"
@@ -56,22 +56,22 @@ class Kind(StrEnum):
 
 # They stand in packaging/gpusvc.catalog too. One that was released is never given to another kind.
 MESSAGE_IDS = {
-    Kind.START: "1b8ad4eb769e493ca6f193ee5f64fe15",
-    Kind.READY: "0315fb9cbc8f4c7fa307bda0efd3832b",
-    Kind.FAIL: "c14a62bd1549446c89b2c2d35ab2567e",
-    Kind.REFUSAL: "1631cdb8c6a4475bbe7bba91d92f3e46",
-    Kind.IDLE: "109137fcca7e4fec9989640bd3dcf1e0",
-    Kind.STUCK: "0e5609f975394a19a938c17494921a11",
-    Kind.PRESSURE: "a96530b3374740f2accb6e96b9390ba3",
-    Kind.EVICT: "4a6a2d5027294f079652f48cc49d870f",
-    Kind.RELEASE: "82404427ed7740dc97582d2bb2ed7e4f",
-    Kind.UNRELEASED: "4b69b016a0da4688a82fc4660cb920f2",
-    Kind.LEAK: "fa14589ae3d544c988834b5aa56db9c5",
+    EventType.START: "1b8ad4eb769e493ca6f193ee5f64fe15",
+    EventType.READY: "0315fb9cbc8f4c7fa307bda0efd3832b",
+    EventType.FAIL: "c14a62bd1549446c89b2c2d35ab2567e",
+    EventType.REFUSAL: "1631cdb8c6a4475bbe7bba91d92f3e46",
+    EventType.IDLE: "109137fcca7e4fec9989640bd3dcf1e0",
+    EventType.STUCK: "0e5609f975394a19a938c17494921a11",
+    EventType.PRESSURE: "a96530b3374740f2accb6e96b9390ba3",
+    EventType.EVICT: "4a6a2d5027294f079652f48cc49d870f",
+    EventType.RELEASE: "82404427ed7740dc97582d2bb2ed7e4f",
+    EventType.UNRELEASED: "4b69b016a0da4688a82fc4660cb920f2",
+    EventType.LEAK: "fa14589ae3d544c988834b5aa56db9c5",
 }
 
 
 def emit(
-    kind: Kind,
+    kind: EventType,
     sentence: str,
     *,
     model: str | None,
@@ -101,7 +101,7 @@ def emit(
 
 
 def _fields(
-    kind: Kind,
+    kind: EventType,
     sentence: str,
     model: str | None,
     gpus: Sequence[int],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gpusvc.journal import lastwords
 from gpusvc.journal import units as unitlog
-from gpusvc.journal.events import Kind
+from gpusvc.journal.events import EventType
 from gpusvc.launcher import caller, oom, watching
 from gpusvc.log import log
 
@@ -72,5 +72,5 @@ def _report(run: Run, sentence: str, killed: str | None, *, was_full: bool = Fal
             sentence += ", although all idle models made room for it"
     line = f"{sentence}; its last words: {words[-1]}" if words else f"{sentence}; it wrote nothing."
     run.notifier.status(line)
-    run.emit(Kind.FAIL, line, level=3)
+    run.emit(EventType.FAIL, line, level=3)
     return ran_out

@@ -16,7 +16,7 @@ from gpusvc.errors import GpusvcError, PlacementError, UnknownModelError, UsageE
 from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import total
 from gpusvc.journal import events, relay
-from gpusvc.journal.events import Kind
+from gpusvc.journal.events import EventType
 from gpusvc.launcher import termination
 from gpusvc.launcher.loading import Load
 from gpusvc.launcher.parked import Orders, ParkedEngine, environment
@@ -135,7 +135,7 @@ def _place(run: Run) -> None:
     run.lease, run.gpus, run.is_guess = admitted.lease, admitted.gpus, admitted.is_guess
     evicted = f", after {', '.join(run.lease.evicting)} made room" if run.lease.evicting else ""
     events.emit(
-        Kind.START,
+        EventType.START,
         f"{run.name} starts on {run.place()}{evicted}.",
         model=run.name,
         gpu=[gpu.index for gpu in run.gpus],
@@ -198,13 +198,13 @@ def _fail(notifier: Notifier, error: OSError) -> NoReturn:
     """The machine lacks processes, memory or files."""
     sentence = f"The launcher failed: {error}."
     notifier.status(sentence)
-    events.emit(Kind.FAIL, sentence, model=sys.argv[1], reason="launcher", level=3)
+    events.emit(EventType.FAIL, sentence, model=sys.argv[1], reason="launcher", level=3)
     sys.exit(1)
 
 
 def _refuse(notifier: Notifier, error: GpusvcError) -> NoReturn:
     notifier.status(error.message)
-    kind = Kind.REFUSAL if isinstance(error, PlacementError) else Kind.FAIL
+    kind = EventType.REFUSAL if isinstance(error, PlacementError) else EventType.FAIL
     events.emit(kind, str(error), model=sys.argv[1], reason=error.word(), level=3)
     status = termination.exit_status(error)
     if status != 1:

@@ -61,7 +61,7 @@ class Run:
         """Raises GpusvcError if the file system does not take it."""
         leases.write(self.paths, self.lease)
 
-    def emit(self, kind: events.Kind, sentence: str, *, level: int = 6) -> None:
+    def emit(self, kind: events.EventType, sentence: str, *, level: int = 6) -> None:
         """Write an event about the model to the journal, with its GPUs and the VRAM that it holds."""
         events.emit(
             kind,

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from gpusvc import names
-from gpusvc.journal.events import Kind
+from gpusvc.journal.events import EventType
 from gpusvc.launcher import readiness, watching
 from gpusvc.launcher.sampling import Sampler
 from gpusvc.log import log
@@ -56,7 +56,7 @@ class Supervision:
         run.notifier.set_watchdog(run.config.health_timeout_seconds)
         sentence = run.ready_sentence()
         run.notifier.ready(sentence)
-        run.emit(Kind.READY, f"Ready after {time.monotonic() - run.began_seconds:.2f} s. {sentence}")
+        run.emit(EventType.READY, f"Ready after {time.monotonic() - run.began_seconds:.2f} s. {sentence}")
         self._last_answer = time.monotonic()
 
     def _check(self) -> None:

@@ -110,7 +110,7 @@ def begin(manager: ServiceManager, name: str, *, reason: str, forced: bool = Fal
         SystemdError, PermissionDeniedError: it could not be stopped.
     """
     events.emit(
-        events.Kind.EVICT,
+        events.EventType.EVICT,
         f"{name} is evicted{' although it is in use' if forced else ''}: {reason}.",
         model=name,
         reason=reason,

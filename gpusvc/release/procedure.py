@@ -62,7 +62,7 @@ class Release(Record):
 
     def tell(self) -> None:
         """Let the journal know."""
-        events.emit(events.Kind.RELEASE, str(self), model=self.model, gpu=self.gpus, bytes=self.bytes)
+        events.emit(events.EventType.RELEASE, str(self), model=self.model, gpu=self.gpus, bytes=self.bytes)
 
 
 def release(
@@ -230,7 +230,7 @@ def main() -> int:
         return error.exit_code
     except GpusvcError as error:
         notifier.status(error.message.replace("\n", " "))
-        events.emit(events.Kind.UNRELEASED, str(error), model=name, level=3)
+        events.emit(events.EventType.UNRELEASED, str(error), model=name, level=3)
         return error.exit_code
     except OSError as error:
         log(3, f"The release of {name} could not be looked at: {error}.")

@@ -19,15 +19,14 @@ from gpusvc.config.host import HostWatchdog
 from gpusvc.config.watched import Watched
 from gpusvc.errors import GpusvcError
 from gpusvc.gpu.meter import Meter
-from gpusvc.journal import events
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.state import use
 from gpusvc.systemd.connection import Connection, ServiceManager
 from gpusvc.systemd.notify import Notifier
-from gpusvc.watchdog import verdicts
-from gpusvc.watchdog.departures import Departures
-from gpusvc.watchdog.judge import History, Judgement, Kind, Pressure, Verdict, judge
+from gpusvc.watchdog import announcements, verdicts
+from gpusvc.watchdog.evictions import Evictions
+from gpusvc.watchdog.judge import Finding, History, Judgement, Pressure, judge
 from gpusvc.watchdog.leaks import Strays, Unattended
 from gpusvc.watchdog.observer import Observation, Observer
 
@@ -62,7 +61,7 @@ class Watchdog:
         self._observer = observer
         self._notifier = notifier
         self._systemd = Connection(connect, now=now, on_answer=notifier.feed_watchdog)
-        self._departures = Departures(paths, self._systemd, now)
+        self._evictions = Evictions(paths, self._systemd, now)
         self._history = History()
         self._short: set[str] = set()
         self._strays = Strays()
@@ -82,9 +81,9 @@ class Watchdog:
                 due = time.monotonic() + self._interval()
                 self.tick()
             else:
-                self._departures.follow()
+                self._evictions.follow()
             self._notifier.feed_watchdog()
-            rest = min(due - time.monotonic(), _FOLLOW_SECONDS if self._departures.models else _FEED_SECONDS)
+            rest = min(due - time.monotonic(), _FOLLOW_SECONDS if self._evictions.models else _FEED_SECONDS)
             received = signal.sigtimedwait(signals, max(0.0, rest))
             if received is None:
                 continue
@@ -98,8 +97,8 @@ class Watchdog:
 
     def tick(self) -> Judgement:
         """Look, judge, act, and tell."""
-        self._departures.follow()
-        seen = self._observer.look(self._departures.models)
+        self._evictions.follow()
+        seen = self._observer.look(self._evictions.models)
         policy = seen.host.watchdog if seen.host is not None else HostWatchdog()
         judgement = judge(
             self._history,
@@ -115,19 +114,19 @@ class Watchdog:
                 with contextlib.suppress(GpusvcError):
                     use.touch(self._paths, name)
         for verdict in judgement.verdicts:
-            if verdict.kind is Kind.IDLE:
-                self._evict(seen, verdict.model, verdict.reason, partial(_tell_idle, seen, verdict))
-            elif verdict.kind is Kind.STUCK:
-                self._departures.unstick(seen.evidence[verdict.model], seen.leases[verdict.model], verdict)
+            if verdict.kind is Finding.IDLE:
+                self._evict(seen, verdict.model, verdict.reason, partial(announcements.idle, seen, verdict))
+            elif verdict.kind is Finding.STUCK:
+                self._evictions.unstick(seen.evidence[verdict.model], seen.leases[verdict.model], verdict)
         self._relieve(seen, judgement.pressures)
         self._tend(seen)
-        if not self._departures.models:
+        if not self._evictions.models:
             self._systemd.close()
         self._tell(seen, judgement)
         return judgement
 
     def close(self) -> None:
-        self._departures.close()
+        self._evictions.close()
         self._systemd.close()
         self._observer.close()
 
@@ -136,7 +135,7 @@ class Watchdog:
         return (host.watchdog if host is not None else HostWatchdog()).interval_seconds
 
     def _evict(self, seen: Observation, name: str, reason: str, announce: Callable[[], None]) -> None:
-        self._departures.evict(seen.evidence[name], seen.leases[name], reason=reason, announce=announce)
+        self._evictions.evict(seen.evidence[name], seen.leases[name], reason=reason, announce=announce)
 
     def _relieve(self, seen: Observation, pressures: Iterable[Pressure]) -> None:
         """Evict the victims; where there is none, that is said once for as long as it lasts."""
@@ -144,15 +143,15 @@ class Watchdog:
         for pressure in pressures:
             self._short.add(pressure.gpu_uuid)
             if pressure.victim is not None:
-                self._evict(seen, pressure.victim, pressure.reason, partial(_tell_pressure, seen, pressure))
+                self._evict(seen, pressure.victim, pressure.reason, partial(announcements.pressure, seen, pressure))
             elif pressure.gpu_uuid not in short:
-                _tell_pressure(seen, pressure)
+                announcements.pressure(seen, pressure)
 
     def _tend(self, seen: Observation) -> None:
         """Name what models left behind, and have it cleared away where that can be done."""
         now = seen.now_seconds
         for stray in self._strays.news(now, seen.strays):
-            _tell_leak(str(stray), stray.model, "a process", gpu=[stray.gpu_index], vram_bytes=stray.used_bytes)
+            announcements.leak(str(stray), stray.model, "a process", gpu=[stray.gpu_index], vram_bytes=stray.used_bytes)
 
         def in_the_way(name: str) -> tuple[object, ...]:
             return seen.problem, frozenset(stray for stray in seen.strays if stray.model == name)
@@ -173,7 +172,7 @@ class Watchdog:
                 continue  # that its proof failed is what its own unit has just said
             if is_new:
                 left = "its lease" if name in seen.leases else "something of it"
-                _tell_leak(f"{name} does not run, and {left} is left: its release is proven now.", name, left)
+                announcements.leak(f"{name} does not run, and {left} is left: its release is proven now.", name, left)
             self._systemd.ask(partial(_prove, unit=names.proof(name)))
 
     def _tell(self, seen: Observation, judgement: Judgement) -> None:
@@ -190,7 +189,7 @@ class Watchdog:
 
 def status(judgement: Judgement, problem: str | None) -> str:
     """What `systemctl status` shows: what is the matter first, and then what is not."""
-    told = sorted(judgement.verdicts, key=lambda verdict: verdict.kind is Kind.NONE)
+    told = sorted(judgement.verdicts, key=lambda verdict: verdict.kind is Finding.NONE)
     number = len(told)
     count = "no model" if not number else "1 model" if number == 1 else f"{number} models"
     sentences = [f"Watching {count}."]
@@ -204,36 +203,6 @@ def status(judgement: Judgement, problem: str | None) -> str:
 def _prove(manager: ServiceManager, *, unit: str) -> str:
     # Not "Start": polkit cannot tell that from the making of a transient unit of the same name, which is root.
     return manager.enqueue("Restart", unit)
-
-
-def _tell_idle(seen: Observation, verdict: Verdict) -> None:
-    events.emit(
-        events.Kind.IDLE,
-        verdict.reason,
-        model=verdict.model,
-        gpu=[gpu.index for gpu in seen.leases[verdict.model].gpus],
-        bytes=seen.evidence[verdict.model].vram_bytes,
-        reason=verdict.reason,
-    )
-
-
-def _tell_pressure(seen: Observation, pressure: Pressure) -> None:
-    gpu = next(gpu for gpu in seen.gpus if gpu.uuid == pressure.gpu_uuid)
-    events.emit(
-        events.Kind.PRESSURE,
-        pressure.reason,
-        model=pressure.victim,
-        gpu=[gpu.index],
-        bytes=None if gpu.free_bytes is None else gpu.reserve_bytes - gpu.free_bytes,
-        reason=pressure.reason,
-        level=4,
-    )
-
-
-def _tell_leak(
-    sentence: str, model: str, what: str, *, gpu: list[int] | None = None, vram_bytes: int | None = None
-) -> None:
-    events.emit(events.Kind.LEAK, sentence, model=model, gpu=gpu, bytes=vram_bytes, reason=f"{what} is left", level=4)
 
 
 def boottime() -> float:

@@ -27,7 +27,7 @@ _LONGEST_GAP_TICKS = 10
 _LONGEST_GAP_SECONDS = 30.0
 
 
-class Kind(StrEnum):
+class Finding(StrEnum):
     """What is to be said of a model."""
 
     NONE = "none"
@@ -90,7 +90,7 @@ class Verdict:
     """On a model: what it is, why, for how long, and on what that rests."""
 
     model: str
-    kind: Kind
+    kind: Finding
     reason: str
     seconds: float = 0.0
     source: Source | None = None
@@ -180,7 +180,7 @@ def judge(
 
     gpus = sorted(gpus, key=lambda gpu: gpu.index)
     shortages = dict(_shortages(history.shortages, gpus, now_seconds, gap_seconds))
-    idle = {verdict.model for verdict in verdicts if verdict.kind is Kind.IDLE}
+    idle = {verdict.model for verdict in verdicts if verdict.kind is Finding.IDLE}
     going = [evidence for evidence in models if evidence.leaving or evidence.name in idle]
     pressures: list[Pressure] = []
     for gpu in gpus:
@@ -202,17 +202,17 @@ def _judge_model(
     if track is not None and track.run != evidence.run:
         track = None
     if not evidence.ready:
-        return None, Verdict(name, Kind.NONE, f"{name} is loading.")
+        return None, Verdict(name, Finding.NONE, f"{name} is loading.")
     missing = _missing(evidence)
     if missing is not None:
-        return track, Verdict(name, Kind.NONE, f"There is no verdict on {name}: {missing}")
+        return track, Verdict(name, Finding.NONE, f"There is no verdict on {name}: {missing}")
     if track is None:
         track = _begin(evidence, now_seconds, evidence.unused_seconds or 0.0)
     elif not 0 <= now_seconds - track.seen_seconds <= gap_seconds:
         track = _begin(evidence, now_seconds, 0.0)
     track, source = _look(track, evidence, now_seconds)
     verdict = _verdict(track, evidence, now_seconds, source)
-    if verdict.kind is Kind.STUCK:
+    if verdict.kind is Finding.STUCK:
         # Said once, and again only if that did not help for as long.
         track = replace(track, still_seconds=now_seconds)
     return track, verdict
@@ -265,22 +265,22 @@ def _look(before: Track, evidence: Evidence, now_seconds: float) -> tuple[Track,
 def _verdict(track: Track, evidence: Evidence, now_seconds: float, source: Source) -> Verdict:
     name = evidence.name
     if evidence.leaving:
-        return Verdict(name, Kind.NONE, f"{name} is leaving.", source=source)
+        return Verdict(name, Finding.NONE, f"{name} is leaving.", source=source)
     if evidence.in_use:
         still, limit = now_seconds - track.still_seconds, evidence.busy_timeout_seconds
         if limit and still >= limit:
             reason = f"{name} is in use, and for {_span(still)} made no progress: no output, no work of its processes."
-            return Verdict(name, Kind.STUCK, reason, still, source, evidence.busy_action)
-        return Verdict(name, Kind.NONE, f"{name} is in use.", still, source)
+            return Verdict(name, Finding.STUCK, reason, still, source, evidence.busy_action)
+        return Verdict(name, Finding.NONE, f"{name} is in use.", still, source)
     quiet, limit = now_seconds - track.quiet_seconds, evidence.idle_timeout_seconds
     if evidence.pinned or not limit:
         why = "is pinned" if evidence.pinned else "has no idle_timeout"
-        return Verdict(name, Kind.NONE, f"{name} was not used for {_span(quiet)}, and {why}.", quiet, source)
+        return Verdict(name, Finding.NONE, f"{name} was not used for {_span(quiet)}, and {why}.", quiet, source)
     if quiet >= limit and track.quiet_looks >= _LOOKS:
         reason = f"{name} was not used for {_span(quiet)}, and its processes did no work, by their {_NOUN[source]}."
-        return Verdict(name, Kind.IDLE, reason, quiet, source)
+        return Verdict(name, Finding.IDLE, reason, quiet, source)
     reason = f"{name} was not used for {_span(quiet)}; it may stay for {_span(limit)}."
-    return Verdict(name, Kind.NONE, reason, quiet, source)
+    return Verdict(name, Finding.NONE, reason, quiet, source)
 
 
 _NOUN = {Source.NVML: "use of the GPU", Source.CPU: "CPU time"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpusvc import files as statefile
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.watchdog.judge import Kind, Source, Verdict
+from gpusvc.watchdog.judge import Finding, Source, Verdict
 
 VERSION = 1
 
@@ -20,7 +20,7 @@ VERSION = 1
 class LastVerdict:
     """What the watchdog thinks of a model, and where its knowledge comes from whether the model works."""
 
-    kind: Kind
+    kind: Finding
     source: Source | None
 
 
@@ -46,7 +46,7 @@ def read(paths: Paths) -> dict[str, LastVerdict]:
     try:
         value = json.loads(statefile.read(file_of(paths)))
         return {
-            str(model): LastVerdict(Kind(each["kind"]), Source(each["source"]) if each["source"] else None)
+            str(model): LastVerdict(Finding(each["kind"]), Source(each["source"]) if each["source"] else None)
             for model, each in value["models"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -25,7 +25,7 @@ from gpusvc.api.backend.streams import Streams
 from gpusvc.api.routes.application import application
 from gpusvc.errors import GpusvcError, PlacementError
 from gpusvc.gpu.reading import Gpu, GpuProcess
-from gpusvc.journal.events import MESSAGE_IDS, Kind
+from gpusvc.journal.events import MESSAGE_IDS, EventType
 from gpusvc.paths import Paths
 from gpusvc.quantity import GIB
 from gpusvc.status.inventory import GpuStatus, HeldGpu, Holder, ModelState, ModelStatus
@@ -189,14 +189,14 @@ class Scene:
         where = (HeldGpu(gpu, f"GPU-{gpu}"),)
         self.change(name, state=ModelState.READY, text="", gpus=where, vram_bytes=vram, reserved_bytes=vram)
         self.use(name, in_use=False)
-        self.happen(Kind.READY, f"{name} is ready on GPU {gpu}.", model=name)
+        self.happen(EventType.READY, f"{name} is ready on GPU {gpu}.", model=name)
 
     def be_evicted(self, name: str, reason: str) -> None:
-        self.happen(Kind.EVICT, f"{name} is evicted: {reason}.", model=name, reason=reason)
+        self.happen(EventType.EVICT, f"{name} is evicted: {reason}.", model=name, reason=reason)
         self.change(name, state=ModelState.STOPPED, text="It is not running.", gpus=(), vram_bytes=0, reserved_bytes=0)
-        self.happen(Kind.RELEASE, f"{name} gave all of its VRAM back.", model=name)
+        self.happen(EventType.RELEASE, f"{name} gave all of its VRAM back.", model=name)
 
-    def happen(self, kind: Kind, message: str, *, model: str, reason: str | None = None, level: int = 6) -> None:
+    def happen(self, kind: EventType, message: str, *, model: str, reason: str | None = None, level: int = 6) -> None:
         fields = {"GPUSVC_EVENT": kind.value, "GPUSVC_MODEL": model, "MESSAGE_ID": MESSAGE_IDS[kind]}
         if reason is not None:
             fields["GPUSVC_REASON"] = reason
@@ -278,12 +278,14 @@ def furnish(scene: Scene) -> None:
     )
     scene.add("whisper", state=ModelState.STARTING, gpu=0, vram=6 * GIB, text="It loads: 31 % of 6.0 GiB.")
     scene.change("whisper", vram_bytes=2 * GIB)
-    scene.happen(Kind.START, "qwen starts on GPU 0.", model="qwen")
-    scene.happen(Kind.READY, "qwen is ready on GPU 0.", model="qwen")
-    scene.happen(Kind.IDLE, "flux was not used for 15min.", model="flux")
-    scene.happen(Kind.EVICT, "flux is evicted: flux was not used for 15min.", model="flux", reason="idle")
-    scene.happen(Kind.FAIL, "scribe: <script>document.title = 'owned'</script> out of memory", model="scribe", level=3)
-    scene.happen(Kind.PRESSURE, "GPU 1 has had 0.2 GiB of free VRAM for 10s.", model="coder", level=4)
+    scene.happen(EventType.START, "qwen starts on GPU 0.", model="qwen")
+    scene.happen(EventType.READY, "qwen is ready on GPU 0.", model="qwen")
+    scene.happen(EventType.IDLE, "flux was not used for 15min.", model="flux")
+    scene.happen(EventType.EVICT, "flux is evicted: flux was not used for 15min.", model="flux", reason="idle")
+    scene.happen(
+        EventType.FAIL, "scribe: <script>document.title = 'owned'</script> out of memory", model="scribe", level=3
+    )
+    scene.happen(EventType.PRESSURE, "GPU 1 has had 0.2 GiB of free VRAM for 10s.", model="coder", level=4)
     scene.say("qwen", "llama_model_loader: loaded meta data with 33 key-value pairs and 399 tensors")
     scene.say("qwen", "<script>document.title = 'owned'</script><b>bold</b>")
     scene.say("qwen", "srv  log_server_r: request: POST /v1/chat/completions 127.0.0.1 200", level=4)

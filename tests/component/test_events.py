@@ -16,7 +16,7 @@ import pytest
 
 from gpusvc.errors import GpusvcError
 from gpusvc.journal import eventlog, events
-from gpusvc.journal.events import MESSAGE_IDS, Kind, emit
+from gpusvc.journal.events import MESSAGE_IDS, EventType, emit
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,10 +36,10 @@ def journald(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket
 
 
 def test_an_event_is_one_entry_with_its_fields(journald: socket.socket) -> None:
-    emit(Kind.EVICT, "Evicting.", model="qwen", gpu=[0, 2], bytes=1024, reason="room for b", level=4)
+    emit(EventType.EVICT, "Evicting.", model="qwen", gpu=[0, 2], bytes=1024, reason="room for b", level=4)
     assert journald.recv(65536).decode().splitlines() == [
         "MESSAGE=Evicting.",
-        f"MESSAGE_ID={MESSAGE_IDS[Kind.EVICT]}",
+        f"MESSAGE_ID={MESSAGE_IDS[EventType.EVICT]}",
         "PRIORITY=4",
         "SYSLOG_FACILITY=3",
         "SYSLOG_IDENTIFIER=gpusvc",
@@ -55,14 +55,14 @@ def test_an_event_is_one_entry_with_its_fields(journald: socket.socket) -> None:
 
 
 def test_what_is_not_known_is_not_said(journald: socket.socket) -> None:
-    emit(Kind.PRESSURE, "No room.", model=None)
+    emit(EventType.PRESSURE, "No room.", model=None)
     assert [line.partition("=")[0] for line in journald.recv(65536).decode().splitlines()] == [
         "MESSAGE", "MESSAGE_ID", "PRIORITY", "SYSLOG_FACILITY", "SYSLOG_IDENTIFIER", "SYSLOG_PID", "GPUSVC_EVENT",
     ]  # fmt: skip
 
 
 def test_several_lines_are_one_entry(journald: socket.socket) -> None:
-    emit(Kind.UNRELEASED, "Stuck.\nPID 7.", model="qwen")
+    emit(EventType.UNRELEASED, "Stuck.\nPID 7.", model="qwen")
     assert journald.recv(65536).startswith(b"MESSAGE\n\x0d\0\0\0\0\0\0\0Stuck.\nPID 7.\nMESSAGE_ID=")
 
 
@@ -70,7 +70,7 @@ def test_without_a_journal_stderr_gets_the_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(events, "_SOCKET", str(tmp_path / "none"))
-    emit(Kind.STUCK, "Stuck.\nPID 7.", model="qwen", level=3)
+    emit(EventType.STUCK, "Stuck.\nPID 7.", model="qwen", level=3)
     assert capsys.readouterr().err == "<3>Stuck.\n<3>PID 7.\n"
 
 
@@ -80,9 +80,9 @@ def test_a_journal_that_does_not_read_holds_nobody_up(
     began = time.monotonic()
     # The kernel keeps net.unix.max_dgram_qlen datagrams for it, at least 10; the sender waits for more.
     while not capsys.readouterr().err and time.monotonic() < began + 30:
-        emit(Kind.READY, "Ready.", model="qwen")
+        emit(EventType.READY, "Ready.", model="qwen")
     last = time.monotonic()
-    emit(Kind.READY, "Ready.", model="qwen")
+    emit(EventType.READY, "Ready.", model="qwen")
     assert time.monotonic() - last < 2
     assert capsys.readouterr().err == "<6>Ready.\n"
 

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from gpusvc.api.page.clock import duration
-from gpusvc.journal.events import Kind
+from gpusvc.journal.events import EventType
 from gpusvc.quantity import GIB
 from gpusvc.status.inventory import ModelState
 from tests.component.browser import PROGRAM, Browser, Page, opened
@@ -257,7 +257,7 @@ def test_models_come_and_go(run: Run, scene: Scene) -> None:
         await page.ask("document.getElementById('pin-qwen').focus()")
         scene.add("dinner")
         del scene.models["embed"]
-        scene.happen(Kind.LEAK, "Something happened.", model="dinner")
+        scene.happen(EventType.LEAK, "Something happened.", model="dinner")
         await page.until(row("dinner"))
         names = "[...document.querySelectorAll('.model')].map(model => model.dataset.name)"
         assert await page.ask(names) == ["coder", "dinner", "flux", "qwen", "scribe", "whisper"]
@@ -376,7 +376,7 @@ def test_without_a_script_all_can_be_read_and_done(run: Run, scene: Scene) -> No
 @pytest.mark.parametrize("width", [360, 700, 1000, 1400])
 def test_nothing_is_wider_than_the_window(run: Run, scene: Scene, width: int) -> None:
     scene.add("n" * 120, state=ModelState.FAILED, text="x" * 300, file=f'description = "{"y" * 300}"')
-    scene.happen(Kind.FAIL, "z" * 300, model="qwen")
+    scene.happen(EventType.FAIL, "z" * 300, model="qwen")
     scene.say("qwen", "w" * 300)
 
     async def scenario(page: Page) -> None:

@@ -26,7 +26,7 @@ from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.watchdog import verdicts
 from gpusvc.watchdog.daemon import Watchdog
-from gpusvc.watchdog.judge import Judgement, Kind, Source
+from gpusvc.watchdog.judge import Finding, Judgement, Source
 from gpusvc.watchdog.observer import Observer
 from tests.component.conftest import Machine, eventually
 from tests.component.fleet import Clock, Fleet, Heard
@@ -227,7 +227,7 @@ def test_whoever_came_in_during_the_tick_is_not_turned_out(ticker: Ticker, monke
 
     ticker.tick(9)
     monkeypatch.setattr(ticker.watchdog._observer, "look", look_and_be_used)
-    assert ticker.tick(2).verdicts[0].kind is Kind.NONE  # the one of the tick before was seen by this one
+    assert ticker.tick(2).verdicts[0].kind is Finding.NONE  # the one of the tick before was seen by this one
     assert ticker.jobs == []
     assert ticker.told() == []
     assert ticker.door_is_open()
@@ -282,7 +282,7 @@ def test_a_door_opens_again_at_last_even_if_the_model_never_goes(ticker: Ticker)
     assert ticker.jobs == [STOP]
     ticker.clock.advance(110)
     ticker.fleet.systemd.states["model@qwen.service"] = "deactivating"
-    ticker.watchdog._departures.follow()
+    ticker.watchdog._evictions.follow()
     assert ticker.door_is_open()
 
 
@@ -442,10 +442,10 @@ def test_an_answer_that_streams_is_not_stuck(ticker: Ticker) -> None:
 def test_one_that_moves_while_its_last_words_are_looked_for_is_left_alone(ticker: Ticker) -> None:
     ticker.fleet.add("qwen")
     with used(ticker):
-        while ticker.tick().verdicts[0].kind is not Kind.STUCK:
+        while ticker.tick().verdicts[0].kind is not Finding.STUCK:
             pass
         use.touch(ticker.fleet.paths, "qwen")
-        assert eventually(lambda: bool(ticker.tick() and not ticker.watchdog._departures.models))
+        assert eventually(lambda: bool(ticker.tick() and not ticker.watchdog._evictions.models))
     assert ticker.jobs == []
     assert ticker.told() == []
 

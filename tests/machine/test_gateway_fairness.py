@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpusvc.journal.events import MESSAGE_IDS, Kind
+from gpusvc.journal.events import MESSAGE_IDS, EventType
 from tests.machine.tree import Generation
 
 if TYPE_CHECKING:
@@ -119,16 +119,17 @@ def _waited_for(asked: Asked, loads: list[Load]) -> list[Load]:
 def _loads(machine: Host) -> list[Load]:
     loads = []
     ends = {
-        model: [at for at, entry in _events(machine, Kind.READY) if entry["GPUSVC_MODEL"] == model] for model in MODELS
+        model: [at for at, entry in _events(machine, EventType.READY) if entry["GPUSVC_MODEL"] == model]
+        for model in MODELS
     }
-    for began, entry in _events(machine, Kind.START):
+    for began, entry in _events(machine, EventType.START):
         victim = re.search(r"after (\w+) made room", entry["MESSAGE"])
         model = entry["GPUSVC_MODEL"]
         loads.append(Load(model, began, ends[model].pop(0), victim and victim[1]))
     return loads
 
 
-def _events(machine: Host, kind: Kind) -> list[tuple[float, dict[str, Any]]]:
+def _events(machine: Host, kind: EventType) -> list[tuple[float, dict[str, Any]]]:
     """In the order in which the journal received them, and when that was."""
     text = machine.journal(None, f"MESSAGE_ID={MESSAGE_IDS[kind]}", "-o", "json")
     entries: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpusvc.journal.events import MESSAGE_IDS, Kind
+from gpusvc.journal.events import MESSAGE_IDS, EventType
 from tests.machine.host import REPOSITORY
 from tests.machine.test_isolation import itself
 from tests.machine.tree import Generation
@@ -259,7 +259,7 @@ def test_what_it_says_breaks_no_terminal_no_log_and_no_neighbour(
     attempt("flood", "2000")
     fields = {
         "MESSAGE": "forged",
-        "MESSAGE_ID": MESSAGE_IDS[Kind.EVICT],
+        "MESSAGE_ID": MESSAGE_IDS[EventType.EVICT],
         "GPUSVC_EVENT": "evict",
         "GPUSVC_MODEL": VICTIM,
         "OBJECT_SYSTEMD_UNIT": f"model@{VICTIM}.service",

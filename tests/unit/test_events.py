@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpusvc.hooks.daemon import environment, is_hook_name
 from gpusvc.journal.eventlog import Event, command, is_cursor, parse
-from gpusvc.journal.events import MESSAGE_IDS, Kind, encode
+from gpusvc.journal.events import MESSAGE_IDS, EventType, encode
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +56,8 @@ def event(**changed: Any) -> Event:
 
 
 def test_each_kind_has_a_message_id_of_its_own() -> None:
-    assert set(MESSAGE_IDS) == set(Kind)
-    assert len(set(MESSAGE_IDS.values())) == len(Kind)
+    assert set(MESSAGE_IDS) == set(EventType)
+    assert len(set(MESSAGE_IDS.values())) == len(EventType)
     assert all(re.fullmatch("[0-9a-f]{32}", message_id) for message_id in MESSAGE_IDS.values())
 
 
@@ -74,7 +74,7 @@ def test_the_catalog_speaks_only_of_fields_that_events_have() -> None:
 
 def test_the_manual_lists_every_kind() -> None:
     section = (ROOT / "docs/man/gpusvc-hooks.7").read_text().split(".SH EVENTS")[1].split(".SH")[0]
-    assert re.findall(r"^\.TP\n\.B (\w+)$", section, re.MULTILINE) == list(Kind)
+    assert re.findall(r"^\.TP\n\.B (\w+)$", section, re.MULTILINE) == list(EventType)
 
 
 def test_the_manual_lists_every_variable_of_a_hook() -> None:

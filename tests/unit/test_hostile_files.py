@@ -36,7 +36,7 @@ from gpusvc.state import footprints as footprint
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import BrokenLeaseError, Lease
 from gpusvc.watchdog import verdicts
-from gpusvc.watchdog.judge import Kind, Source
+from gpusvc.watchdog.judge import Finding, Source
 from tests.unit.test_lease import LEASE
 
 MODEL = 'command = ["/bin/sh"]\nuser = "root"\naliases = ["a/b"]\n[gpu]\ncount = 0\n[filter]\nset = { n = 1 }\n'
@@ -119,7 +119,7 @@ READERS: Mapping[str, tuple[Callable[[Paths], Path], Callable[[Paths], object], 
     "verdicts": (
         verdicts.file_of,
         verdicts.read,
-        json.dumps({"version": 1, "models": {"qwen": {"kind": next(iter(Kind)), "source": next(iter(Source))}}}),
+        json.dumps({"version": 1, "models": {"qwen": {"kind": next(iter(Finding)), "source": next(iter(Source))}}}),
     ),
     "ticket": (
         lambda paths: paths.waitlist_directory / "00000000000000000001-qwen",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpusvc.config.host import BusyAction
 from gpusvc.quantity import GIB, MIB
-from gpusvc.watchdog.judge import Evidence, GpuEvidence, History, Judgement, Kind, Source, Track, Verdict, judge
+from gpusvc.watchdog.judge import Evidence, Finding, GpuEvidence, History, Judgement, Source, Track, Verdict, judge
 
 QWEN = Evidence(
     name="qwen",
@@ -50,7 +50,7 @@ class Watch:
         self.history = done.history
         return done
 
-    def until(self, kind: Kind, evidence: Evidence, *, limit: int = 2000) -> tuple[int, Verdict]:
+    def until(self, kind: Finding, evidence: Evidence, *, limit: int = 2000) -> tuple[int, Verdict]:
         """How many ticks it takes until there is such a verdict, and that."""
         for number in range(1, limit):
             (verdict,) = self.tick(evidence).verdicts
@@ -59,7 +59,7 @@ class Watch:
         raise AssertionError(f"no such verdict in {limit} ticks")
 
     def never(self, evidence: Evidence, *, ticks: int = 2000) -> bool:
-        return all(self.tick(evidence).verdicts[0].kind is Kind.NONE for _ in range(ticks))
+        return all(self.tick(evidence).verdicts[0].kind is Finding.NONE for _ in range(ticks))
 
     def victims(self, *models: Evidence, gpus: Sequence[GpuEvidence] = (SHORT,), ticks: int = 30) -> list[str | None]:
         """Whom each tick under pressure would evict."""
@@ -76,7 +76,7 @@ def but(**changes: Any) -> Evidence:
 
 
 def test_a_model_that_nobody_uses_is_idle_after_its_timeout() -> None:
-    ticks, verdict = Watch().until(Kind.IDLE, QWEN)
+    ticks, verdict = Watch().until(Finding.IDLE, QWEN)
     assert ticks == 901  # the first one starts the clock
     assert verdict.reason == "qwen was not used for 15min, and its processes did no work, by their use of the GPU."
     assert verdict.source is Source.NVML
@@ -99,7 +99,7 @@ def test_any_sign_of_use_starts_the_idle_clock_again(sign: Evidence) -> None:
     assert watch.never(QWEN, ticks=800)
     watch.tick(sign)
     afterwards = replace(QWEN, last_use=sign.last_use, last_progress=sign.last_progress)
-    ticks, _ = watch.until(Kind.IDLE, afterwards)
+    ticks, _ = watch.until(Finding.IDLE, afterwards)
     assert ticks == 900
 
 
@@ -107,8 +107,8 @@ def test_cpu_time_stands_in_where_nvml_does_not_tell() -> None:
     watch = Watch()
     for second in range(2000):
         (verdict,) = watch.tick(but(gpu_active=None, cpu_seconds=0.2 * second)).verdicts
-        assert verdict.kind is Kind.NONE
-    ticks, verdict = watch.until(Kind.IDLE, but(gpu_active=None, cpu_seconds=0.2 * 1999))
+        assert verdict.kind is Finding.NONE
+    ticks, verdict = watch.until(Finding.IDLE, but(gpu_active=None, cpu_seconds=0.2 * 1999))
     assert ticks == 900
     assert verdict.source is Source.CPU
     assert "CPU time" in verdict.reason
@@ -117,24 +117,24 @@ def test_cpu_time_stands_in_where_nvml_does_not_tell() -> None:
 def test_where_nvml_tells_a_server_that_uses_cpu_for_nothing_is_idle() -> None:
     watch = Watch()
     verdicts = [watch.tick(but(cpu_seconds=0.5 * second)).verdicts[0].kind for second in range(902)]
-    assert verdicts[-1] is Kind.IDLE
+    assert verdicts[-1] is Finding.IDLE
 
 
 def test_a_watchdog_that_was_killed_goes_on_after_three_looks() -> None:
-    ticks, verdict = Watch().until(Kind.IDLE, but(unused_seconds=3600.0))
+    ticks, verdict = Watch().until(Finding.IDLE, but(unused_seconds=3600.0))
     assert ticks == 3
     assert verdict.seconds == 3602
 
 
 def test_what_a_new_watchdog_cannot_date_counts_from_its_first_look() -> None:
-    ticks, _ = Watch().until(Kind.IDLE, but(unused_seconds=None))
+    ticks, _ = Watch().until(Finding.IDLE, but(unused_seconds=None))
     assert ticks == 901
 
 
 def test_a_model_that_loads_is_not_idle_however_long_that_takes() -> None:
     watch = Watch()
     assert watch.never(but(ready=False, unused_seconds=3600.0))
-    ticks, _ = watch.until(Kind.IDLE, QWEN)
+    ticks, _ = watch.until(Finding.IDLE, QWEN)
     assert ticks == 901
 
 
@@ -148,7 +148,7 @@ def test_another_run_knows_nothing_of_the_one_before() -> None:
 
 
 def test_a_use_without_progress_is_stuck_after_its_timeout() -> None:
-    ticks, verdict = Watch().until(Kind.STUCK, but(in_use=True))
+    ticks, verdict = Watch().until(Finding.STUCK, but(in_use=True))
     assert ticks == 301
     assert verdict.action is BusyAction.RESTART
     assert verdict.reason == ("qwen is in use, and for 5min made no progress: no output, no work of its processes.")
@@ -157,20 +157,20 @@ def test_a_use_without_progress_is_stuck_after_its_timeout() -> None:
 def test_a_stuck_model_is_named_once_in_a_timeout() -> None:
     watch = Watch()
     stuck = but(in_use=True, busy_action=BusyAction.NONE)
-    assert [watch.until(Kind.STUCK, stuck)[0] for _ in range(3)] == [301, 300, 300]
+    assert [watch.until(Finding.STUCK, stuck)[0] for _ in range(3)] == [301, 300, 300]
 
 
 def test_a_request_to_a_model_that_was_idle_for_long_is_not_stuck_at_once() -> None:
     watch = Watch()
     assert watch.never(but(unused_seconds=600.0), ticks=200)
-    ticks, _ = watch.until(Kind.STUCK, but(in_use=True))
+    ticks, _ = watch.until(Finding.STUCK, but(in_use=True))
     assert ticks == 300
 
 
 def test_those_who_come_in_again_and_again_do_not_hide_that_nobody_is_served() -> None:
     watch = Watch()
     kinds = [watch.tick(but(in_use=True, last_use=1000.0 + second)).verdicts[0].kind for second in range(301)]
-    assert kinds[-1] is Kind.STUCK
+    assert kinds[-1] is Finding.STUCK
 
 
 @pytest.mark.parametrize("sign", ["progress", "gpu", "cpu"])
@@ -183,7 +183,7 @@ def test_an_answer_that_takes_hours_is_not_stuck_while_there_is(sign: str) -> No
             gpu_active=sign == "gpu",
             cpu_seconds=5.0 + (0.15 * second if sign == "cpu" else 0),
         )
-        assert watch.tick(evidence, after=20).verdicts[0].kind is Kind.NONE
+        assert watch.tick(evidence, after=20).verdicts[0].kind is Finding.NONE
 
 
 def test_without_a_busy_timeout_nothing_is_stuck() -> None:
@@ -214,7 +214,7 @@ def test_what_is_missing_for_a_moment_does_not_stop_the_clock() -> None:
     watch = Watch()
     assert watch.never(QWEN, ticks=800)
     assert watch.never(but(missing="NVML failed."), ticks=20)
-    ticks, _ = watch.until(Kind.IDLE, QWEN)
+    ticks, _ = watch.until(Finding.IDLE, QWEN)
     assert ticks == 81
 
 
@@ -222,17 +222,19 @@ def test_what_is_missing_for_long_starts_the_clock_again() -> None:
     watch = Watch()
     assert watch.never(QWEN, ticks=800)
     assert watch.never(but(missing="NVML failed."), ticks=40)
-    ticks, _ = watch.until(Kind.IDLE, QWEN)
+    ticks, _ = watch.until(Finding.IDLE, QWEN)
     assert ticks == 901
 
 
 @pytest.mark.parametrize("jump", [31.0, 86400.0, -5.0])
-@pytest.mark.parametrize(("evidence", "kind"), [(QWEN, Kind.IDLE), (but(in_use=True), Kind.STUCK)])
-def test_a_jump_of_the_clock_or_a_suspend_starts_all_clocks_again(jump: float, evidence: Evidence, kind: Kind) -> None:
+@pytest.mark.parametrize(("evidence", "kind"), [(QWEN, Finding.IDLE), (but(in_use=True), Finding.STUCK)])
+def test_a_jump_of_the_clock_or_a_suspend_starts_all_clocks_again(
+    jump: float, evidence: Evidence, kind: Finding
+) -> None:
     watch = Watch()
-    limit = {Kind.IDLE: 900, Kind.STUCK: 300}[kind]
+    limit = {Finding.IDLE: 900, Finding.STUCK: 300}[kind]
     assert watch.never(evidence, ticks=limit)
-    assert watch.tick(replace(evidence, unused_seconds=1e9), after=jump).verdicts[0].kind is Kind.NONE
+    assert watch.tick(replace(evidence, unused_seconds=1e9), after=jump).verdicts[0].kind is Finding.NONE
     ticks, _ = watch.until(kind, evidence)
     assert ticks == limit
 
@@ -242,7 +244,7 @@ def test_setting_the_wall_clock_makes_nothing_idle(jumps: list[float]) -> None:
     watch = Watch()
     assert watch.never(QWEN, ticks=10)
     for jump in jumps:
-        assert watch.tick(but(unused_seconds=jump)).verdicts[0].kind is Kind.NONE
+        assert watch.tick(but(unused_seconds=jump)).verdicts[0].kind is Finding.NONE
 
 
 # --- Pressure
@@ -353,7 +355,7 @@ def test_no_model_goes_that_is_pinned_used_unseen_or_gone_already(
         done = watch.tick(*models, gpus=[replace(SHORT, free_bytes=free)], after=after)
         assert [verdict.model for verdict in done.verdicts] == [evidence.name for evidence in models]
         by_name = {evidence.name: evidence for evidence in models}
-        evicted = [verdict.model for verdict in done.verdicts if verdict.kind is Kind.IDLE]
+        evicted = [verdict.model for verdict in done.verdicts if verdict.kind is Finding.IDLE]
         evicted += [pressure.victim for pressure in done.pressures if pressure.victim is not None]
         for name in evicted:
             evidence = by_name[name]
@@ -364,7 +366,7 @@ def test_no_model_goes_that_is_pinned_used_unseen_or_gone_already(
             assert not evidence.leaving
             assert not evidence.gpu_active
         for verdict in done.verdicts:
-            if verdict.kind is Kind.STUCK:
+            if verdict.kind is Finding.STUCK:
                 assert by_name[verdict.model].in_use
                 assert not by_name[verdict.model].gpu_active
         assert set(done.history.models) <= set(by_name)

@@ -13,7 +13,7 @@ from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
 from gpusvc.watchdog import verdicts
 from gpusvc.watchdog.daemon import status
-from gpusvc.watchdog.judge import History, Judgement, Kind, Pressure, Source, Verdict
+from gpusvc.watchdog.judge import Finding, History, Judgement, Pressure, Source, Verdict
 from gpusvc.watchdog.leaks import Stray, Strays, Unattended
 from gpusvc.watchdog.verdicts import LastVerdict
 from tests.unit.readings import GIB, uuid_of
@@ -132,7 +132,7 @@ def judgement(*told: Verdict, pressures: tuple[Pressure, ...] = ()) -> Judgement
     return Judgement(History(), told, pressures)
 
 
-def verdict(name: str, kind: Kind = Kind.NONE) -> Verdict:
+def verdict(name: str, kind: Finding = Finding.NONE) -> Verdict:
     return Verdict(name, kind, f"{name} is {kind}.", source=Source.NVML)
 
 
@@ -142,7 +142,7 @@ def test_without_models_the_status_says_so() -> None:
 
 def test_the_status_begins_with_what_is_the_matter() -> None:
     pressure = Pressure(uuid_of(0), None, "GPU 0 runs short.", 10.0)
-    told = judgement(verdict("a"), verdict("b", Kind.STUCK), pressures=(pressure,))
+    told = judgement(verdict("a"), verdict("b", Finding.STUCK), pressures=(pressure,))
     expected = "Watching 2 models. NVML failed. GPU 0 runs short. b is stuck. a is none."
     assert status(told, "NVML failed.") == expected
 
@@ -156,8 +156,8 @@ def test_the_status_of_many_models_stays_short() -> None:
 def test_others_can_read_the_last_verdicts(tmp_path: Path) -> None:
     paths = Paths(tmp_path, tmp_path, tmp_path)
     verdicts.file_of(paths).parent.mkdir()
-    verdicts.write(paths, [verdict("a"), Verdict("b", Kind.IDLE, "")])
-    assert verdicts.read(paths) == {"a": LastVerdict(Kind.NONE, Source.NVML), "b": LastVerdict(Kind.IDLE, None)}
+    verdicts.write(paths, [verdict("a"), Verdict("b", Finding.IDLE, "")])
+    assert verdicts.read(paths) == {"a": LastVerdict(Finding.NONE, Source.NVML), "b": LastVerdict(Finding.IDLE, None)}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.journal import eventlog
 from gpusvc.journal import units as unitlog
 from gpusvc.journal.eventlog import Event
-from gpusvc.journal.events import Kind
+from gpusvc.journal.events import EventType
 from gpusvc.log import log
 
 # Events that may wait for one reader. A slower reader is dropped.
@@ -131,24 +131,24 @@ class Events:
     def _count(self, event: Event) -> None:
         name = event.model or ""
         self.seen[event.kind, self._reason(event), name] += 1
-        if event.kind == Kind.START:
+        if event.kind == EventType.START:
             self._starts[name] = event.seconds
-        elif event.kind == Kind.READY and name in self._starts:
+        elif event.kind == EventType.READY and name in self._starts:
             loads = self.loads.setdefault(name, Loads())
             loads.last_seconds = max(0.0, event.seconds - self._starts.pop(name))
             loads.total_seconds += loads.last_seconds
             loads.count += 1
-        elif event.kind in {Kind.FAIL, Kind.RELEASE}:
+        elif event.kind in {EventType.FAIL, EventType.RELEASE}:
             self._starts.pop(name, None)
 
     def _reason(self, event: Event) -> str:
         """Return the reason as one of a few words. The sentence for people has names and numbers in it."""
         name = event.model or ""
-        if event.kind in {Kind.IDLE, Kind.PRESSURE}:
+        if event.kind in {EventType.IDLE, EventType.PRESSURE}:
             # The watchdog emits this event first, then evicts.
             self._why_it_goes[name] = event.kind
             return ""
-        if event.kind != Kind.EVICT:
+        if event.kind != EventType.EVICT:
             reason = event.reason or ""
             return reason if reason.isidentifier() else ""
         before = self._why_it_goes.pop(name, "")

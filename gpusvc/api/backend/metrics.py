@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from gpusvc import __version__
 from gpusvc.errors import GpusvcError
 from gpusvc.gpu.reading import total
-from gpusvc.journal.events import Kind
+from gpusvc.journal.events import EventType
 from gpusvc.state import counters
 from gpusvc.state.counters import BOUNDS, Histogram, Totals
 from gpusvc.status.inventory import GpuStatus, ModelState, ModelStatus
@@ -154,9 +154,9 @@ def _of_events(seen: Counter[tuple[str, str, str]], loads: Mapping[str, Loads]) 
     starts, evictions, others = Counter[str](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for (kind, reason, model), number in seen.items():
         match kind:
-            case Kind.START:
+            case EventType.START:
                 starts[model] += number
-            case Kind.EVICT:
+            case EventType.EVICT:
                 evictions[model, reason or "other"] += number
             case _:
                 others[model, kind] += number

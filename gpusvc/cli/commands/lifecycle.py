@@ -150,7 +150,7 @@ def _forget(paths: Paths, name: str) -> bool:
         lease.set_aside(paths, name)
     gpus = [gpu.index for gpu in held.gpus]
     events.emit(
-        events.Kind.LEAK, f"{name} is forgotten without proof.", model=name, gpu=gpus, reason="told to", level=4
+        events.EventType.LEAK, f"{name} is forgotten without proof.", model=name, gpu=gpus, reason="told to", level=4
     )
     forget_failure(name)
     return True

@@ -82,7 +82,7 @@ class _Words:
 
 
 @dataclass(slots=True)
-class _Departure:
+class _Eviction:
     """One of them; its door is closed from when it was asked to go."""
 
     door: Drain
@@ -100,14 +100,14 @@ class _Stuck:
     words: _Words
 
 
-class Departures:
+class Evictions:
     """All that leave now. ``now`` is a clock that nobody sets, in seconds."""
 
     def __init__(self, paths: Paths, systemd: Connection, now: Callable[[], float]) -> None:
         self._paths = paths
         self._systemd = systemd
         self._now = now
-        self._leaving: dict[str, _Departure] = {}
+        self._leaving: dict[str, _Eviction] = {}
         self._stuck: dict[str, _Stuck] = {}
         self._refused: dict[str, Backoff] = {}
 
@@ -136,7 +136,7 @@ class Departures:
                 return
             undo.pop_all()
         self._refused.pop(name, None)
-        self._leaving[name] = self._departure(door, lease)
+        self._leaving[name] = self._eviction_of(door, lease)
 
     def unstick(self, evidence: Evidence, lease: Lease, verdict: Verdict) -> None:
         """Have a stuck model's last words looked for; then it is restarted, stopped or left alone, as it should be."""
@@ -151,15 +151,15 @@ class Departures:
         if not self._leaving:
             return
         states = self._systemd.states([names.service(name) for name in self._leaving])
-        for name, departure in list(self._leaving.items()):
-            if self._is_over(name, departure, states):
-                departure.door.close()
+        for name, evicted in list(self._leaving.items()):
+            if self._is_over(name, evicted, states):
+                evicted.door.close()
                 del self._leaving[name]
 
     def close(self) -> None:
         """Open all doors; systemd goes on with what it was asked for."""
-        for departure in self._leaving.values():
-            departure.door.close()
+        for evicted in self._leaving.values():
+            evicted.door.close()
         for stuck in self._stuck.values():
             stuck.words.take()
         self._leaving.clear()
@@ -174,7 +174,7 @@ class Departures:
             return
         said = "\n".join(["Its last words:", *words]) if words else "It left no word."
         events.emit(
-            events.Kind.STUCK,
+            events.EventType.STUCK,
             f"{stuck.verdict.reason}{sentence}\n{said}",
             model=name,
             gpu=[gpu.index for gpu in stuck.lease.gpus],
@@ -189,24 +189,24 @@ class Departures:
             door.close_door()  # nobody new has to see it go; somebody else at the door sees to the same
             if self._systemd.ask(lambda manager: manager.enqueue(verb, names.service(name))) is not None:
                 undo.pop_all()
-                self._leaving[name] = self._departure(door, stuck.lease)
+                self._leaving[name] = self._eviction_of(door, stuck.lease)
 
-    def _departure(self, door: Drain, lease: Lease) -> _Departure:
+    def _eviction_of(self, door: Drain, lease: Lease) -> _Eviction:
         now = self._now()
         patience = lease.stop_timeout_seconds + lease.release_timeout_seconds + _GRACE_SECONDS
-        return _Departure(door, since=now, deadline=now + patience)
+        return _Eviction(door, since=now, deadline=now + patience)
 
     def _is_up(self, name: str) -> bool:
         """Whether it is neither gone nor on its way already."""
         service = names.service(name)
         return (self._systemd.states([service]) or {}).get(service) == "active"
 
-    def _is_over(self, name: str, departure: _Departure, states: Mapping[str, str] | None) -> bool:
+    def _is_over(self, name: str, evicted: _Eviction, states: Mapping[str, str] | None) -> bool:
         now = self._now()
-        if now > departure.deadline:
+        if now > evicted.deadline:
             log(4, f"{name} was to leave and has not; `systemctl status {names.service(name)}` says what it does.")
             return True
         if states is None:
             return False
         state = states[names.service(name)]
-        return state in _OVER or (state == "active" and now - departure.since > _CHANGE_OF_MIND_SECONDS)
+        return state in _OVER or (state == "active" and now - evicted.since > _CHANGE_OF_MIND_SECONDS)
