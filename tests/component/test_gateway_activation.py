@@ -23,7 +23,7 @@ import uvloop
 from gpusvc import files as statefile
 from gpusvc.config.host import HostGateway
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.activation import entrance, starter
+from gpusvc.gateway.activation import loading, starter
 from gpusvc.gateway.activation.activation import Activation, Passage
 from gpusvc.gateway.activation.slots import SharedSlots
 from gpusvc.gateway.http.replies import HttpError
@@ -330,7 +330,7 @@ def test_a_model_that_is_gone_again_before_anybody_came_in_is_started_again(play
 
 
 def test_a_model_that_never_stays_is_given_up(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entrance, "_FIRST_DISAPPOINTMENT_SECONDS", 0.0)
+    monkeypatch.setattr(loading, "_FIRST_DISAPPOINTMENT_SECONDS", 0.0)
 
     async def scene(world: World) -> None:
         async def behave() -> bytes:
@@ -388,7 +388,7 @@ def test_a_failure_is_not_asked_for_again_by_each_of_a_crowd(play: Play, monkeyp
         world.ready()
         (await world.enter()).close()  # somebody started it by hand
 
-    monkeypatch.setattr(entrance, "_FAILURE_SECONDS", 60)
+    monkeypatch.setattr(loading, "_FAILURE_SECONDS", 60)
     play(scene)
 
 
@@ -401,7 +401,7 @@ def test_after_a_failure_the_next_request_tries_again(play: Play, monkeypatch: p
         await refused(world.enter())
         (await world.enter()).close()
 
-    monkeypatch.setattr(entrance, "_FAILURE_SECONDS", 0)
+    monkeypatch.setattr(loading, "_FAILURE_SECONDS", 0)
     play(scene)
 
 
@@ -414,7 +414,7 @@ def test_a_stop_during_a_start_is_no_failure_of_the_next_one(play: Play, monkeyp
         assert (await refused(world.enter())).code == "stopped"
         (await world.enter()).close()
 
-    monkeypatch.setattr(entrance, "_FAILURE_SECONDS", 60)
+    monkeypatch.setattr(loading, "_FAILURE_SECONDS", 60)
     play(scene)
 
 

@@ -14,7 +14,8 @@ from gpusvc.config.host import HostGateway
 from gpusvc.config.serving import Serving
 from gpusvc.errors import GpusvcError
 from gpusvc.gateway.activation.engine import EngineFinder
-from gpusvc.gateway.activation.entrance import Entrance, Passage
+from gpusvc.gateway.activation.entrance import Entrance
+from gpusvc.gateway.activation.passage import Passage
 from gpusvc.gateway.activation.slots import OwnSlots, SharedSlots, Slots
 from gpusvc.gateway.activation.starter import Starter
 from gpusvc.log import log
