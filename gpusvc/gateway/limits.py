@@ -1,4 +1,4 @@
-"""How much of anything one client may have: bytes, fields, time. What people may want to change is in gpusvc.toml."""
+"""Limits of a worker and of each client: bytes, fields, time. What operators may want to change is in gpusvc.toml."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ class Limits:
     head_bytes: int = 32 * KIB  # of a request or an answer; 431
     target_bytes: int = 8 * KIB  # 414
     fields: int = 128  # of one head; 431
+    held_bytes: int = 64 * 1024 * KIB  # of bodies in the memory of one worker; more of them goes to files
     pipelined_bytes: int = 64 * KIB  # what is read ahead of the request that is being answered
     linger_bytes: int = 1024 * KIB  # what is read and thrown away of a request that was refused before its end
 
     head_seconds: float = 30.0  # from a head's first byte to its last; 408
     idle_seconds: float = 75.0  # between two requests
-    body_seconds: float = 60.0  # without a byte of the body that is being waited for; 408
+    body_seconds: float = 60.0  # in which body_bytes of a body must come, or its end; 408
+    body_bytes: int = 64 * KIB
     stall_seconds: float = 120.0  # in which a client takes nothing of its answer
     linger_seconds: float = 5.0  # for a client to read its refusal before the connection is gone
 

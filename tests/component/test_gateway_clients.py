@@ -258,7 +258,7 @@ def test_openai_is_told_of_a_key_that_is_none(run: Run, tmp_path: Path) -> None:
             with pytest.raises(openai.AuthenticationError):
                 await client.chat.completions.create(model="qwen", messages=MESSAGES)
         async with of_openai(rig, secrets["other"]) as client:
-            with pytest.raises(openai.PermissionDeniedError):
+            with pytest.raises(openai.NotFoundError):
                 await client.chat.completions.create(model="qwen", messages=MESSAGES)
 
     run(scenario, known=known)

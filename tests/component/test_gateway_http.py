@@ -7,12 +7,14 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpusvc.gateway.limits import Limits
-from tests.component.rig import IN_SOCKETS_BYTES, Answer, Rig, Run, make_keys, run
+from gpusvc.gateway.relay.client import Client as GatewayClient
+from tests.component.rig import IN_SOCKETS_BYTES, QUICK, Answer, Rig, Run, make_keys, run
 from tests.component.upstream import Connection, Request, chunk, chunked, raw, silence, whole
 
 __all__ = ["run"]
@@ -62,7 +64,7 @@ def test_answers_to_what_is_sent_ahead_wait_for_their_reader(run: Run) -> None:
         await client.say(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * number)
         (connection,) = rig.gateway._connections
         await rig.eventually(lambda: connection._is_blocked)
-        await asyncio.sleep(0.1)
+        await rig.eventually(lambda: connection._served + connection._buffer.count(b"GET") == number)
         assert connection._transport.get_write_buffer_size() < IN_SOCKETS_BYTES
         client.go_on_reading()
         for _ in range(40):
@@ -409,6 +411,72 @@ def test_a_client_that_trickles_its_head_is_no_exception(run: Run) -> None:
     run(scenario, limits=SLOW)
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
+def test_a_client_that_trickles_its_body_holds_no_slot_and_is_a_408(run: Run, framing: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.run_model("narrow", rig.engine.port, "concurrency = 1\n")
+        slow = await rig.client()
+        chunked = framing.startswith("Transfer")
+        head = f"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"
+        begin, more = b'{"model": "narrow", "x": "', b"a"
+        wire = (lambda data: b"%x\r\n%b\r\n" % (len(data), data)) if chunked else bytes
+        await slow.say(head.encode(), wire(begin))
+        answer = asyncio.ensure_future(slow.answer())
+        served = 0
+        while not answer.done():
+            await slow.say(wire(more))
+            quick = await rig.client()
+            assert (await quick.ask(b'{"model": "narrow"}')).status == 200
+            served += 1
+            assert not rig.is_used("narrow")
+            await asyncio.wait({answer}, timeout=0.02)
+        assert ((await answer).status, served > 0) == (408, True)
+
+    run(scenario, limits=SLOW)
+
+
+def test_a_body_that_comes_at_a_fair_rate_may_take_longer(run: Run) -> None:
+    limits = replace(SLOW, body_bytes=1000)
+
+    async def scenario(rig: Rig) -> None:
+        client, shared = await rig.client(), rig.gateway._shared
+        body = b'{"model": "qwen", "x": "' + b"a" * 8000 + b'"}'
+        await client.say(f"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+        began = shared.now
+        for at in range(0, len(body), 1000):
+            await client.say(body[at : at + 1000])
+            before = shared.now
+            await rig.eventually(lambda before=before: shared.now > before + limits.body_seconds / 3)  # type: ignore[misc]
+        assert shared.now > began + limits.body_seconds
+        assert (await client.answer()).status == 200
+
+    run(scenario, limits=limits)
+
+
+def test_bodies_of_all_connections_together_have_a_budget_of_memory(run: Run, tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        size, number = 200_000, 12
+        clients = [await rig.client() for _ in range(number)]
+        for client in clients:
+            await client.say(
+                f"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 20}\r\n\r\n".encode(),
+                b'{"x": "' + b"a" * (size - 7),
+            )
+        await rig.eventually(lambda: sum(came(each) for each in rig.gateway._connections) == number * size)
+        held = rig.gateway._shared.budget.held_bytes
+        assert 0 < held <= 1_000_000
+        for client in clients:
+            await client.say(b'", "model": "qwen"}'.ljust(20))
+            assert (await client.answer()).status == 200
+        assert rig.gateway._shared.budget.held_bytes == 0
+
+    def came(connection: GatewayClient) -> int:
+        body = None if connection._exchange is None else connection._exchange._body
+        return 0 if body is None else body.received_bytes
+
+    run(scenario, limits=replace(QUICK, held_bytes=1_000_000))
+
+
 def test_idle_connections_are_closed_without_a_word(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         client = await rig.client()
@@ -423,7 +491,8 @@ def test_idle_connections_are_closed_without_a_word(run: Run) -> None:
 def test_an_answer_may_take_longer_than_any_request(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         async def script(request: Request, connection: Connection) -> None:
-            await asyncio.sleep(0.4)
+            shared, before = rig.gateway._shared, rig.gateway._shared.now
+            await rig.eventually(lambda: shared.now > before + 2 * SLOW.idle_seconds)
             await whole(b"{}")(request, connection)
 
         rig.engine.answer = script
@@ -577,6 +646,9 @@ def test_keys_may_be_for_the_models_that_they_name_only(run: Run, tmp_path: Path
         listed = json.loads((await client.get("/v1/models", own)).body)
         assert [model["id"] for model in listed["data"]] == ["qwen"]
         assert (await client.get("/v1/models/hidden", own)).status == 404
-        assert (await client.ask(b'{"model": "hidden"}', more=own)).status == 403
+        hidden = await client.ask(b'{"model": "hidden"}', more=own)
+        absent = await client.ask(b'{"model": "absent"}', more=own)
+        assert (hidden.status, hidden.body.replace(b"hidden", b"absent")) == (404, absent.body)
+        assert (await client.get("/upstream/hidden/", own)).status == 404
 
     run(scenario, known=known)

@@ -16,6 +16,7 @@ import pytest
 from gpusvc.config import keys
 from gpusvc.config.keys import Keys
 from gpusvc.gateway.limits import Limits
+from gpusvc.gateway.relay.client import Client as GatewayClient
 from gpusvc.gateway.relay.upstream import Address, Upstream
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
@@ -194,16 +195,21 @@ def test_a_client_that_reads_slowly_holds_up_its_engine(run: Run) -> None:
         client = await rig.client()
         client.stop_reading()
         await client.post(b'{"model": "qwen"}')
-        before = -1
-        while sent != before or not sent:
-            before = sent
-            await asyncio.sleep(0.2)
+        (connection,) = rig.gateway._connections
+        await rig.eventually(lambda: is_paused(connection))
         assert sent < IN_SOCKETS_BYTES
         client.go_on_reading()
         answer = await client.answer()
         assert len(answer.body) == 200_000_000
 
     run(scenario)
+
+
+def is_paused(connection: GatewayClient) -> bool:
+    """Whether the gateway reads nothing from the engine that answers this client."""
+    exchange = connection._exchange
+    upstream = None if exchange is None or exchange._forwarding is None else exchange._forwarding._upstream
+    return upstream is not None and not upstream._reading
 
 
 def test_a_client_that_is_gone_cancels_its_request_at_the_engine(run: Run) -> None:
@@ -561,6 +567,33 @@ def test_management_is_for_keys_with_the_right_and_the_api_hears_whose(run: Run,
     run(scenario, known=Keys.read([file]))
 
 
+def test_a_password_that_a_browser_remembers_does_nothing_without_the_pages_origin(run: Run, tmp_path: Path) -> None:
+    boss, secret = keys.make("boss", rights=(keys.Right.ADMIN,))
+    file = tmp_path / "keys.toml"
+    file.write_text(keys.text([boss]))
+    basic = f"Authorization: Basic {base64.b64encode(b'me:' + secret.encode()).decode()}\r\n"
+
+    async def scenario(rig: Rig) -> None:
+        rig.api.answer = whole(b"done")
+        client = await rig.client()
+        for method, more, status in (
+            ("GET", "", 200),
+            ("POST", "", 403),
+            ("DELETE", "", 403),
+            ("POST", "Origin: http://localhost\r\n", 200),
+            ("POST", "Sec-Fetch-Site: same-origin\r\n", 200),
+            ("POST", "Origin: http://evil.example\r\n", 403),
+            ("POST", "Origin: null\r\n", 403),
+            ("POST", "Sec-Fetch-Site: cross-site\r\n", 403),
+        ):
+            answer = await client.get("/gpusvc/models/qwen/stop", basic + more, method)
+            assert (answer.status, more) == (status, more)
+        bearer = f"Authorization: Bearer {secret}\r\n"
+        assert (await client.get("/gpusvc/models/qwen/stop", bearer, "POST")).status == 200
+
+    run(scenario, known=Keys.read([file]))
+
+
 def test_without_keys_management_is_open_here(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.api.answer = whole(b"[]")
@@ -579,7 +612,7 @@ def test_a_key_is_asked_for_and_never_passed_on(run: Run, tmp_path: Path) -> Non
         client = await rig.client()
         assert (await client.ask()).status == 401
         assert (await client.ask(more="Authorization: Bearer nonsense\r\n")).status == 401
-        assert (await client.ask(more=f"X-Api-Key: {secrets['other']}\r\n")).status == 403
+        assert (await client.ask(more=f"X-Api-Key: {secrets['other']}\r\n")).status == 404
         assert (await client.ask(more=f"Authorization: Bearer {secrets['all']}\r\n")).status == 200
         assert (await client.get("/health")).status == 200
         (request,) = rig.engine.requests
@@ -658,7 +691,7 @@ def test_a_key_for_some_models_is_told_nothing_of_others(run: Run, tmp_path: Pat
         if who == "some":
             assert b"cold did not start." in answer.body
             answer = await client.ask(b'{"model": "gpt"}', more=own)
-            assert (answer.status, b"secret" in answer.body) == (403, False)
+            assert (answer.status, b"secret" in answer.body) == (404, False)
 
     run(scenario, known=known)
 

@@ -88,10 +88,9 @@ def test_neither_is_read_faster_than_the_other_takes_it(run: Run) -> None:
         await client.say(f"GET /upstream/qwen/ws HTTP/1.1\r\nHost: localhost\r\n{UPGRADE}\r\n".encode())
         await client.head()
         client.stop_reading()
-        before = -1
-        while sent != before or not sent:
-            before = sent
-            await asyncio.sleep(0.2)
+        (connection,) = rig.gateway._connections
+        engine = connection._transport.get_protocol()._other  # type: ignore[attr-defined]
+        await rig.eventually(lambda: not engine.is_reading())
         assert sent < IN_SOCKETS_BYTES
         client.reset()
 

@@ -63,6 +63,38 @@ def test_a_model_is_found_by_its_name_and_its_aliases(bench: Bench) -> None:
         assert bench.catalog.resolve(text).name == "qwen"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("qwen:latest", "qwen"),
+        ("openai/qwen", "qwen"),
+        ("ollama/Qwen:latest", "qwen"),
+        ("QWEN", "qwen"),
+        ("qwen/qwen3-8b", "Qwen/Qwen3-8B"),
+        ("openai/gpt-4O", "gpt-4o"),
+    ],
+)
+def test_other_spellings_find_the_one_model_that_they_can_mean(bench: Bench, text: str, told: str) -> None:
+    found = bench.catalog.resolve(text)
+    assert (found.name, found.served_name) == ("qwen", told)
+
+
+def test_a_spelling_that_could_mean_two_models_finds_none(bench: Bench) -> None:
+    bench.add("other", 'aliases = ["QWEN"]\n')
+    assert bench.catalog.resolve("qwen").name == "qwen"
+    assert bench.catalog.resolve("QWEN").name == "other"
+    assert bench.refusal(lambda: bench.catalog.resolve("Qwen")).status == 404
+
+
+def test_a_model_that_is_not_for_a_client_is_like_one_that_is_not_there(bench: Bench) -> None:
+    def told(text: str) -> str:
+        refusal = bench.refusal(lambda: bench.catalog.resolve(text, allowed=lambda name: name == "whisper"))
+        assert refusal.status == 404
+        return str(refusal).replace(text, "MODEL")
+
+    assert told("qwen") == told("nope") == told("gpt-4o") == told("QWEN")
+
+
 def test_an_unknown_model_is_told_with_the_nearest(bench: Bench) -> None:
     bench.add("qwen2")
     refusal = bench.refusal(lambda: bench.catalog.resolve("Qwen3"))

@@ -60,6 +60,14 @@ def test_a_name_that_could_be_anybodys_is_refused(host: bytes) -> None:
     assert refused(OPEN, host=host) == 403
 
 
+@pytest.mark.parametrize(
+    "host", [b"0.0.0.0:8484", b"0.0.0.0", b"[::]:8484", b"[0:0:0:0:0:0:0:0]", b"[::ffff:0.0.0.0]:8484", b"999.1.1.1"]
+)
+def test_an_address_that_means_no_interface_is_refused(host: bytes) -> None:
+    assert refused(OPEN, host=host) == 403
+    assert refused(OPEN, b"GET", b"/", host=host) == 403
+
+
 @pytest.mark.parametrize("host", [b"", b"a b", b"user@localhost", b"localhost/x", b"localhost:x", b"[::1", b"a,b"])
 def test_a_host_that_is_none_is_refused(host: bytes) -> None:
     assert refused(OPEN, host=host) == 400

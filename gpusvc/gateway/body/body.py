@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from gpusvc.config.serving import Serving
+from gpusvc.gateway.body.budget import Budget
 from gpusvc.gateway.body.reading import too_large
 from gpusvc.gateway.body.streamed import StreamedBody
 from gpusvc.gateway.body.whole import WholeBody
@@ -61,6 +62,9 @@ class Body(Protocol):
     @property
     def full(self) -> bool: ...
 
+    @property
+    def awaited(self) -> bool: ...
+
     def no_model(self) -> HttpError | None: ...
 
     def feed(self, data: bytes) -> None: ...
@@ -76,7 +80,7 @@ class Body(Protocol):
     def close(self) -> None: ...
 
 
-def body_of(head: RequestHead, whole: bytes | None, *, limit_bytes: int, names_model: bool) -> Body:
+def body_of(head: RequestHead, whole: bytes | None, *, limit_bytes: int, names_model: bool, budget: Budget) -> Body:
     """The body of a request.
 
     Args:
@@ -84,12 +88,13 @@ def body_of(head: RequestHead, whole: bytes | None, *, limit_bytes: int, names_m
         whole: the body, if all of it came with the head; None: feed() and end() follow.
         limit_bytes: how long it may be.
         names_model: the model may be named in it.
+        budget: for the memory of all bodies that come in pieces.
 
     Raises:
         HttpError: 413, it is longer.
     """
     if whole is None:
-        return StreamedBody(head.content_type, head.content_length, limit_bytes=limit_bytes)
+        return StreamedBody(head.content_type, head.content_length, limit_bytes=limit_bytes, budget=budget)
     if len(whole) > limit_bytes:
         raise too_large(limit_bytes)
     return WholeBody(head.content_type, whole, names_model=names_model)

@@ -1,4 +1,4 @@
-"""Bytes that wait: read in the order they came in, in memory as long as they are few, else in a file without a name.
+"""A queue of bytes: in memory while they are few and all queues are within their budget, else in an unnamed file.
 
 It knows nothing of what the bytes mean, nor how many there may be.
 """
@@ -9,6 +9,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from typing import Final
+
+from gpusvc.gateway.body.budget import Budget
 
 IN_MEMORY_BYTES: Final = 1 << 20
 """More than that goes to the file, and so does all that follows."""
@@ -30,9 +32,11 @@ class Spool:
         position: bytes that were read.
     """
 
-    __slots__ = ("_chunks", "_dropped", "_fd", "_first", "position", "size")
+    __slots__ = ("_budget", "_chunks", "_dropped", "_fd", "_first", "_held_bytes", "position", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._held_bytes = 0
         self.size = 0
         self.position = 0
         self._chunks: list[bytes] = []
@@ -46,11 +50,16 @@ class Spool:
         Raises:
             OSError: they have to go to the file, and it cannot be made or has no room.
         """
-        if self._fd < 0 and self.size - self.position + len(data) > IN_MEMORY_BYTES and not self._dropped:
-            self._spill()
+        if self._fd < 0 and not self._dropped:
+            is_large = self.size - self.position + len(data) > IN_MEMORY_BYTES
+            if is_large or not self._budget.has_room(len(data)):
+                self._spill()
         if self._fd >= 0:
             self._write(data)
-        elif self._first < len(self._chunks) and len(self._chunks[-1]) + len(data) <= _SMALL_BYTES:
+            self.size += len(data)
+            return
+        self._hold(len(data))
+        if self._first < len(self._chunks) and len(self._chunks[-1]) + len(data) <= _SMALL_BYTES:
             self._chunks[-1] += data
         else:
             self._chunks.append(data)
@@ -71,6 +80,7 @@ class Spool:
         self.position += len(piece)
         if self._dropped or self.position > KEPT_BYTES:
             self._dropped = True
+            self._hold(-sum(map(len, self._chunks[: self._first])))
             del self._chunks[: self._first]
             self._first = 0
         return piece
@@ -98,6 +108,7 @@ class Spool:
     def close(self) -> None:
         """Give back memory and file; nothing can be read any more."""
         self._chunks.clear()
+        self._hold(-self._held_bytes)
         self._first = 0
         self.size = self.position
         self._dropped = True
@@ -114,6 +125,11 @@ class Spool:
         for chunk in held:
             self._write(chunk)
             self.size += len(chunk)
+        self._hold(-self._held_bytes)
+
+    def _hold(self, change: int) -> None:
+        self._held_bytes += change
+        self._budget.held_bytes += change
 
     def _write(self, data: bytes) -> None:
         written = 0

@@ -9,6 +9,7 @@ import errno
 from typing import Final
 
 from gpusvc.config.serving import Serving
+from gpusvc.gateway.body.budget import Budget
 from gpusvc.gateway.body.edits import Cut, edits, filters, spliced
 from gpusvc.gateway.body.reading import cuts, make_scanner, no_model, too_large
 from gpusvc.gateway.body.spool import Spool
@@ -35,12 +36,20 @@ class StreamedBody:
         "received_bytes",
     )
 
-    def __init__(self, content_type: bytes | None, content_length: int | None, *, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        content_type: bytes | None,
+        content_length: int | None,
+        *,
+        limit_bytes: int,
+        budget: Budget | None = None,
+    ) -> None:
         """
         Args:
             content_type: as the client's head has it.
             content_length: None: the body comes in chunks.
             limit_bytes: how long it may be.
+            budget: for the memory that it takes; None: one of its own, without a limit.
 
         Raises:
             HttpError: 413, it is longer.
@@ -51,7 +60,7 @@ class StreamedBody:
         self._content_length = content_length
         self._limit_bytes = limit_bytes
         self._scanner = make_scanner(content_type)
-        self._spool = Spool()
+        self._spool = Spool(budget or Budget())
         self._ended = False
         self._begun = False
         self._serving: Serving | None = None
@@ -98,6 +107,12 @@ class StreamedBody:
     def finished(self) -> bool:
         """Whether all of it came and was taken."""
         return self._ended and self.ready and self._spool.position == self._spool.size
+
+    @property
+    def awaited(self) -> bool:
+        """Whether the rest of it should come before the request takes a slot of its model: it is short, or may be."""
+        is_short = self._content_length is None or self._content_length <= FULL_BYTES
+        return is_short and not self._ended and self._spool.size < FULL_BYTES
 
     def no_model(self) -> HttpError:
         """Why there is no model, once ``settled``."""

@@ -19,7 +19,7 @@ class WholeBody:
     __slots__ = ("_content_type", "_data", "_is_taken", "_scanner", "model", "received_bytes")
 
     complete = settled = ready = True
-    full = False
+    full = awaited = False
 
     def __init__(self, content_type: bytes | None, data: bytes, *, names_model: bool) -> None:
         self._content_type = content_type

@@ -80,7 +80,7 @@ class Catalog:
 
         Args:
             text: a name or an alias; None: the request names none.
-            allowed: whether the client may know of a model; only such are suggested to it.
+            allowed: whether the client may use a model, and know of it. All others do not exist for it.
             guess: take the one model for meant where there is one only, and none is named. Not for what a GET asks for,
                 or a stray look at any page would load it.
 
@@ -94,10 +94,14 @@ class Catalog:
             if serving is None and self._is_new(text):
                 serving = self._by_name.get(text)
             if serving is None:
+                serving = self._similar(text, allowed)
+            if serving is None or not allowed(serving.name):
                 raise self._unknown(text, allowed)
             return serving
         if guess and len(self._servings) == 1:
-            return next(iter(self._servings.values()))
+            only = next(iter(self._servings.values()))
+            if allowed(only.name):
+                return only
         hint = 'Name it by "model" in the body, by ?model= or by the header X-Model.'
         raise HttpError(400, "The request names no model.", hint=hint, code="missing_model", param="model")
 
@@ -113,7 +117,7 @@ class Catalog:
         for name, rest in routes.names_in(named, self._deepest):
             if name in self._by_name:
                 found = name, rest
-        if found is None:
+        if found is None or not allowed(self._by_name[found[0]].name):
             raise self._unknown(named.name or "", allowed)
         name, rest = found
         if not rest.startswith(b"/"):
@@ -146,8 +150,6 @@ class Catalog:
             HttpError: 404 there is no such model.
         """
         serving = self.resolve(text, allowed=allowed)
-        if not allowed(serving.name):
-            raise self._unknown(text, allowed)
         return _encode(self._entry(serving, text, self._created(serving), self._state(serving)))
 
     def _refresh(self) -> None:
@@ -182,6 +184,23 @@ class Catalog:
         self._due = now
         self._refresh()
         return True
+
+    def _similar(self, text: str, allowed: Allowed) -> Serving | None:
+        """The one model of which ``text`` is another spelling: qwen for qwen:latest, openai/qwen and Qwen.
+
+        Its engine gets the name by which it was found.
+        """
+        plain = text[:_MAX_COMPARED].removesuffix(":latest").casefold()
+        for wanted in (plain, plain.rpartition("/")[2]):
+            found = {
+                serving.name: (name, serving)
+                for name, serving in self._by_name.items()
+                if name.casefold() == wanted and allowed(serving.name)
+            }
+            if len(found) == 1:
+                name, serving = next(iter(found.values()))
+                return serving if serving.served_name is not None else serving.replace(served_name=name)
+        return None
 
     def _unknown(self, text: str, allowed: Allowed) -> HttpError:
         from difflib import get_close_matches  # noqa: PLC0415 - not needed by most

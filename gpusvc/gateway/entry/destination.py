@@ -37,7 +37,7 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
     """Where a request goes; None: more of its body must be read to know.
 
     Raises:
-        HttpError: 400 it names no model, 403 its key is not for the model, 404 there is no such model.
+        HttpError: 400 it names no model, 404 there is no such model, or the key is not for it.
     """
     if route.target is Target.MANAGEMENT:
         return Destination(None, route.path, False)
@@ -47,9 +47,6 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
         serving, path = _resolve(catalog, route, head, body, allowed), route.path
     else:
         return None
-    if not allowed(serving.name):
-        # It names no model: an alias must not tell which one it stands for.
-        raise HttpError(403, "The API key is not for this model.", code="model_not_allowed")
     return Destination(serving, path, route.target is Target.MODEL)
 
 

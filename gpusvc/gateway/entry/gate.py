@@ -7,6 +7,8 @@ from gpusvc.gateway.entry.origin import Guard
 from gpusvc.gateway.http.replies import Headers, HttpError, Reply
 from gpusvc.gateway.http.request_head import RequestHead
 
+_SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+
 # It makes a browser ask for a name and a password.
 _FOR_BROWSERS = ((b"www-authenticate", b'Basic realm="gpusvc"'),)
 
@@ -53,6 +55,25 @@ class Gate:
                 code="invalid_api_key",
                 headers=_FOR_BROWSERS if right is Right.ADMIN else (),
             )
+        if not _is_proven(head):
+            raise HttpError(
+                403,
+                "A browser's password does not allow this without the origin of the page.",
+                hint="Programs send the key in the header Authorization after Bearer, or in X-Api-Key.",
+                code="origin_unproven",
+            )
         if not key.may(right):
             raise HttpError(403, f"The key {key.name} does not have the right {right.value}.", code="right_missing")
         return key
+
+
+def _is_proven(head: RequestHead) -> bool:
+    """Whether a request that may change something comes from where its credentials were entered.
+
+    A browser adds a password that it remembers to requests of every page; so one of those needs an origin, which was
+    checked before. A program has its key in a header that a browser never adds by itself.
+    """
+    authorization = head.authorization
+    if head.method in _SAFE or authorization is None or authorization[:6].lower() != b"basic ":
+        return True
+    return head.origin is not None or head.fetch_site == b"same-origin"

@@ -1,17 +1,22 @@
-"""Which pages of a browser may use the gateway, by the headers that no page can forge.
+"""Which pages in a browser may use the gateway, by the headers that no page can forge.
 
-A browser runs strangers' programs at a place that we trust: the user's machine. Where no key is asked for, such a page
-could load models, read answers and stop what others use. Three ways are closed here:
+A browser runs programs of any site on the user's machine, which the gateway trusts. Where no key is needed, such a page
+could load models, read responses and stop models. This module closes four ways:
 
-- **Rebinding:** a stranger's name that all at once means 127.0.0.1 is of the same origin as the page. Host shows it.
-- **Cross-origin requests** (CSRF): sent even where the page may not read the answer. The Origin shows them.
-- **Images, links and forms** that GET: they carry no Origin. Sec-Fetch-Site shows them, in every browser since 2023.
+- **DNS rebinding:** a name of another site that suddenly means 127.0.0.1. Host shows it.
+- **Unspecified addresses:** 0.0.0.0 and [::] reach the loopback, and browsers send no Sec-Fetch-Site there. They are
+  refused as a Host.
+- **Cross-origin requests** (CSRF): sent even where the page may not read the response. Origin shows them; browsers send
+  it with every method but GET and HEAD.
+- **Images, links and forms** that GET: they have no Origin. Sec-Fetch-Site shows them at trustworthy addresses. At a
+  LAN address over plain HTTP nothing does: therefore no GET changes anything.
 
-Programs that are no browsers send none of these headers, but for Host, and are let through.
+Programs that are not browsers send only Host, and are let through.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Collection
 
@@ -96,7 +101,7 @@ class Guard:
         name = parts[1].rstrip(b".")
         # An address is no name that could be made to mean another; .localhost is the machine itself by RFC 6761.
         is_ours = name in self._hosts or name == b"localhost" or name.endswith(b".localhost")
-        if not is_ours and not _ADDRESS.fullmatch(name):
+        if not is_ours and not _is_address(name):
             raise HttpError(
                 403,
                 f"This host is not known as {name.decode()}.",
@@ -113,6 +118,22 @@ class Guard:
         if origin.lower() in self._origins:
             return ((b"access-control-allow-origin", origin), (b"vary", b"Origin"))
         raise _refused("Pages of this origin cannot use the gateway.")
+
+
+def _is_address(name: bytes) -> bool:
+    """Whether ``name`` is an address that means one interface of one machine.
+
+    0.0.0.0 and [::] are not: browsers connect them to the loopback and do not count them as a local address, so that a
+    page of any site may send requests there, without Sec-Fetch-Site.
+    """
+    if not _ADDRESS.fullmatch(name):
+        return False
+    try:
+        address = ipaddress.ip_address(name.decode().strip("[]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return not (mapped or address).is_unspecified
 
 
 def _is_visit(method: bytes, target: bytes, fetch_mode: bytes | None) -> bool:

@@ -127,7 +127,7 @@ _LETTERS = re.compile(rb'[!"$-\[\]-~]*')
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 _UPSTREAM = b"/upstream/"
-_MODELS = frozenset({b"/v1/models", b"/models"})
+_MODELS = frozenset({b"/v1/models", b"/models", b"/v1/models/", b"/models/"})
 _CARDS = (b"/v1/models/", b"/models/")
 _HEALTHS = frozenset({b"/health", b"/healthz"})
 _MANAGED = frozenset(

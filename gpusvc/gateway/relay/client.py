@@ -33,6 +33,7 @@ class Client(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_buffer",
+        "_came_bytes",
         "_deadline",
         "_exchange",
         "_is_blocked",
@@ -68,6 +69,7 @@ class Client(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._buffer = b""  # what came and has not had its turn
         self._body: BodyReader | None = None  # of the request, while more of it must come
+        self._came_bytes = 0  # of the body, since its deadline was set
         self._linger_bytes = 0  # how much more is read of a request that was refused
         self._keeps_alive = False
         self._is_processing = self._is_lingering = self._is_detached = False
@@ -189,7 +191,7 @@ class Client(asyncio.Protocol):
             self._is_reading = True
             self._transport.resume_reading()
             if self._body is not None:
-                self._deadline = self._shared.now + self._shared.limits.body_seconds
+                self._await_body()
 
     def finish(self, *, is_kept: bool) -> None:
         self._exchange = None
@@ -268,7 +270,7 @@ class Client(asyncio.Protocol):
         exchange = self._exchange = Exchange(self._shared, self, head)
         exchange.begin(whole)
         if whole is None and self._exchange is exchange:
-            self._deadline = self._shared.now + limits.body_seconds
+            self._await_body()
             if payload:
                 exchange.feed(payload)
             elif head.expects_continue:
@@ -299,8 +301,15 @@ class Client(asyncio.Protocol):
         if self._served and self._deadline > self._shared.now + limits.head_seconds:
             self._deadline = self._shared.now + limits.head_seconds
 
-    def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
+    def _await_body(self) -> None:
+        """Begin the time in which body_bytes of the body must come, or its end."""
+        self._came_bytes = 0
         self._deadline = self._shared.now + self._shared.limits.body_seconds
+
+    def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
+        self._came_bytes += len(data)
+        if self._came_bytes >= self._shared.limits.body_bytes:
+            self._await_body()
         try:
             payload = body.feed(data)
         except BadChunkError as error:

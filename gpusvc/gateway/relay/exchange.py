@@ -118,6 +118,7 @@ class Exchange:
             whole,
             limit_bytes=shared.settings().max_body_bytes,
             names_model=route.target is Target.MODEL,
+            budget=shared.budget,
         )
         self._lead(route, self._body)
 
@@ -175,10 +176,17 @@ class Exchange:
             return
         self._destination = destination
         body.begin(destination.serving if destination.is_edited else None)
-        if destination.serving is None:
+        if destination.serving is not None:
+            self._account.open(destination.serving.name)
+        self._go(destination, body)
+
+    def _go(self, destination: Destination, body: Body) -> None:
+        """Go to the destination as far as that is possible now."""
+        if body.awaited:
+            return  # a client that sends slowly must not hold a slot of the model
+        if destination.serving is None or self._passage is not None:
             self._forward(destination, body)
         else:
-            self._account.open(destination.serving.name)
             self._enter(destination.serving, destination, body)
 
     def _advance(self, body: Body) -> None:
@@ -187,7 +195,7 @@ class Exchange:
             self._forwarding.pump()
         elif self._destination is not None:
             if self._waiting is None:
-                self._forward(self._destination, body)
+                self._go(self._destination, body)
         elif self._route is not None:
             self._lead(self._route, body)
         if body.full and not self._is_over:

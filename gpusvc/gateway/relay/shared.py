@@ -11,6 +11,7 @@ from typing import Protocol
 from gpusvc.config.host import HostGateway
 from gpusvc.config.keys import Keys
 from gpusvc.gateway.activation.activation import Activation
+from gpusvc.gateway.body.budget import Budget
 from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.entry.gate import Gate
 from gpusvc.gateway.entry.origin import Guard
@@ -56,6 +57,7 @@ class Shared:
         self.api = api
         self.limits = limits or Limits()
         self.pool = Pool(loop, self.limits)
+        self.budget = Budget(self.limits.held_bytes)
         self.is_draining = False
         """No connection is kept for another request."""
         self.now = loop.time()
