@@ -14,9 +14,9 @@ from gpusvc.errors import UsageError
 from gpusvc.importing import commandline, gpu_options
 from gpusvc.importing.draft import Draft
 from gpusvc.quantity import format_size
-from gpusvc.weights import description as about
-from gpusvc.weights import estimate as weights
-from gpusvc.weights.description import Kind
+from gpusvc.weights import description, gguf
+from gpusvc.weights.description import FileKind
+from gpusvc.weights.estimate import estimate
 
 # How each engine is asked for a context of some length.
 _CONTEXT = {"llama-server": "-c", "vllm": "--max-model-len", "sglang": "--context-length"}
@@ -45,7 +45,7 @@ def is_model(path: Path) -> bool:
     if path.is_dir():
         return True
     try:
-        return path.suffix == ".gguf" or about.look(path) is not None
+        return path.suffix == ".gguf" or description.describe(path) is not None
     except OSError:
         return False
 
@@ -59,21 +59,21 @@ def of_path(name: str, path: Path, wishes: Wishes) -> Draft:
     """
     file = path.absolute()
     beside: tuple[str, ...] = ()
-    if file.is_dir() and (ggufs := about.ggufs_in(file)):
+    if file.is_dir() and (ggufs := description.ggufs_in(file)):
         if len(ggufs) > 1:
             listed = ", ".join(found.name for found in ggufs)
             raise UsageError(f"{path} has several models: {listed}.", hint="Name one of the files.")
-        projectors = about.projectors_in(file)
+        projectors = description.projectors_in(file)
         beside = ("--mmproj", str(projectors[0])) if len(projectors) == 1 else ()
         file = ggufs[0]
-    file = about.first_part(file)
-    found = about.look(file)
+    file = gguf.first_part(file)
+    found = description.describe(file)
     if found is None:
         what = "a directory without GGUF or safetensors files" if file.is_dir() else "no GGUF file"
         raise UsageError(f"{path} is {what}.", hint="For any other engine give its command: gpusvc add NAME -- COMMAND")
-    if found.kind in (Kind.PROJECTOR, Kind.ADAPTER):
+    if found.kind in (FileKind.PROJECTOR, FileKind.ADAPTER):
         raise UsageError(f"{path} is a model's {found.kind}, and no model.", hint="Name the model, and this after --.")
-    engine = wishes.engine or ("llama-server" if found.kind is Kind.GGUF else _directory_engine())
+    engine = wishes.engine or ("llama-server" if found.kind is FileKind.GGUF else _directory_engine())
     draft = Draft(name, str(found))
     draft.put("engine", engine)
     draft.put("model", str(file))
@@ -128,7 +128,7 @@ def _put_wishes(draft: Draft, wishes: Wishes) -> None:
 
 
 def _add_estimate(draft: Draft, wishes: Wishes) -> None:
-    """Say how much VRAM the first start counts with."""
+    """Say with how much VRAM the first start counts, and what for."""
     command = draft.get("command")
     if not isinstance(command, list):
         preset = engines.PRESETS.get(str(draft.get("engine")))
@@ -137,7 +137,13 @@ def _add_estimate(draft: Draft, wishes: Wishes) -> None:
         args = draft.get("args")
         served = engines.Served(str(draft.get("model")), (draft.name,), 1)
         command = [*preset.command(served), *(args if isinstance(args, list) else [])]
-    guess = weights.estimate(command, {})
-    if guess is not None and not wishes.vram:
-        sentence = f"Before its first run it counts as {format_size(guess.bytes)} of VRAM: {guess.reason}"
-        draft.origin = f"{draft.origin}\n{sentence}".strip()
+    if wishes.vram:
+        return
+    found = estimate(command, {})
+    if found is None:
+        sentence = "How much VRAM it takes is unknown before its first run."
+    elif found.gpu_share is not None:
+        sentence = f"Its command lets it take {found.gpu_share:.0%} of the VRAM of each GPU. It needs {found.reason}"
+    else:
+        sentence = f"Before its first run it counts as {format_size(found.bytes)} of VRAM: {found.reason}"
+    draft.origin = f"{draft.origin}\n{sentence}".strip()

@@ -6,7 +6,6 @@ outside of it. A start that has to wait holds a ticket, so that those who come l
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,6 @@ from gpusvc.release import proof
 from gpusvc.state import footprints as footprint
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease, LeasedGpu
-from gpusvc.weights import estimate as weights
 
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
@@ -208,12 +206,14 @@ class Admission:
                 needs[gpu.uuid] = max(known)
         if needs or not gpus or not config.gpu.count:
             return needs
+        # Only the first start of a model needs these modules.
+        from gpusvc.weights.estimate import estimate  # noqa: PLC0415
+
         with processes.acting_as(self._user.uid, self._user.gid):
-            estimate = weights.estimate(config.command, config.env)
-        if estimate is None:
+            found = estimate(config.command, config.env)
+        if found is None:
             return {}
-        share = math.ceil(estimate.bytes / config.gpu.count)
-        return {gpu.uuid: share for gpu in gpus}
+        return {gpu.uuid: found.bytes_on_gpu(gpu.total_bytes, config.gpu.count) for gpu in gpus}
 
     def _lease(self, plan: Plan, request: Request, leased_ports: set[int]) -> Lease:
         config = self._config

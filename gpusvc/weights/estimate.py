@@ -1,58 +1,79 @@
-"""A first guess at a model's VRAM, from the files that its command names; a run that was seen knows better.
+"""A first estimate of a model's VRAM, from the files that its command names. A run that was seen knows better.
 
-It reads headers, never weights, and no more than a megabyte of any file; what makes no sense gives no guess.
+It reads headers, at most a megabyte of each file, and no weights. A header that makes no sense gives no estimate, and
+no estimate is not an estimate of zero.
 
-The guess is the least that the engine needs. Too low, and the engine runs out of memory once and is learned from; too
-high, and a model that fits is refused for ever. So a context that the command does not ask for counts as a short one,
-to which engines fall back (llama.cpp's --fit), and where layers may stay in RAM in a way that is not plain, there is
-no guess.
+The estimate is the least that the engine needs. If it is too low, the engine runs out of memory once and gpusvc learns
+from it; if it is too high, a model that fits is refused for ever. So:
+- A context that the command does not ask for counts as a short one, to which engines fall back (llama.cpp's --fit).
+- Slots that the command does not ask for count as one: llama-server makes four, but shares the cache among them.
+- Where the command keeps parts of layers in RAM (--n-cpu-moe, --override-tensor), there is no estimate.
 
-Formats: gguf.py; safetensors' README; Hugging Face's config.json.
+llama.cpp's sizes follow src/llama-context.cpp (``n_ctx_seq``: padded to 256, divided by the slots unless the cache is
+unified), src/llama-kv-cache-iswa.cpp (layers with a window: window times slots plus a batch, padded to 256),
+src/llama-kv-cache.cpp and src/llama-memory-recurrent.cpp (one row for each slot). vLLM's and SGLang's follow
+vllm/v1/kv_cache_interface.py (``max_memory_usage_bytes``) and sglang/srt/mem_cache/memory_pool.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gpusvc.quantity import MIB, format_size
-from gpusvc.record import Record
-from gpusvc.weights import gguf
+from gpusvc.weights import architecture, gguf, huggingface
+from gpusvc.weights.command import EngineCommand, Option, option, parse_count
+from gpusvc.weights.layers import Layer, Shape
 
-_HEADER_BYTES = 1 * MIB
-
-# Buffers of a graph, and what the driver takes for a context.
-_WORK_BYTES = 512 * MIB
+# Compute buffers, and what the driver takes for a context, on each GPU.
+_COMPUTE_BYTES = 512 * MIB
 
 _SHORT_CONTEXT = 4096
-
-# Whatever says more is no file of a model.
-_MAX_COUNT = 1 << 32
-_MAX_LAYERS = 1 << 14
 _MAX_BYTES = 1 << 46
+_MAX_SLOTS = 256  # llama.h, LLAMA_MAX_SEQ
+_MAX_GPUS = 1024
+_CELLS = 256  # llama.cpp makes its caches in steps of so many tokens
+_BATCH = 512  # llama.cpp's --ubatch-size
+_VLLM_BATCH = 2048
 
-_MODEL = ("-m", "--model", "--model-path")
-_CONTEXT = ("-c", "--ctx-size", "--max-model-len", "--context-length")
-_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
-_CACHE_K = ("-ctk", "--cache-type-k")
-_CACHE_V = ("-ctv", "--cache-type-v")
-_KEEPS_CACHE_IN_RAM = {"-nkvo", "--no-kv-offload"}
-_KEEPS_PARTS_IN_RAM = {"-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-ot", "--override-tensor", "--cpu-offload-gb"}
+_MODEL = option("-m --model --model-path", "LLAMA_ARG_MODEL")
+_CONTEXT = option("-c --ctx-size --max-model-len --context-length", "LLAMA_ARG_CTX_SIZE")
+_LAYERS = option("-ngl --gpu-layers --n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
+_CACHE_K = option("-ctk --cache-type-k", "LLAMA_ARG_CACHE_TYPE_K")
+_CACHE_V = option("-ctv --cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
+_SLOTS = option("-np --parallel", "LLAMA_ARG_N_PARALLEL")
+_UBATCH = option("-ub --ubatch-size", "LLAMA_ARG_UBATCH")
+_UNIFIED = option("-kvu --kv-unified", "LLAMA_ARG_KV_UNIFIED", negations="-no-kvu --no-kv-unified")
+_WHOLE_WINDOWS = option("--swa-full", "LLAMA_ARG_SWA_FULL")
+_OFFLOAD_CACHE = option("-kvo --kv-offload", "LLAMA_ARG_KV_OFFLOAD", negations="-nkvo --no-kv-offload")
+_KEEPS_PARTS_IN_RAM = (
+    option("-cmoe --cpu-moe", "LLAMA_ARG_CPU_MOE"),
+    option("-ncmoe --n-cpu-moe", "LLAMA_ARG_N_CPU_MOE"),
+    option("-ncffn --n-cpu-ffn", "LLAMA_ARG_N_CPU_FFN"),
+    option("-ot --override-tensor", "LLAMA_ARG_OVERRIDE_TENSOR"),
+    option("--cpu-offload-gb"),
+)
 
-# llama-server takes these from the environment too.
-_VARIABLES = {
-    _MODEL: "LLAMA_ARG_MODEL",
-    _CONTEXT: "LLAMA_ARG_CTX_SIZE",
-    _LAYERS: "LLAMA_ARG_N_GPU_LAYERS",
-    _CACHE_K: "LLAMA_ARG_CACHE_TYPE_K",
-    _CACHE_V: "LLAMA_ARG_CACHE_TYPE_V",
-}
+_PROJECTOR = option("-mm --mmproj", "LLAMA_ARG_MMPROJ")
+_OFFLOAD_PROJECTOR = option("--mmproj-offload", "LLAMA_ARG_MMPROJ_OFFLOAD", negations="--no-mmproj-offload --no-mmproj")
 
-# Bytes for each number of the cache: a block of 32 has its scale beside it.
+_DRAFT = option("-md --model-draft --spec-draft-model", "LLAMA_ARG_SPEC_DRAFT_MODEL")
+_DRAFT_OLD = option("", "LLAMA_ARG_MODEL_DRAFT")
+_DRAFT_CONTEXT = option("-cd --ctx-size-draft --spec-draft-ctx-size", "LLAMA_ARG_CTX_SIZE_DRAFT")
+_DRAFT_LAYERS = option(
+    "-ngld --gpu-layers-draft --n-gpu-layers-draft --spec-draft-ngl", "LLAMA_ARG_SPEC_DRAFT_N_GPU_LAYERS"
+)
+_DRAFT_CACHE_K = option("-ctkd --cache-type-k-draft --spec-draft-type-k", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K")
+_DRAFT_CACHE_V = option("-ctvd --cache-type-v-draft --spec-draft-type-v", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V")
+
+_CACHE_TYPE = option("--kv-cache-dtype")
+_SHARE = option("--gpu-memory-utilization --mem-fraction-static")
+_TENSOR_PARALLEL = option("-tp --tensor-parallel-size --tp-size --tp")
+_PIPELINE_PARALLEL = option("-pp --pipeline-parallel-size --pp-size")
+_BATCHED = option("--max-num-batched-tokens --chunked-prefill-size")
+
+# Bytes for each number of the cache: a block of 32 numbers has its scale beside it.
 _F16_BYTES = 2.0
 _CACHE_BYTES = {
     "f32": 4.0,
@@ -66,188 +87,224 @@ _CACHE_BYTES = {
     "iq4_nl": 18 / 32,
 }
 
-_SPLIT = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf")
 
+class Estimate(NamedTuple):
+    """Bytes of VRAM, on all GPUs of the model together, by what they are for."""
 
-class Estimate(Record):
-    """Bytes of VRAM, on all GPUs of the model together, and in a sentence how they come about."""
+    weights_bytes: int
+    cache_bytes: int
+    state_bytes: int  # of recurrent layers
+    compute_bytes: int
+    tokens: int | None = None  # of context that the cache is for; None: the files do not tell its size
+    gpu_share: float | None = None  # of each GPU's VRAM, if the command tells the engine to take that much
 
-    bytes: int
-    reason: str
+    @property
+    def bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.state_bytes + self.compute_bytes
 
+    @property
+    def reason(self) -> str:
+        """Return a sentence with the parts."""
+        parts = [f"{format_size(self.weights_bytes)} of weights"]
+        if self.cache_bytes:
+            parts.append(f"{format_size(self.cache_bytes)} of KV cache for {self.tokens} tokens")
+        if self.state_bytes:
+            parts.append(f"{format_size(self.state_bytes)} of recurrent state")
+        unknown = " Its files do not tell the size of its KV cache." if self.tokens is None else ""
+        return f"{', '.join(parts)}, and {format_size(self.compute_bytes)} of compute buffers.{unknown}"
 
-class _Shape(Record):
-    """What decides the size of a model's cache: numbers for each token of context, all layers together."""
-
-    layers: int
-    context: int
-    keys: int
-    values: int
-
-
-class _Command(Record):
-    """An engine's command and environment, as questions are put to it."""
-
-    arguments: Sequence[str]
-    env: Mapping[str, str]
-
-    def has_any(self, names: Collection[str]) -> bool:
-        return any(argument.partition("=")[0] in names for argument in self.arguments)
-
-    def option(self, names: tuple[str, ...]) -> str | None:
-        """The value of an option, as ``NAME VALUE`` or ``NAME=VALUE``; the last one counts."""
-        found = self.env.get(_VARIABLES[names])
-        for argument, following in zip(self.arguments, [*self.arguments[1:], None], strict=True):
-            name, equals, value = argument.partition("=")
-            if name in names:
-                found = value if equals else following
-        return found
-
-    def files(self) -> list[Path]:
-        """The files and directories that may be a model, the one that is called so first."""
-        model = self.option(_MODEL)
-        values = [model] if model else []
-        values += [word.partition("=")[2] if word.startswith("-") else word for word in self.arguments[1:]]
-        return [Path(text) for text in dict.fromkeys(values) if text.startswith("/") and os.path.lexists(text)]
-
-    def tokens(self, longest: int) -> int:
-        """Of context; 0 asks for all that the model knows."""
-        asked = self.option(_CONTEXT) or ""
-        if asked == "0":
-            return longest
-        return min(int(asked), _MAX_COUNT) if asked.isdecimal() else min(longest, _SHORT_CONTEXT)
-
-    def share_of_layers(self, layers: int) -> float:
-        """How much of a model is in VRAM; all unless the command says otherwise. The output counts as a layer."""
-        asked = self.option(_LAYERS) or ""
-        return min(int(asked), layers + 1) / (layers + 1) if asked.isdecimal() else 1.0
-
-    def bytes_per_token(self, shape: _Shape) -> float:
-        if self.has_any(_KEEPS_CACHE_IN_RAM):
-            return 0.0
-        sizes = (_CACHE_BYTES.get(self.option(names) or "", _F16_BYTES) for names in (_CACHE_K, _CACHE_V))
-        return sum(count * size for count, size in zip((shape.keys, shape.values), sizes, strict=True))
+    def bytes_on_gpu(self, total_bytes: int | None, count: int) -> int:
+        """Return what the model needs on one of ``count`` GPUs that has ``total_bytes`` of VRAM; None: unknown."""
+        if self.gpu_share is not None and total_bytes is not None:
+            return int(total_bytes * self.gpu_share)
+        return -(-self.bytes // count)
 
 
 def estimate(command: Sequence[str], env: Mapping[str, str]) -> Estimate | None:
-    """What the files that ``command`` names suggest; None: nothing.
+    """Return what the files that ``command`` names suggest, or None if they suggest nothing.
 
     Args:
         command: of the engine, with absolute paths.
         env: what its configuration adds to its environment.
     """
-    asked = _Command(command, env)
+    asked = EngineCommand(command, env)
     if asked.has_any(_KEEPS_PARTS_IN_RAM):
         return None
     try:
-        files = asked.files()
-        ggufs = [file for file in files if file.suffix == ".gguf"]
+        paths = asked.paths((_MODEL,))
+        ggufs = [path for path in _with_variables(paths, asked) if not path.is_dir() and gguf.is_gguf(path)]
         if ggufs:
-            return _of_gguf(ggufs, asked)
-        return next(filter(None, (_of_safetensors(file, asked) for file in files)), None)
+            found = _of_ggufs(ggufs, asked)
+        else:
+            found = next(filter(None, (_of_safetensors(path, asked) for path in paths)), None)
     except (OSError, ValueError):
         return None
+    return found if found is not None and 0 < found.bytes < _MAX_BYTES else None
 
 
-def _estimate(weights: float, cache: float, note: str) -> Estimate | None:
-    total = round(weights + cache) + _WORK_BYTES
-    if not 0 < total < _MAX_BYTES:
-        return None
-    parts = f"{format_size(round(weights))} of weights, {format_size(round(cache))} of {note}"
-    return Estimate(total, f"{parts}, and {format_size(_WORK_BYTES)} to work with.")
+def _with_variables(paths: list[Path], asked: EngineCommand) -> list[Path]:
+    """Return the paths and those that only the environment names."""
+    named = (asked.value(one) for one in (_PROJECTOR, _DRAFT, _DRAFT_OLD))
+    return list(dict.fromkeys([*paths, *(Path(text) for text in named if text and text.startswith("/"))]))
 
 
-def _of_gguf(files: Sequence[Path], asked: _Command) -> Estimate | None:
-    """Of the model, which comes first, and of what stands beside it: a projector, a draft model."""
-    main, *beside = [sum(part.stat().st_size for part in _parts(file)) for file in files]
-    shape = _gguf_shape(files[0])
+def _of_ggufs(paths: Sequence[Path], asked: EngineCommand) -> Estimate | None:
+    """Return the estimate for the model, which comes first, and for the files beside it: a projector, a draft model."""
+    model = asked.value(_MODEL)
+    if model and model.startswith("/") and Path(model) != paths[0]:
+        return None  # the model itself is something else
+    main = _of_gguf(paths[0], _main_plan(asked))
+    draft, projector = asked.value(_DRAFT) or asked.value(_DRAFT_OLD), asked.value(_PROJECTOR)
+    weights, cache, state = main.weights_bytes, main.cache_bytes, main.state_bytes
+    for path in paths[1:]:
+        if draft == str(path):
+            beside = _of_gguf(path, _draft_plan(asked, main.tokens))
+            weights += beside.weights_bytes
+            cache += beside.cache_bytes
+            state += beside.state_bytes
+        elif projector != str(path) or asked.flag(_OFFLOAD_PROJECTOR) is not False:
+            weights += _size_of(path)
+    return main._replace(weights_bytes=weights, cache_bytes=cache, state_bytes=state)
+
+
+class _Plan(NamedTuple):
+    """What llama.cpp is asked to make of one GGUF file."""
+
+    context: str  # as it is asked for
+    on_gpu: int | None  # layers; None: all
+    bytes_of: tuple[float, float]  # of each number of keys and of values
+    slots: int
+    is_unified: bool  # the slots share one cache
+    whole_windows: bool
+    cache_on_gpu: bool
+    batch: int
+
+    def tokens(self, longest: int) -> int:
+        """Return the context; 0 asks for all that the model was trained for."""
+        if self.context == "0":
+            return longest
+        number = parse_count(self.context)
+        return min(longest, _SHORT_CONTEXT) if number is None else number
+
+    def cells(self, tokens: int, window: int) -> int:
+        """Return for how many tokens llama.cpp makes a layer's cache, all slots together."""
+        streams = 1 if self.is_unified else self.slots
+        each = _padded(tokens if self.is_unified else _padded(tokens) // self.slots)
+        if window and not self.whole_windows:
+            seen = window * (self.slots if self.is_unified else 1) + self.batch
+            each = _padded(min(each, seen))
+        return each * streams
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // _CELLS) * _CELLS
+
+
+def _main_plan(asked: EngineCommand) -> _Plan:
+    slots = max(1, min(asked.number(_SLOTS) or 1, _MAX_SLOTS))
+    return _Plan(
+        context=asked.value(_CONTEXT) or "",
+        on_gpu=asked.number(_LAYERS),
+        bytes_of=(_number_bytes(asked, _CACHE_K), _number_bytes(asked, _CACHE_V)),
+        slots=slots,
+        is_unified=asked.flag(_UNIFIED) or slots == 1,
+        whole_windows=asked.flag(_WHOLE_WINDOWS) or False,
+        cache_on_gpu=asked.flag(_OFFLOAD_CACHE) is not False,
+        batch=asked.number(_UBATCH) or _BATCH,
+    )
+
+
+def _draft_plan(asked: EngineCommand, tokens: int | None) -> _Plan:
+    """Return the plan for the draft model: as long a context as the model's, and one slot."""
+    context = asked.value(_DRAFT_CONTEXT)
+    return _main_plan(asked)._replace(
+        context=context if context and context != "0" else str(tokens or ""),
+        on_gpu=asked.number(_DRAFT_LAYERS),
+        bytes_of=(_number_bytes(asked, _DRAFT_CACHE_K), _number_bytes(asked, _DRAFT_CACHE_V)),
+        slots=1,
+        is_unified=True,
+    )
+
+
+def _number_bytes(asked: EngineCommand, cache: Option) -> float:
+    return _CACHE_BYTES.get((asked.value(cache) or "").lower(), _F16_BYTES)
+
+
+def _of_gguf(file: Path, plan: _Plan) -> Estimate:
+    size = _size_of(file)
+    shape = _gguf_shape(file)
     if shape is None:
-        share = asked.share_of_layers(0)
-        return _estimate((main * share + sum(beside)) * 1.1, 0.0, "context, which its header does not tell")
-    share = asked.share_of_layers(shape.layers)
-    tokens = asked.tokens(shape.context)
-    cache = tokens * asked.bytes_per_token(shape) * share
-    return _estimate((main * share + sum(beside)) * 1.05, cache, f"cache for {tokens} tokens")
+        share = 1.0 if plan.on_gpu is None else min(plan.on_gpu, 1)
+        return Estimate(round(size * share * 1.1), 0, 0, _COMPUTE_BYTES)
+    count = len(shape.layers)
+    # The output counts as one layer more; the last layers are those on the GPU.
+    on_gpu = count + 1 if plan.on_gpu is None else min(plan.on_gpu, count + 1)
+    tokens = plan.tokens(shape.context)
+    cache, state = 0.0, 0
+    if plan.cache_on_gpu:
+        for layer in shape.layers[count + 1 - on_gpu :]:
+            keys, values = plan.bytes_of
+            cache += plan.cells(tokens, layer.window) * (layer.keys * keys + layer.values * values)
+            state += layer.state_bytes * plan.slots
+    return Estimate(round(size * on_gpu / (count + 1)), round(cache), state, _COMPUTE_BYTES, tokens)
 
 
-def _parts(file: Path) -> list[Path]:
-    """All files of a model that is split over several, given the first."""
-    split = _SPLIT.fullmatch(file.name)
-    if split is None:
-        return [file]
-    stem, count = split.groups()
-    return [file.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]
-
-
-def _gguf_shape(file: Path) -> _Shape | None:
-    """Out of a GGUF's header; None if that does not tell. Raises ValueError if it is none."""
+def _gguf_shape(file: Path) -> Shape | None:
     try:
-        known = gguf.read_metadata(file)
+        return architecture.shape_of(gguf.read_metadata(file))
     except PermissionError:
         return None  # the engine's user may well read it
-    values = {key.removeprefix(f"{known.get('general.architecture')}."): value for key, value in known.items()}
-    layers, context = _count(values.get("block_count")), _count(values.get("context_length"))
-    width, heads = _count(values.get("embedding_length")), _count(values.get("attention.head_count"))
-    cached = values.get("attention.head_count_kv", heads)
-    # A list has a number for each layer, 0 where a layer has no attention.
-    of_layers = cached if isinstance(cached, list) else [cached] * min(layers or 0, _MAX_LAYERS)
-    total = sum(count for count in map(_count, of_layers) if count is not None)
-    one = width // heads if width is not None and heads is not None else None
-    key = _count(values.get("attention.key_length")) or one
-    value = _count(values.get("attention.value_length")) or one
-    if layers is None or context is None or cached is None or key is None or value is None:
-        return None
-    return _Shape(layers, context, total * key, total * value)
 
 
-def _of_safetensors(path: Path, asked: _Command) -> Estimate | None:
-    """Of a file, or of a directory as it is downloaded from Hugging Face; None if it is neither."""
-    if path.is_dir():
-        files = list(path.glob("*.safetensors"))
-        # Some carry the same weights a second time, in one piece.
-        files = [file for file in files if file.name.startswith("model")] or files
-    else:
-        files = [path] if path.suffix == ".safetensors" else []
-    if not files or not all(map(_is_safetensors, files)):
+def _size_of(file: Path) -> int:
+    """Return the bytes of a file, or of all parts of a split model.
+
+    Raises:
+        OSError: a part is absent.
+    """
+    return sum(part.stat().st_size for part in gguf.parts_of(file))
+
+
+def _of_safetensors(path: Path, asked: EngineCommand) -> Estimate | None:
+    """Return the estimate for a file or a directory of safetensors; None if ``path`` is neither."""
+    files = huggingface.weight_files(path)
+    if not files or not all(map(huggingface.is_safetensors, files)):
         return None
-    weights = sum(file.stat().st_size for file in files) * 1.1
-    shape = _hugging_face_shape(path / "config.json") if path.is_dir() else None
+    split = max(1, min(asked.number(_TENSOR_PARALLEL) or 1, _MAX_GPUS))
+    gpus = min(split * max(1, asked.number(_PIPELINE_PARALLEL) or 1), _MAX_GPUS)
+    weights = round(sum(file.stat().st_size for file in files) * 1.1)
+    found = Estimate(weights, 0, 0, _COMPUTE_BYTES * gpus, gpu_share=_gpu_share(asked))
+    shape = huggingface.shape_of(huggingface.read_config(path)) if path.is_dir() else None
     if shape is None:
-        return _estimate(weights, 0.0, "context, which its files do not tell")
-    tokens = asked.tokens(shape.context)
-    return _estimate(weights, tokens * asked.bytes_per_token(shape), f"cache for {tokens} tokens")
+        return found
+    tokens = _served_tokens(asked, shape.context)
+    number_bytes = 1.0 if (asked.value(_CACHE_TYPE) or "").startswith("fp8") else _F16_BYTES
+    batch = asked.number(_BATCHED) or _VLLM_BATCH
+    numbers = sum(_numbers_kept(layer, tokens, batch) * _copies(layer, split) for layer in shape.layers)
+    state = sum(layer.state_bytes for layer in shape.layers)
+    return found._replace(cache_bytes=round(numbers * number_bytes), state_bytes=state, tokens=tokens)
 
 
-def _is_safetensors(file: Path) -> bool:
-    """Eight bytes of length, then a JSON object."""
+def _served_tokens(asked: EngineCommand, longest: int) -> int:
+    number = asked.number(_CONTEXT)
+    return min(longest, _SHORT_CONTEXT) if number is None else number or longest
+
+
+def _numbers_kept(layer: Layer, tokens: int, batch: int) -> int:
+    """Return how many numbers a layer keeps for one request of the longest context."""
+    kept = min(tokens, layer.window + batch) if layer.window else tokens
+    return kept * (layer.keys + layer.values)
+
+
+def _copies(layer: Layer, split: int) -> float:
+    """Return how often the cache is there in all: GPUs of tensor parallelism beyond its heads have copies."""
+    return max(1.0, split / max(layer.heads, 1))
+
+
+def _gpu_share(asked: EngineCommand) -> float | None:
+    """Return the share of each GPU that the command lets the engine take, whatever its model needs."""
     try:
-        with file.open("rb") as stream:
-            head = stream.read(9)
-    except PermissionError:
-        return True
-    return len(head) == 9 and head[8:] == b"{" and struct.unpack_from("<Q", head)[0] <= file.stat().st_size - 8
-
-
-def _hugging_face_shape(file: Path) -> _Shape | None:
-    try:
-        with file.open("rb") as stream:
-            config = json.loads(stream.read(_HEADER_BYTES))
-    except (OSError, ValueError, RecursionError):
+        share = float(asked.value(_SHARE) or "")
+    except ValueError:
         return None
-    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
-        config = config["text_config"]  # of a model that also sees or hears
-
-    if not isinstance(config, dict):
-        return None
-    layers, context = _count(config.get("num_hidden_layers")), _count(config.get("max_position_embeddings"))
-    width, heads = _count(config.get("hidden_size")), _count(config.get("num_attention_heads"))
-    cached = _count(config.get("num_key_value_heads")) or heads
-    one = _count(config.get("head_dim")) or (width // heads if width is not None and heads is not None else None)
-    if layers is None or context is None or cached is None or one is None:
-        return None
-    return _Shape(layers, context, layers * cached * one, layers * cached * one)
-
-
-def _count(value: object) -> int | None:
-    """A number that a model could have of anything; None for all else."""
-    return value if type(value) is int and 0 < value < _MAX_COUNT else None
+    return share if 0 < share <= 1 else None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.weights import description as about
-from gpusvc.weights.description import About, Kind
+from gpusvc.weights import gguf
+from gpusvc.weights.description import Description, FileKind, describe, ggufs_in
 from tests.engines import tinygguf
 
 
@@ -30,8 +30,8 @@ def write_gguf(file: Path, **values: str | int) -> Path:
 def test_a_gguf_says_which_model_it_is(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     tinygguf.write(file)
-    found = about.look(file)
-    assert found == About(Kind.GGUF, file.stat().st_size, "tiny random llama", None, 4096)
+    found = describe(file)
+    assert found == Description(FileKind.GGUF, file.stat().st_size, "tiny random llama", None, 4096)
     assert str(found) == "tiny random llama, 526.3 KiB, made for a context of 4096 tokens."
 
 
@@ -39,21 +39,21 @@ def test_its_quantisation_is_in_its_header_or_else_in_its_name(tmp_path: Path) -
     said = write_gguf(tmp_path / "a-Q8_0.gguf", general__architecture="llama", general__file_type=15)
     named = write_gguf(tmp_path / "Model-8B.q4_k_m.gguf", general__architecture="llama")
     neither = write_gguf(tmp_path / "IQuest.gguf", general__architecture="llama")
-    looked = [about.look(file) for file in (said, named, neither)]
+    looked = [describe(file) for file in (said, named, neither)]
     assert [found and found.quantisation for found in looked] == ["Q4_K_M", "Q4_K_M", None]
 
 
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
-        ({"general__architecture": "clip"}, Kind.PROJECTOR),
-        ({"general__architecture": "qwen", "general__type": "mmproj"}, Kind.PROJECTOR),
-        ({"general__architecture": "llama", "general__type": "adapter"}, Kind.ADAPTER),
-        ({"general__architecture": "llama", "general__type": "model"}, Kind.GGUF),
+        ({"general__architecture": "clip"}, FileKind.PROJECTOR),
+        ({"general__architecture": "qwen", "general__type": "mmproj"}, FileKind.PROJECTOR),
+        ({"general__architecture": "llama", "general__type": "adapter"}, FileKind.ADAPTER),
+        ({"general__architecture": "llama", "general__type": "model"}, FileKind.GGUF),
     ],
 )
-def test_what_goes_with_a_model_is_none(tmp_path: Path, values: dict[str, str], kind: Kind) -> None:
-    found = about.look(write_gguf(tmp_path / "x.gguf", **values))
+def test_what_goes_with_a_model_is_none(tmp_path: Path, values: dict[str, str], kind: FileKind) -> None:
+    found = describe(write_gguf(tmp_path / "x.gguf", **values))
     assert found is not None
     assert found.kind is kind
 
@@ -61,11 +61,11 @@ def test_what_goes_with_a_model_is_none(tmp_path: Path, values: dict[str, str], 
 def test_a_split_model_is_one_and_as_large_as_its_parts(tmp_path: Path) -> None:
     first = write_gguf(tmp_path / "big-00001-of-00002.gguf", general__architecture="llama")
     (tmp_path / "big-00002-of-00002.gguf").write_bytes(b"GGUF" + bytes(996))
-    found = about.look(first)
+    found = describe(first)
     assert found is not None
     assert found.size_bytes == first.stat().st_size + 1000
-    assert about.first_part(tmp_path / "big-00002-of-00002.gguf") == first
-    assert about.ggufs_in(tmp_path) == [first]
+    assert gguf.first_part(tmp_path / "big-00002-of-00002.gguf") == first
+    assert ggufs_in(tmp_path) == [first]
 
 
 def test_a_directory_of_safetensors_says_it_in_its_configuration(tmp_path: Path) -> None:
@@ -76,19 +76,19 @@ def test_a_directory_of_safetensors_says_it_in_its_configuration(tmp_path: Path)
         "text_config": {"max_position_embeddings": 40960},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert about.look(tmp_path) == About(Kind.SAFETENSORS, 100, "SomeForCausalLM", "awq", 40960)
+    assert describe(tmp_path) == Description(FileKind.SAFETENSORS, 100, "SomeForCausalLM", "awq", 40960)
 
 
 @pytest.mark.parametrize("config", ["", "[]", '{"architectures": 3, "text_config": 1, "quantization_config": []}'])
 def test_a_configuration_that_makes_no_sense_says_nothing(tmp_path: Path, config: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
     (tmp_path / "config.json").write_text(config)
-    assert about.look(tmp_path) == About(Kind.SAFETENSORS, 100)
+    assert describe(tmp_path) == Description(FileKind.SAFETENSORS, 100)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"#!/bin/sh", b"GGUF", b"GGUF" + bytes(100)])
 def test_what_is_no_model_is_none(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "x"
     file.write_bytes(content)
-    assert about.look(file) is None
-    assert about.look(tmp_path) is None
+    assert describe(file) is None
+    assert describe(tmp_path) is None
