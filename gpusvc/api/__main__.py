@@ -25,7 +25,8 @@ from gpusvc.api.routes.application import application
 from gpusvc.log import log
 from gpusvc.names import of_service
 from gpusvc.paths import Paths
-from gpusvc.systemd.manager import EndedJob, Manager
+from gpusvc.systemd.jobs import EndedJob
+from gpusvc.systemd.manager import Manager
 from gpusvc.systemd.notify import Notifier
 
 # sd_listen_fds(3)

@@ -103,7 +103,7 @@ class Evictor:
         """Evict ``name``, if that may be now; None: it is gone, else what it is instead."""
         from gpusvc import names
         from gpusvc.status import standing
-        from gpusvc.systemd.manager import ActiveState
+        from gpusvc.systemd.units import ActiveState
 
         unit = self._manager.unit(names.service(name))
         if unit is None or unit.active in {ActiveState.INACTIVE, ActiveState.FAILED}:

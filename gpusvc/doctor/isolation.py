@@ -15,7 +15,9 @@ from gpusvc.doctor.finding import Finding, error, note, ok
 from gpusvc.errors import GpusvcError
 from gpusvc.gpu import nodes
 from gpusvc.paths import is_user_instance
-from gpusvc.systemd.manager import JobResult, Manager, Scope
+from gpusvc.systemd.jobs import JobResult
+from gpusvc.systemd.manager import Manager
+from gpusvc.systemd.units import Scope
 
 _SCOPE_SECONDS = 10.0
 _DEV = Path("/dev")

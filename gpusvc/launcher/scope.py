@@ -11,7 +11,9 @@ from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.paths import is_user_instance
 from gpusvc.record import replace
-from gpusvc.systemd import manager as systemd
+from gpusvc.systemd.jobs import JobResult
+from gpusvc.systemd.manager import Manager
+from gpusvc.systemd.units import Scope, set_properties
 
 if TYPE_CHECKING:
     from gpusvc.launcher.run import Run
@@ -31,7 +33,7 @@ def enter(run: Run) -> Cgroup:
     config, pid = run.config, run.parked.pid
     run.notifier.waiting(f"Making a scope for {run.place()}.")
     _make(
-        systemd.Scope(
+        Scope(
             name=run.lease.scope,
             description=f"{config.description} (engine of {names.service(run.name)})",
             slice=names.SLICE,
@@ -43,7 +45,7 @@ def enter(run: Run) -> Cgroup:
         pid,
     )
     if config.scope:
-        systemd.set_properties(run.lease.scope, config.scope)
+        set_properties(run.lease.scope, config.scope)
     cgroup = Cgroup.of_process(pid)
     if cgroup is None or not _is_of(cgroup, run.lease.scope):
         raise IsolationError(f"The engine is in {cgroup and cgroup.path}, not in {run.lease.scope}.")
@@ -57,7 +59,7 @@ def enter(run: Run) -> Cgroup:
     return cgroup
 
 
-def _make(scope: systemd.Scope, pid: int) -> None:
+def _make(scope: Scope, pid: int) -> None:
     """Have systemd make ``scope``.
 
     While systemd executes itself anew, or the bus restarts, the answer is lost. Then the process's control group tells
@@ -67,9 +69,9 @@ def _make(scope: systemd.Scope, pid: int) -> None:
     may_be_made = False
     while True:
         try:
-            with systemd.Manager() as manager:
+            with Manager() as manager:
                 result = manager.wait(manager.start_scope(scope), _JOB_SECONDS)
-            if result is systemd.JobResult.DONE:
+            if result is JobResult.DONE:
                 return
             raise SystemdError(f"systemd did not make {scope.name}: its job is {result or 'not done in time'}.")
         except UnansweredError:

@@ -23,7 +23,7 @@ from gpusvc.state.lease import BrokenLeaseError, Lease
 if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.status.standing import Standing
-    from gpusvc.systemd.manager import Manager, ServiceStatus, Unit
+    from gpusvc.systemd.units import ServiceStatus, Unit, UnitReader
 
 GpuReader = Callable[[], "Sequence[Gpu] | None"]
 """Asks NVML; None if it does not answer."""
@@ -294,14 +294,14 @@ def resolve(paths: Paths, text: str, *, also: Iterable[str] = ()) -> str:
     raise UnknownModelError(f"There is no model {name!r}.", hint=hint)
 
 
-def units(manager: Manager) -> dict[str, Unit]:
+def units(manager: UnitReader) -> dict[str, Unit]:
     """The services of models that systemd does not call inactive, by model."""
     loaded = {names.of_service(unit.name): unit for unit in manager.units("model@*.service")}
     return {name: unit for name, unit in loaded.items() if name is not None and unit.active != "inactive"}
 
 
 def models(
-    paths: Paths, manager: Manager, read_gpus: GpuReader, *, more: Iterable[str] = (), standing: bool = False
+    paths: Paths, manager: UnitReader, read_gpus: GpuReader, *, more: Iterable[str] = (), standing: bool = False
 ) -> list[ModelStatus]:
     """Every model that runs, failed or holds a lease, and those of ``more`` too, sorted by name.
 
@@ -326,7 +326,7 @@ def models(
 
 
 def model(
-    paths: Paths, manager: Manager, name: str, read_gpus: GpuReader
+    paths: Paths, manager: UnitReader, name: str, read_gpus: GpuReader
 ) -> tuple[ModelStatus, tuple[ModelProcess, ...]]:
     """One model with its standing, and the processes that are its."""
     lease = _lease(paths, name)
@@ -368,7 +368,7 @@ def _gpu_status(gpu: Gpu, held: Sequence[Lease], pids: dict[str, frozenset[int]]
 
 
 def _status(
-    manager: Manager,
+    manager: UnitReader,
     name: str,
     unit: Unit | None,
     lease: Lease | BrokenLeaseError | None,

@@ -1,34 +1,80 @@
-"""A daemon's line to systemd: there when it is needed, and there again after D-Bus was restarted."""
+"""One connection to the service manager for a daemon: made when it is needed, and made anew after D-Bus restarted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from gpusvc.errors import GpusvcError, PermissionDeniedError, SystemdError
+from gpusvc.errors import GpusvcError, PermissionDeniedError, SystemdError, UnansweredError
 from gpusvc.log import log
 
 if TYPE_CHECKING:
-    from gpusvc.systemd.manager import Unit
+    from gpusvc.systemd.units import Unit
 
-# How long the same complaint is not repeated.
+# The same complaint is logged once in this time.
 _SILENCE_SECONDS = 300.0
 
-_T = TypeVar("_T")
+
+class Closable(Protocol):
+    """A manager that a connection can close."""
+
+    def close(self) -> None: ...
 
 
-class ServiceManager(Protocol):
-    """What of systemd.Manager is used here."""
+class ServiceManager(Closable, Protocol):
+    """What the watchdog uses of Manager."""
 
     def enqueue(self, verb: str, unit: str) -> str: ...
 
     def units(self, *patterns: str) -> list[Unit]: ...
 
-    def close(self) -> None: ...
+
+_M = TypeVar("_M", bound=Closable)
+_T = TypeVar("_T")
 
 
-class Connection:
-    """At most one connection at a time. What fails is complained of in the journal, and has no answer."""
+class Connection(Generic[_M]):
+    """At most one connection at a time. A broken connection is replaced by the next question."""
+
+    def __init__(self, connect: Callable[[], _M]) -> None:
+        self._connect = connect
+        self._manager: _M | None = None
+
+    def ask(self, question: Callable[[_M], _T]) -> _T:
+        """Return the answer to ``question``, which is asked again if an existing connection turns out to be broken.
+
+        Raises:
+            UnansweredError: nobody answered on a new connection either.
+            SystemdError, PermissionDeniedError: the manager refuses.
+        """
+        for is_last in (self._manager is None, True):
+            try:
+                return question(self.manager())
+            except UnansweredError:
+                self.close()
+                if is_last:
+                    raise
+        raise AssertionError
+
+    def manager(self) -> _M:
+        """Return the manager at the other end; this connects if there is no connection."""
+        if self._manager is None:
+            self._manager = self._connect()
+            self.connected(self._manager)
+        return self._manager
+
+    def connected(self, manager: _M) -> None:
+        """Called with each new connection."""
+
+    def close(self) -> None:
+        """Close the connection until the next question."""
+        if self._manager is not None:
+            manager, self._manager = self._manager, None
+            manager.close()
+
+
+class LoggingConnection(Connection[ServiceManager]):
+    """A connection that logs an error and returns None where Connection raises."""
 
     def __init__(
         self,
@@ -37,49 +83,33 @@ class Connection:
         now: Callable[[], float],
         on_answer: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_answer`` is called after each question, any of which may take as long as D-Bus lets it (25 s)."""
-        self._connect = connect
+        """``on_answer`` is called after each question. A question may take as long as D-Bus allows, 25 s."""
+        super().__init__(connect)
         self._now = now
         self._on_answer = on_answer
-        self._manager: ServiceManager | None = None
         self._complaints: dict[str, float] = {}
 
-    def ask(self, question: Callable[[ServiceManager], _T]) -> _T | None:
-        """None: there is no answer. One that fails on an old connection is asked again on a new one."""
-        for is_last in (self._manager is None, True):
-            try:
-                if self._manager is None:
-                    self._manager = self._connect()
-                return question(self._manager)
-            except PermissionDeniedError as error:
-                self.complain(error)
-                return None
-            except SystemdError as error:
-                self.close()
-                if is_last:
-                    self.complain(error)
-                    return None
-            finally:
-                self._on_answer()
-        return None
+    def try_ask(self, question: Callable[[ServiceManager], _T]) -> _T | None:
+        """Return the answer to ``question``; None if there is none, which is logged."""
+        try:
+            return self.ask(question)
+        except (SystemdError, PermissionDeniedError) as error:
+            self.complain(error)
+            return None
+        finally:
+            self._on_answer()
 
     def states(self, units: Sequence[str]) -> dict[str, str] | None:
-        """The ActiveState of each of ``units``, ``inactive`` if it is not loaded; None: there is no answer."""
-        found = self.ask(lambda manager: manager.units(*units))
+        """Return the ActiveState of each of ``units``, ``inactive`` for one that is not loaded; None: no answer."""
+        found = self.try_ask(lambda manager: manager.units(*units))
         if found is None:
             return None
         return dict.fromkeys(units, "inactive") | {unit.name: str(unit.active) for unit in found}
 
     def complain(self, error: GpusvcError) -> None:
-        """Tell the journal, but not the same thing all the time."""
+        """Log ``error``, but not the same sentence again within five minutes."""
         now = self._now()
         self._complaints = {text: until for text, until in self._complaints.items() if until > now}
         if str(error) not in self._complaints:
             self._complaints[str(error)] = now + _SILENCE_SECONDS
             log(4, str(error))
-
-    def close(self) -> None:
-        """Until the next question."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None

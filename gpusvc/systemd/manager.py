@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Iterator, Mapping
-from enum import StrEnum
-from typing import Any, NamedTuple, Self, TypeVar
+from collections.abc import Callable
+from typing import Any, Self
 
-from gpusvc.errors import ConfigError, SystemdError, UnansweredError
+from gpusvc.errors import SystemdError, UnansweredError
 from gpusvc.paths import Paths, is_user_instance
+from gpusvc.systemd import jobs
 from gpusvc.systemd.bus import (
     DBus,
     DBusAddress,
@@ -26,6 +26,8 @@ from gpusvc.systemd.bus import (
     translated,
     undisturbed,
 )
+from gpusvc.systemd.jobs import EndedJob, JobResult, JobTable
+from gpusvc.systemd.units import ActiveState, Scope, ServiceStatus, TransientUnit, Unit
 
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
@@ -34,114 +36,6 @@ _JOB = b"org.freedesktop.systemd1.Job"
 
 # systemd executes itself anew within this time, and nobody answers meanwhile.
 _ABSENT_SECONDS = 10.0
-
-# How long a job may take before it is seen to that it has not ended unheard.
-_HEARSAY_SECONDS = 2.0
-
-_T = TypeVar("_T")
-
-
-class JobResult(StrEnum):
-    """How a job ended. A result that a newer systemd invents counts as OTHER."""
-
-    DONE = "done"
-    CANCELED = "canceled"
-    TIMEOUT = "timeout"
-    FAILED = "failed"
-    DEPENDENCY = "dependency"
-    SKIPPED = "skipped"
-    OTHER = "other"
-
-    @classmethod
-    def _missing_(cls, value: object) -> JobResult:  # noqa: ARG003
-        return cls.OTHER
-
-
-class ActiveState(StrEnum):
-    """The high-level state of a unit. One that a newer systemd invents counts as OTHER."""
-
-    ACTIVE = "active"
-    RELOADING = "reloading"
-    REFRESHING = "refreshing"
-    INACTIVE = "inactive"
-    FAILED = "failed"
-    ACTIVATING = "activating"
-    DEACTIVATING = "deactivating"
-    MAINTENANCE = "maintenance"
-    OTHER = "other"
-
-    @classmethod
-    def _missing_(cls, value: object) -> ActiveState:  # noqa: ARG003
-        return cls.OTHER
-
-
-_UP = frozenset({ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING})
-
-
-class Unit(NamedTuple):
-    """A loaded unit, as one answer of the manager describes it."""
-
-    name: str
-    active: ActiveState
-    sub: str
-    path: str
-
-
-class ServiceStatus(NamedTuple):
-    """What a service says of itself. ``since`` is when it entered its state, in seconds since the epoch; 0: never."""
-
-    text: str
-    result: str
-    exit_status: int
-    since: float
-
-
-class EndedJob(NamedTuple):
-    """A job that is over, whoever queued it; ``path`` is what enqueue() returned to him."""
-
-    path: str
-    unit: str
-    result: JobResult
-
-
-class _Queued:
-    """A job that this connection queued, and has not heard of since."""
-
-    def __init__(self, verb: str, unit: str, looked_at: float) -> None:
-        self.verb = verb
-        self.unit = unit
-        self.looked_at = looked_at
-
-
-class Scope(NamedTuple):
-    """A transient scope to be made around processes that exist already."""
-
-    name: str
-    description: str
-    slice: str
-    pids: tuple[int, ...]
-    binds_to: str
-    devices: tuple[str, ...] | None
-    """Paths of the device nodes that its processes may open; everything but the pseudo devices is denied. None: they
-    may open what its user may, as a user's manager cannot deny it."""
-    stop_timeout_seconds: float
-
-    def properties(self) -> Iterator[tuple[str, str, Any]]:
-        """Name, D-Bus signature and value of each property, in the order in which systemd must see them."""
-        yield "Description", "s", self.description
-        yield "Slice", "s", self.slice
-        # No After=: the scope is made while the service's own start job runs, and would queue behind it for ever.
-        yield "BindsTo", "as", [self.binds_to]
-        yield "KillMode", "s", "control-group"
-        yield "SendSIGHUP", "b", False
-        yield "TimeoutStopUSec", "t", int(self.stop_timeout_seconds * 1_000_000)
-        # A scope that ended badly must not stay loaded: the next start makes one of the same name.
-        yield "CollectMode", "s", "inactive-or-failed"
-        if self.devices is not None:
-            # DeviceAllow before DevicePolicy: the other order leaves NeedDaemonReload=yes (systemd #35710).
-            yield "DeviceAllow", "a(ss)", [(path, "rw") for path in self.devices]
-            yield "DevicePolicy", "s", "closed"
-        yield "PIDs", "au", list(self.pids)
 
 
 class Manager:
@@ -156,8 +50,7 @@ class Manager:
     def __init__(self, *, patience_seconds: float = _ABSENT_SECONDS) -> None:
         """``patience_seconds``: how long a manager that executes itself anew is asked again and again."""
         self._patience_seconds = patience_seconds
-        self._queued: dict[str, _Queued] = {}
-        self._ended: dict[str, EndedJob] = {}
+        self._jobs = JobTable()
         self._on_signal: Callable[..., None] | None = None
         # Whom signals are from; on a connection without a bus in between nobody has a name.
         self._sender: bytes | None = _NAME
@@ -231,20 +124,24 @@ class Manager:
         """Have all unit files read again."""
         self._call("have unit files read again", "Reload", "")
 
-    def start_scope(self, scope: Scope) -> str:
-        """Queue the making of ``scope``. The job's path, for wait()."""
+    def start_transient(self, unit: TransientUnit) -> str:
+        """Queue the start of a transient unit. Returns the job's path, for wait() or drain()."""
         self._subscribe()
-        arguments = apply_signature(b"ss", [scope.name.encode(), b"fail"])
+        arguments = apply_signature(b"ss", [unit.name.encode(), b"fail"])
         arguments.append((ord("a"), b"(sv)"))
-        for name, signature, value in scope.properties():
+        for name, signature, value in unit.properties():
             arguments += [(ord("r"), b"sv"), (ord("s"), name.encode()), (ord("v"), signature.encode())]
             arguments += apply_signature(signature.encode(), [encode(value)])
             arguments += [(-1, None), (-1, None)]
         arguments.append((-1, None))
         arguments += [(ord("a"), b"(sa(sv))"), (-1, None)]
-        with translated(f"make {scope.name}"), undisturbed():
+        with translated(f"make {unit.name}"), undisturbed():
             path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
-        return self._remember(path, "Start", scope.name)
+        return self._remember(path, "Start", unit.name)
+
+    def start_scope(self, scope: Scope) -> str:
+        """Queue the making of ``scope``. Returns the job's path, for wait()."""
+        return self.start_transient(scope)
 
     def wait(self, job: str, timeout_seconds: float) -> JobResult | None:
         """How ``job``, which this connection queued, ended; None if it has not within the time."""
@@ -253,14 +150,14 @@ class Manager:
         poll.register(self._bus.get_fd(), select.POLLIN)
         while True:
             self._process()
-            result = self._ended.pop(job).result if job in self._ended else self._unheard(job)
+            result = self._jobs.take(job) or self._unheard(job)
             if result is not None:
-                self._queued.pop(job, None)
+                self._jobs.forget(job)
                 return result
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            poll.poll(min(remaining, _HEARSAY_SECONDS) * 1000)
+            poll.poll(min(remaining, jobs.LOOK_SECONDS) * 1000)
 
     def listen(self) -> int:
         """For who cannot wait(): hear of the end of every job from now on. A file that is readable when drain() is due.
@@ -274,9 +171,7 @@ class Manager:
     def drain(self) -> list[EndedJob]:
         """The jobs of all units that ended since the last call; without waiting."""
         self._process()
-        ended = list(self._ended.values())
-        self._ended.clear()
-        return ended
+        return self._jobs.take_all()
 
     def units(self, *patterns: str) -> list[Unit]:
         """The loaded units whose names match any of the shell ``patterns``."""
@@ -323,29 +218,25 @@ class Manager:
             return call()
 
     def _remember(self, path: bytes, verb: str, unit: str) -> str:
-        self._queued[path.decode()] = _Queued(verb, unit, time.monotonic())
+        self._jobs.queued(path.decode(), verb, unit)
         return path.decode()
 
-    def _unheard(self, job: str) -> JobResult | None:
-        """How a job ended of which nobody was told, as is the case while systemd executes itself anew."""
-        queued = self._queued.get(job)
-        if queued is None or time.monotonic() - queued.looked_at < _HEARSAY_SECONDS:
+    def _unheard(self, path: str) -> JobResult | None:
+        """Return how a job ended of whose end no signal came; None if it goes on or nobody answers."""
+        job = self._jobs.overdue(path)
+        if job is None:
             return None
-        queued.looked_at = time.monotonic()
         try:
-            with translated(f"look at a job of {queued.unit}"):
-                self._bus.get_property(_NAME, job.encode(), _JOB, b"State", b"s")
+            with translated(f"look at a job of {job.unit}"):
+                self._bus.get_property(_NAME, path.encode(), _JOB, b"State", b"s")
             return None  # it goes on
         except UnansweredError:
             return None
         except SystemdError:
             pass  # there is no such job any more
-        unit = self.unit(queued.unit)
+        unit = self.unit(job.unit)
         self._process()
-        if job in self._ended:
-            return self._ended.pop(job).result
-        is_up = unit is not None and unit.active in _UP
-        return JobResult.DONE if is_up is (queued.verb != "Stop") else JobResult.FAILED
+        return self._jobs.take(path) or job.result_by_state(is_up=unit is not None and unit.active.is_up)
 
     def _process(self) -> None:
         with translated("hear from the service manager"), undisturbed():
@@ -362,39 +253,10 @@ class Manager:
         def job_removed(message: Any, error: object = None, userdata: object = None) -> None:  # noqa: ARG001
             message.process_reply(False)
             _id, path, unit, result = message.body
-            job = EndedJob(path.decode(), unit.decode(), JobResult(result.decode()))
-            self._ended[job.path] = job
+            self._jobs.ended(EndedJob(path.decode(), unit.decode(), JobResult(result.decode())))
 
         # pystemd keeps a bare pointer to the callback: this attribute is what keeps it alive.
         self._on_signal = job_removed
         with translated("listen to the service manager"):
             self._bus.match_signal(self._sender, _PATH, _MANAGER, b"JobRemoved", job_removed)
         self._call("subscribe to the service manager", "Subscribe", "")
-
-
-def set_properties(unit: str, properties: Mapping[str, str]) -> None:
-    """Give ``unit`` the ``properties``, spelt as in a unit file, for as long as it is loaded.
-
-    systemctl is the only thing that reads every property of the systemd release at hand in its own syntax.
-
-    Raises:
-        ConfigError: systemd does not take one of them.
-        SystemdError: systemctl could not be run, or did not come back.
-    """
-    import subprocess  # noqa: PLC0415  most models set none
-
-    settings = [f"{name}={value}" for name, value in properties.items()]
-    manager = ["--user"] if is_user_instance() else []
-    try:
-        done = subprocess.run(  # noqa: S603
-            ["systemctl", *manager, "set-property", "--runtime", unit, *settings],  # noqa: S607
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SystemdError(f"Could not set the properties of {unit}: {error}.") from None
-    if done.returncode != 0:
-        raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")

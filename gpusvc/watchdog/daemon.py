@@ -22,7 +22,7 @@ from gpusvc.gpu.meter import Meter
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.state import use
-from gpusvc.systemd.connection import Connection, ServiceManager
+from gpusvc.systemd.connection import LoggingConnection, ServiceManager
 from gpusvc.systemd.notify import Notifier
 from gpusvc.watchdog import announcements, verdicts
 from gpusvc.watchdog.evictions import Evictions
@@ -60,7 +60,7 @@ class Watchdog:
         self._watched = watched
         self._observer = observer
         self._notifier = notifier
-        self._systemd = Connection(connect, now=now, on_answer=notifier.feed_watchdog)
+        self._systemd = LoggingConnection(connect, now=now, on_answer=notifier.feed_watchdog)
         self._evictions = Evictions(paths, self._systemd, now)
         self._history = History()
         self._short: set[str] = set()
@@ -173,7 +173,7 @@ class Watchdog:
             if is_new:
                 left = "its lease" if name in seen.leases else "something of it"
                 announcements.leak(f"{name} does not run, and {left} is left: its release is proven now.", name, left)
-            self._systemd.ask(partial(_prove, unit=names.proof(name)))
+            self._systemd.try_ask(partial(_prove, unit=names.proof(name)))
 
     def _tell(self, seen: Observation, judgement: Judgement) -> None:
         """Let systemctl and the command know, as far as there is news; time goes by in between."""

@@ -27,7 +27,7 @@ from gpusvc.state.use import Drain
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
     from gpusvc.state.lease import Lease
-    from gpusvc.systemd.connection import Connection
+    from gpusvc.systemd.connection import LoggingConnection
     from gpusvc.watchdog.judge import Evidence, Verdict
 
 # A model that was to leave and is up by now is up because somebody else wanted that.
@@ -103,7 +103,7 @@ class _Stuck:
 class Evictions:
     """All that leave now. ``now`` is a clock that nobody sets, in seconds."""
 
-    def __init__(self, paths: Paths, systemd: Connection, now: Callable[[], float]) -> None:
+    def __init__(self, paths: Paths, systemd: LoggingConnection, now: Callable[[], float]) -> None:
         self._paths = paths
         self._systemd = systemd
         self._now = now
@@ -131,7 +131,7 @@ class Evictions:
             if not door.wait_idle() or use.last_use(self._paths, name) != evidence.last_use or not self._is_up(name):
                 return
             announce()
-            if self._systemd.ask(lambda manager: eviction.begin(manager, name, reason=reason.rstrip("."))) is None:
+            if self._systemd.try_ask(lambda manager: eviction.begin(manager, name, reason=reason.rstrip("."))) is None:
                 refused.postpone(self._now())
                 return
             undo.pop_all()
@@ -187,7 +187,7 @@ class Evictions:
         with contextlib.ExitStack() as undo:
             door = undo.enter_context(Drain(self._paths, name))
             door.close_door()  # nobody new has to see it go; somebody else at the door sees to the same
-            if self._systemd.ask(lambda manager: manager.enqueue(verb, names.service(name))) is not None:
+            if self._systemd.try_ask(lambda manager: manager.enqueue(verb, names.service(name))) is not None:
                 undo.pop_all()
                 self._leaving[name] = self._eviction_of(door, stuck.lease)
 

@@ -21,8 +21,8 @@ from gpusvc.record import replace
 from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.state.lease import Lease, LeasedGpu
-from gpusvc.systemd.manager import ActiveState, Unit
 from gpusvc.systemd.notify import Notifier
+from gpusvc.systemd.units import ActiveState, Unit
 from tests.component.conftest import Machine
 from tests.fakegpu import GIB, uuid_of
 

@@ -35,7 +35,8 @@ from gpusvc.paths import Paths
 from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.state.lease import Lease
-from gpusvc.systemd.manager import ActiveState, EndedJob, JobResult, ServiceStatus, Unit
+from gpusvc.systemd.jobs import EndedJob, JobResult
+from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
 T = TypeVar("T")
 

@@ -13,9 +13,11 @@ import pytest
 
 from gpusvc.errors import SystemdError, UnansweredError
 from gpusvc.systemd import bus as dbus
+from gpusvc.systemd import jobs
 from gpusvc.systemd import manager as systemd
 from gpusvc.systemd.bus import DBusBaseError
-from gpusvc.systemd.manager import JobResult, Manager
+from gpusvc.systemd.jobs import JobResult
+from gpusvc.systemd.manager import Manager
 
 SERVICE = "model@qwen.service"
 JOB = "/org/freedesktop/systemd1/job/7"
@@ -93,7 +95,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
     monkeypatch.setattr(systemd, "DBus", lambda: played)
     monkeypatch.setattr(systemd, "is_user_instance", lambda: False)
     monkeypatch.setattr(dbus, "_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(systemd, "_HEARSAY_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.01)
     yield played
     played.close()
 

@@ -10,7 +10,7 @@ from gpusvc.gpu.reading import Gpu, GpuProcess
 from gpusvc.record import replace
 from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
 from gpusvc.status.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, status_of, vram_of
-from gpusvc.systemd.manager import ActiveState, ServiceStatus, Unit
+from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
 GIB = 1 << 30
 

@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from gpusvc.errors import SystemdError, UnansweredError
-from gpusvc.systemd.manager import EndedJob, JobResult, ServiceStatus, Unit
+from gpusvc.errors import SystemdError
+from gpusvc.systemd.connection import Connection
+from gpusvc.systemd.jobs import EndedJob, JobResult
+from gpusvc.systemd.units import ServiceStatus, Unit
 
 _T = TypeVar("_T")
 
@@ -41,44 +43,7 @@ class LostError(SystemdError):
     """The connection ended while a job was waited for: how that ended is not known."""
 
 
-class Line:
-    """At most one connection at a time; one that broke is replaced when it is next needed."""
-
-    def __init__(self, connect: Callable[[], Manager]) -> None:
-        self._connect = connect
-        self._manager: Manager | None = None
-
-    def ask(self, question: Callable[[Manager], _T]) -> _T:
-        """What the manager says to ``question``, which is asked again if the connection turns out to be broken.
-
-        Raises:
-            SystemdError, PermissionDeniedError: it refuses, or cannot be reached.
-        """
-        for is_last in (self._manager is None, True):
-            try:
-                return question(self.manager())
-            except UnansweredError:
-                self.close()
-                if is_last:
-                    raise
-        raise AssertionError
-
-    def manager(self) -> Manager:
-        if self._manager is None:
-            self._manager = self._connect()
-            self.connected(self._manager)
-        return self._manager
-
-    def connected(self, manager: Manager) -> None:
-        """There is a new connection."""
-
-    def close(self) -> None:
-        if self._manager is not None:
-            manager, self._manager = self._manager, None
-            manager.close()
-
-
-class Bus(Line):
+class Bus(Connection[Manager]):
     """A line that the loop listens to. For the loop's thread alone."""
 
     def __init__(

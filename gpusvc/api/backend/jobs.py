@@ -24,7 +24,8 @@ from gpusvc.placement import eviction
 from gpusvc.state import lease as leases
 from gpusvc.status import inventory, standing
 from gpusvc.status.inventory import ModelState
-from gpusvc.systemd.manager import ActiveState, JobResult, ServiceStatus, Unit
+from gpusvc.systemd.jobs import JobResult
+from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
 # How long a start on request goes on when nobody waits for it any more: clients try again.
 ABANDONED_SECONDS = 5.0

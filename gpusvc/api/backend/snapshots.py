@@ -7,9 +7,9 @@ import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
-from gpusvc.api.backend.bus import Line, Manager
+from gpusvc.api.backend.bus import Manager
 from gpusvc.api.backend.shared import outcome
 from gpusvc.config.files import model_names
 from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
@@ -18,7 +18,8 @@ from gpusvc.gpu.reading import Gpu
 from gpusvc.paths import Paths
 from gpusvc.status import inventory
 from gpusvc.status.inventory import GpuStatus, ModelProcess, ModelStatus
-from gpusvc.systemd import manager as systemd
+from gpusvc.systemd.connection import Connection
+from gpusvc.systemd.manager import Manager as SystemManager
 
 _T = TypeVar("_T")
 
@@ -32,11 +33,11 @@ class Snapshots:
     """Models and GPUs. The coroutines belong to one loop; everything that may block runs in one thread beside it."""
 
     def __init__(
-        self, paths: Paths, *, connect: Callable[[], Manager] = systemd.Manager, open_nvml: Callable[[], Nvml] = Nvml
+        self, paths: Paths, *, connect: Callable[[], Manager] = SystemManager, open_nvml: Callable[[], Nvml] = Nvml
     ) -> None:
         self._paths = paths
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
-        self._line = Line(connect)  # belongs to the thread, as _nvml does
+        self._line = Connection(connect)  # belongs to the thread, as _nvml does
         self._open_nvml = open_nvml
         self._nvml: Nvml | None = None
         self._absent: tuple[float, NvmlUnavailableError] | None = None
@@ -61,9 +62,7 @@ class Snapshots:
         """
         readings = await self._readings_or_none()
         return await self.beside(
-            lambda: self._line.ask(
-                lambda manager: inventory.model(self._paths, cast("systemd.Manager", manager), name, lambda: readings)
-            )
+            lambda: self._line.ask(lambda manager: inventory.model(self._paths, manager, name, lambda: readings))
         )
 
     async def gpus(self) -> list[GpuStatus]:
@@ -117,9 +116,7 @@ class Snapshots:
         def read() -> list[ModelStatus]:
             more = model_names(self._paths)
             return self._line.ask(
-                lambda manager: inventory.models(
-                    self._paths, cast("systemd.Manager", manager), lambda: readings, more=more, standing=True
-                )
+                lambda manager: inventory.models(self._paths, manager, lambda: readings, more=more, standing=True)
             )
 
         return await self.beside(read)

@@ -129,7 +129,8 @@ def _what_follows(paths: Paths, name: str, old: ModelConfig | None) -> str:
 
 def _is_running(name: str) -> bool | None:
     """Whether the model runs, or None if systemd does not answer."""
-    from gpusvc.systemd.manager import ActiveState, Manager
+    from gpusvc.systemd.manager import Manager
+    from gpusvc.systemd.units import ActiveState
 
     try:
         with Manager() as manager:

@@ -20,7 +20,8 @@ from gpusvc.paths import is_user_instance
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
-    from gpusvc.systemd.manager import JobResult, Manager
+    from gpusvc.systemd.jobs import JobResult
+    from gpusvc.systemd.manager import Manager
 
 _TICK_SECONDS = 0.2
 _LOG_LINES = 15
@@ -170,7 +171,8 @@ def _release(paths: Paths, name: str, progress: Progress) -> str:
 def forget_failure(name: str) -> None:
     """Have systemd forget that the model's unit failed, if it did. An error of systemd is ignored."""
     from gpusvc.names import service
-    from gpusvc.systemd.manager import ActiveState, Manager
+    from gpusvc.systemd.manager import Manager
+    from gpusvc.systemd.units import ActiveState
 
     with contextlib.suppress(SystemdError), Manager() as manager:
         unit = manager.unit(service(name))
@@ -204,7 +206,7 @@ def bring_up(
     Raises:
         EngineError: a model could not be started; an ExceptionGroup for several models.
     """
-    from gpusvc.systemd.manager import JobResult
+    from gpusvc.systemd.jobs import JobResult
 
     failures: list[GpusvcError] = []
     pending: dict[str, str] = {}
@@ -254,7 +256,7 @@ def doing_of(manager: Manager, name: str) -> str:
 
 def why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
     """Return the error of a failed start: the reason, and the last lines of the log."""
-    from gpusvc.systemd.manager import JobResult
+    from gpusvc.systemd.jobs import JobResult
 
     if result is JobResult.CANCELED:
         return EngineError(f"{name} was stopped before it was ready.")

@@ -75,7 +75,8 @@ def _end(context: typer.Context, paths: Paths, name: str) -> None:
     from gpusvc.release.procedure import release
     from gpusvc.state import lease
     from gpusvc.status import inventory
-    from gpusvc.systemd.manager import ActiveState, Manager
+    from gpusvc.systemd.manager import Manager
+    from gpusvc.systemd.units import ActiveState
 
     with Manager() as manager:
         unit = inventory.units(manager).get(name)
