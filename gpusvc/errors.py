@@ -8,7 +8,8 @@ Each error carries a sentence for a person, a hint on what to do about it, and h
     ├── PermissionDeniedError   exit 4, HTTP 403   permanent
     ├── ConfigError             exit 1, HTTP 500   permanent; a file or key that cannot be right
     ├── PlacementError          exit 1, HTTP 503   no GPU fits the model now
-    │   └── BusyError                              one would, if others were not in use
+    │   ├── BusyError                              one would, if others were not in use
+    │   └── NeverFitsError                         permanent; none would, even if nothing else ran
     ├── IsolationError          exit 1, HTTP 500   permanent; the kernel does not keep the model off other GPUs
     ├── EngineError             exit 1, HTTP 503   the engine could not be started, or ended
     ├── NvmlError               exit 1, HTTP 503   NVML failed: what it would have said is unknown
@@ -76,6 +77,10 @@ class PlacementError(GpusvcError):
 
 class BusyError(PlacementError):
     pass
+
+
+class NeverFitsError(PlacementError):
+    permanent = True
 
 
 class IsolationError(GpusvcError):

@@ -78,6 +78,12 @@ class Paths(Record):
     def lease_file(self, name: str) -> Path:
         return self.lease_directory(name) / "lease.json"
 
+    def readiness_file(self, name: str) -> Path:
+        return self.lease_directory(name) / "ready"
+
+    def demand_file(self, name: str) -> Path:
+        return self.runtime / "wanted" / name
+
     def pin_file(self, name: str) -> Path:
         return self.runtime / "pins" / name
 

@@ -1,4 +1,4 @@
-"""An eviction as a person watches it: models that were named, or all that are idle on a GPU."""
+"""The evictions of `gpusvc evict`: named models, or all idle models of a GPU."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.gpu.selector import DeviceSelector
     from gpusvc.paths import Paths
-    from gpusvc.placement.eviction import Doors
+    from gpusvc.placement.eviction import Attempt, Doors
     from gpusvc.status.inventory import ModelStatus
     from gpusvc.systemd.manager import Manager
 
@@ -26,7 +26,7 @@ PAUSE_SECONDS = 0.05
 
 
 class StillBusyError(BusyError):
-    """The wait is over, and a model is not idle."""
+    """The wait is over, and a model is still in use."""
 
     def __init__(self, name: str, busy: str) -> None:
         super().__init__(f"{name} is {busy}.", hint="Try again later, or with --force to have it evicted all the same.")
@@ -35,7 +35,7 @@ class StillBusyError(BusyError):
 
 
 class Evictor:
-    """Evicts models that were named, one way or the other."""
+    """Evicts models, and prints what becomes of them."""
 
     def __init__(
         self, paths: Paths, manager: Manager, progress: Progress, patience_seconds: float, *, force: bool
@@ -47,7 +47,7 @@ class Evictor:
         self._force = force
 
     def clear(self, selector: DeviceSelector) -> None:
-        """Evict what is idle on the GPUs that ``selector`` means; the rest is named."""
+        """Evict the idle models of the GPUs that ``selector`` matches, and name the others."""
         from gpusvc.status import inventory
         from gpusvc.status.inventory import ModelState
 
@@ -70,7 +70,7 @@ class Evictor:
         raise_all([failure for failure in failures if not isinstance(failure, StillBusyError)])
 
     def evict(self, names: Sequence[str]) -> list[GpusvcError]:
-        """Evict each as soon as nobody uses it; what failed."""
+        """Evict each model as soon as nobody uses it; return the errors of those that stay."""
         from gpusvc.placement.eviction import Doors
 
         deadline = time.monotonic() + self._patience_seconds
@@ -100,56 +100,46 @@ class Evictor:
         return failures
 
     def _evict(self, doors: Doors, name: str, *, is_late: bool) -> str | None:
-        """Evict ``name``, if that may be now; None: it is gone, else what it is instead."""
-        from gpusvc import names
-        from gpusvc.status import standing
-        from gpusvc.systemd.units import ActiveState
-
-        unit = self._manager.unit(names.service(name))
-        if unit is None or unit.active in {ActiveState.INACTIVE, ActiveState.FAILED}:
-            if self._paths.lease_file(name).exists():
-                raise GpusvcError(
-                    f"{name} does not run, and its VRAM is not proven free.",
-                    hint=f"`gpusvc release {name}` tries the proof again.",
-                )
+        """Evict ``name`` if that is possible now; return None if it is gone, else why it stays: "in use"."""
+        attempt = self.attempt(doors, name, reason="an operator wants it", force=is_late and self._force)
+        if attempt is None:
             self._say(f"{name} is not running.")
             return None
-        if standing.of(self._paths, name, None, None).pinned:
-            raise GpusvcError(
-                f"{name} is pinned: it is not evicted.",
-                hint=f"`gpusvc unpin {name}` changes that; `gpusvc stop {name}` stops it all the same.",
-            )
-        is_idle = doors.close(name)
-        busy = "starting" if unit.active is ActiveState.ACTIVATING else None if is_idle else "in use"
-        if busy is not None and not (is_late and self._force):
-            return busy
-        self.stop(name, "an operator wants it", busy)
-        return None
+        return attempt.busy if attempt.must_wait else None
 
-    def stop(self, name: str, reason: str, busy: str | None) -> None:
-        """Evict a model whose door is closed, and say what came of it; ``busy``: what it is if it is not idle.
+    def attempt(self, doors: Doors, name: str, *, reason: str, force: bool) -> Attempt | None:
+        """Evict ``name`` if that is possible now, wait for the proof, and print the result; None: it did not run.
 
         Raises:
+            PinnedError: it is pinned.
             UnreleasedError: its VRAM is not proven free.
             SystemdError, PermissionDeniedError: it could not be stopped.
         """
         from gpusvc.placement import eviction
         from gpusvc.status import inventory
 
-        if busy is not None:
-            self._progress.clear()
-            typer.echo(f"Warning: {name} is {busy}, and evicted all the same.", err=True)
-        before, _ = inventory.model(self._paths, self._manager, name, _snapshot_or_none)
+        before: ModelStatus | None = None
+
+        def on_stop(busy: str | None) -> None:
+            nonlocal before
+            if busy is not None:
+                self._progress.clear()
+                typer.echo(f"Warning: {name} is {busy}, and evicted all the same.", err=True)
+            before, _ = inventory.model(self._paths, self._manager, name, _snapshot_or_none)
+
+        attempt = eviction.attempt(self._paths, self._manager, doors, name, reason=reason, force=force, on_stop=on_stop)
+        if attempt.job is None:
+            return attempt if attempt.must_wait else None
         with going_on([name], "stopping", "`gpusvc ps` shows how far it is."):
-            eviction.evict(
+            eviction.see_out(
                 self._paths,
                 self._manager,
                 name,
-                reason=reason,
+                attempt.job,
                 on_wait=lambda sentence: self._progress.show({name: sentence}),
-                forced=busy is not None,
             )
         self._say(f"{name} is evicted{_back(before)}.")
+        return attempt
 
     def _say(self, sentence: str) -> None:
         self._progress.clear()
@@ -157,10 +147,10 @@ class Evictor:
 
 
 def matching(readings: Sequence[Gpu], selector: DeviceSelector | None) -> list[Gpu]:
-    """The GPUs that ``selector`` means; None: all.
+    """Return the GPUs that ``selector`` matches; None: all.
 
     Raises:
-        UsageError: there is none.
+        UsageError: it matches none.
     """
     found = [
         gpu for gpu in readings if selector is None or selector.matches(index=gpu.index, uuid=gpu.uuid, name=gpu.name)
@@ -181,12 +171,12 @@ def _snapshot_or_none() -> tuple[Gpu, ...] | None:
     try:
         return _snapshot()
     except NvmlError:
-        return None  # then it is not told how much came back
+        return None  # then the amount that came back is not printed
 
 
-def _back(before: ModelStatus) -> str:
-    """What it gave back, now that this is proven."""
-    if not before.gpus:
+def _back(before: ModelStatus | None) -> str:
+    """Return what the model gave back, which is proven by now."""
+    if before is None or not before.gpus:
         return ""
     if before.vram_bytes is None:
         return ", and its VRAM is free"

@@ -1,4 +1,4 @@
-"""Room on a GPU for what is no model, made as the start of a model makes it: in its turn, and at the least cost."""
+"""`gpusvc evict --vram`: room on a GPU for another program, made in the line of starts and at the least cost."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from gpusvc.gpu.selector import DeviceSelector
     from gpusvc.paths import Paths
     from gpusvc.placement.eviction import Doors
-    from gpusvc.placement.plan import Plan
+    from gpusvc.placement.search import Plan
     from gpusvc.placement.waitlist import Ticket
     from gpusvc.systemd.manager import Manager
 
-# Whom the room is for, where others see it.
+# The name of this request in the line.
 _WHO = "gpusvc evict"
 
 
 class Room:
-    """Makes room for what is no model: as the start of a model would, from its place in the line on."""
+    """Makes room for another program as the start of a model would."""
 
     def __init__(
         self,
@@ -53,18 +53,21 @@ class Room:
         self._ticket: Ticket | None = None
 
     def make(self, size: int, selector: DeviceSelector | None) -> None:
-        """Have ``size`` bytes free, besides the host's reserve, on one GPU that ``selector`` means.
+        """Have ``size`` bytes free, besides the host's reserve, on one GPU that ``selector`` matches.
 
         Raises:
-            PlacementError: that cannot be.
-            BusyError: it could be if models were not in use.
-            UnreleasedError, SystemdError, PermissionDeniedError: as of an eviction.
+            PlacementError: that is not possible.
+            BusyError: it would be possible if models were not in use.
+            UnreleasedError, SystemdError, PermissionDeniedError: an eviction failed.
         """
         from gpusvc.gpu.nvml import Nvml
-        from gpusvc.placement.eviction import Doors, in_use
+        from gpusvc.placement.eviction import Doors
+        from gpusvc.placement.refusal import in_use
 
         if os.geteuid() and not is_user_instance():
-            raise PermissionDeniedError("Only root sees who holds what for whom.", hint="Try again with sudo.")
+            raise PermissionDeniedError(
+                "Only root sees which process holds how much of a GPU.", hint="Try again with sudo."
+            )
         with ExitStack() as stack:
             nvml, doors = stack.enter_context(Nvml()), stack.enter_context(Doors(self._paths))
             while True:
@@ -82,45 +85,47 @@ class Room:
                 if busy and is_late and not self._force:
                     raise in_use(format_size(size), busy)
                 if victims and (not busy or is_late):
+                    reason = f"{format_size(size)} of VRAM are wanted"
                     for name in victims:
-                        reason = f"{format_size(size)} of VRAM are wanted"
-                        self._evictor.stop(name, reason, "in use" if name in busy else None)
+                        self._evictor.attempt(doors, name, reason=reason, force=is_late and self._force)
 
     def _see_out(self, doors: Doors, victims: Sequence[str]) -> list[str]:
-        """Close their doors, and give those inside until the next try; who is still in use."""
+        """Close the doors of ``victims`` and wait until the next try; return the models that are still in use."""
         until = min(time.monotonic() + self._host.eviction.interval_seconds, self._deadline)
         while True:
             busy = [name for name in victims if not doors.close(name)]
             if (victims and not busy) or time.monotonic() >= until:
                 return busy
-            waits = dict.fromkeys(busy, "It is in use; nobody new comes in.") or {_WHO: "Waiting for who is loading."}
+            waits = dict.fromkeys(busy, "It is in use; nobody new comes in.") or {_WHO: "Waiting for models that load."}
             self._progress.show(waits)
             time.sleep(PAUSE_SECONDS)
 
     def _plan(
         self, stack: ExitStack, gpus: Sequence[Gpu], size: int, doors: Doors, *, named: bool, is_late: bool
     ) -> tuple[Plan | None, bool]:
-        """Who has to go, and whether none of them is in use; None: that is not known before others have loaded."""
-        from gpusvc.placement import plan as placement
-        from gpusvc.placement import survey, waitlist
-        from gpusvc.placement.plan import Plan, Request
+        """Return the plan, or None while other models load, and whether none of its victims is in use."""
+        from gpusvc.placement import occupancy, refusal, waitlist
+        from gpusvc.placement.plan import plan
+        from gpusvc.placement.request import Request, Wish
+        from gpusvc.placement.search import Plan
 
         request = Request(model=_WHO, count=1, needs={gpu.uuid: size for gpu in gpus})
         host = _without_limits(self._host, named=named)
         with waitlist.placement_lock(self._paths):
-            ahead = waitlist.ahead(self._paths, self._ticket)
-            held = survey.holdings(self._paths)
-            scene = survey.scene(self._paths, host, held, gpus, ahead, drained=doors.drained)
-            outcome = placement.plan(request, gpus, scene.claims, scene.residents, host)
-            plan = outcome if isinstance(outcome, Plan) else outcome.after_drain
-            if not isinstance(outcome, Plan) and plan is None and (is_late or not outcome.loading):
-                raise placement.refusal(request, outcome, scene.holders(gpus, time.time()))
-            if plan is not None and plan.victims:
-                # So that nobody else takes what is made free for this.
+            line = waitlist.ahead(self._paths, self._ticket)
+            held = occupancy.holdings(self._paths)
+            scene = occupancy.scene(self._paths, host, held, gpus, line, drained=doors.drained)
+            outcome = plan(request, gpus, scene.claims, scene.residents, host, scene.line)
+            found = outcome if isinstance(outcome, Plan) else outcome.after_drain
+            if not isinstance(outcome, Plan) and found is None and (is_late or not outcome.can_wait):
+                raise refusal.refuse(request, outcome, host, scene.holders(gpus, time.time()))
+            if found is not None and found.victims:
+                # So that no other start takes what is made free for this one.
                 if self._ticket is None:
                     self._ticket = stack.enter_context(waitlist.Ticket(self._paths, _WHO))
-                self._ticket.wish({gpu.uuid: size for gpu in plan.gpus}, plan.victims)
-        return plan, isinstance(outcome, Plan)
+                sizes = {gpu.uuid: size for gpu in found.gpus}
+                self._ticket.wish(Wish(_WHO, sizes, found.victims, is_model=False))
+        return found, isinstance(outcome, Plan)
 
     def _say_free(self, gpu: Gpu) -> None:
         reserve = format_size(self._host.gpu.reserve_bytes)
@@ -130,6 +135,6 @@ class Room:
 
 
 def _without_limits(host: HostConfig, *, named: bool) -> HostConfig:
-    """The policy for what is no model; a GPU that an operator names is meant, even if models are kept off it."""
+    """Return the policy for another program: no limits on models; a GPU that an operator named is not excluded."""
     exclude = () if named else host.gpu.exclude
     return host.replace(max_active=0, gpu=host.gpu.replace(max_active=0, exclude=exclude))

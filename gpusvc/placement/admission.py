@@ -1,7 +1,7 @@
-"""The admission of a start: it is given its place, and room is made for it.
+"""The admission of a start: it gets a plan, and room is made for it.
 
-Decisions are taken one at a time, under a lock, and written down as a lease at once; evictions and waiting happen
-outside of it. A start that has to wait holds a ticket, so that those who come later do not take what it waits for.
+Decisions are taken one at a time, under a lock, and written down as a lease at once. Evictions and waits happen outside
+of the lock. A start that has to wait holds a ticket, so that later starts do not take what it waits for.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 from gpusvc.errors import UnreleasedError
 from gpusvc.linux import processes
 from gpusvc.log import log
-from gpusvc.placement import eviction, ports, survey, waitlist
-from gpusvc.placement import plan as placement
+from gpusvc.placement import eviction, need, occupancy, ports, waitlist
 from gpusvc.placement.eviction import Doors
-from gpusvc.placement.plan import Plan, Refusal, Request
+from gpusvc.placement.patience import LastRun, Patience
+from gpusvc.placement.plan import NoPlan, plan
+from gpusvc.placement.request import Request, Wish
+from gpusvc.placement.search import Plan
 from gpusvc.placement.waitlist import Ticket
 from gpusvc.record import Record
 from gpusvc.release import proof
-from gpusvc.state import footprints as footprint
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease, LeasedGpu
 
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.linux.users import User
     from gpusvc.paths import Paths
+    from gpusvc.placement.need import Need
+    from gpusvc.placement.occupancy import Scene
 
 _PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 0.2
 
 
 class Admitted(Record):
-    """A place: the lease as it was written, its GPUs as NVML showed them, and whether their need was only guessed."""
+    """The lease as it was written, its GPUs as NVML showed them, and whether the need was not declared."""
 
     lease: Lease
     gpus: tuple[Gpu, ...]
@@ -44,7 +48,7 @@ class Admitted(Record):
 
 
 class Admission:
-    """One start that wants in."""
+    """The admission of one start."""
 
     def __init__(
         self,
@@ -56,6 +60,8 @@ class Admission:
         user: User,
         on_wait: Callable[[str], None],
         clears: bool = False,
+        is_restart: Callable[[], bool] = lambda: False,
+        last_run: LastRun | None = None,
     ) -> None:
         """
         Args:
@@ -63,9 +69,11 @@ class Admission:
             host: the policy.
             config: the model.
             nvml: an open client; None for a model that needs no GPU.
-            user: who the engine runs as, and whose files its weights are.
-            on_wait: told in a sentence what is being waited for, at least once a second.
-            clears: the model ran out of memory before: whatever is idle has to leave its GPUs.
+            user: the engine's user, who may read its files.
+            on_wait: called at least once a second with a sentence that says what the start waits for.
+            clears: the model ran out of memory before: all idle models have to leave its GPUs.
+            is_restart: whether systemd starts the model by itself after a failure.
+            last_run: the model's run before this start.
         """
         self._paths = paths
         self._host = host
@@ -75,18 +83,29 @@ class Admission:
         self._on_wait = on_wait
         self._clears = clears
         self._digest = config.digest()
-        self._is_guess = False
         self._doors = Doors(paths)
         self._ticket: Ticket | None = None
-        self._tries = 0
-        self._deadline = time.monotonic() + config.start_timeout_seconds
+        self._patience = Patience(
+            paths,
+            config.name,
+            host.eviction,
+            is_restart=is_restart,
+            last_run=last_run,
+            deadline=time.monotonic() + config.start_timeout_seconds,
+        )
+        self._is_behind_waiters = False
+        self._next_try = 0.0
+        self._pause_seconds = _PAUSE_SECONDS
+        self._needs: tuple[dict[str, str], Need] | None = None
 
     def run(self) -> Admitted:
         """Wait until there is room, and make it where policy allows.
 
         Raises:
-            PlacementError: there is none, and waiting would not help, or did not.
-            BusyError: there would be if others were not in use.
+            NeverFitsError: this machine never has that much room.
+            PlacementError: there is no room, and waiting would not help, or did not.
+            BusyError: there would be room if other models were not in use.
+            EngineError: the model's port is taken.
             NvmlError: the GPUs cannot be seen.
         """
         with ExitStack() as stack:
@@ -98,84 +117,131 @@ class Admission:
                     if self._make_room(outcome):
                         return admitted
                     leases.remove(self._paths, self._config.name)
-                elif isinstance(outcome, Refusal):
+                elif isinstance(outcome, NoPlan):
                     self._wait(outcome)
 
-    def _decide(self, stack: ExitStack) -> tuple[Plan | Refusal, Admitted | None]:
+    def _decide(self, stack: ExitStack) -> tuple[Plan | NoPlan, Admitted | None]:
         """Plan with what is true at this moment, and write the plan down."""
-        held, gpus = survey.look(self._paths, self._read_gpus, but=self._config.name)
-        ahead = waitlist.ahead(self._paths, self._ticket)
-        scene = survey.scene(self._paths, self._host, held, gpus, ahead, drained=self._doors.drained)
-        request = self._request(gpus)
-        outcome = placement.plan(request, gpus, scene.claims, scene.residents, self._host)
-        if isinstance(outcome, Refusal):
-            if self._tries > self._host.eviction.retries and outcome.after_drain is not None:
-                if not self._host.eviction.force_when_busy:
-                    raise eviction.in_use(request.model, self._users(outcome.after_drain.victims))
-                outcome = outcome.after_drain
-            elif (outcome.after_drain is None and not outcome.loading) or time.monotonic() > self._deadline:
-                raise placement.refusal(request, outcome, scene.holders(gpus, time.time()))
-            else:
-                self._queue(stack, request, outcome)
-                return outcome, None
-        lease = self._lease(outcome, request, {holding.lease.port for holding in scene.held})
+        held, gpus = occupancy.look(self._paths, self._read_gpus, but=self._config.name)
+        line = waitlist.ahead(self._paths, self._ticket, self._config.priority)
+        scene = occupancy.scene(self._paths, self._host, held, gpus, line, drained=self._doors.drained)
+        self._is_behind_waiters = bool(line)
+        needs = self._need(gpus)
+        request = self._request(needs.bytes)
+        outcome = self._plan(request, gpus, scene)
+        if isinstance(outcome, NoPlan):
+            outcome = self._wait_or_refuse(stack, request, outcome, scene, gpus)
+        if isinstance(outcome, NoPlan):
+            return outcome, None
+        lease = self._lease(outcome, request, scene)
         leases.write(self._paths, lease)
-        return outcome, Admitted(lease, outcome.gpus, self._is_guess)
+        return outcome, Admitted(lease, outcome.gpus, not needs.is_declared)
+
+    def _plan(self, request: Request, gpus: Sequence[Gpu], scene: Scene) -> Plan | NoPlan:
+        found = plan(request, gpus, scene.claims, scene.residents, self._host, scene.line)
+        if isinstance(found, Plan) and not found.victims:
+            return found
+        if self._patience.is_modest:
+            return plan(request, gpus, scene.claims, self._patience.spared(scene.residents), self._host, scene.line)
+        return found
+
+    def _wait_or_refuse(
+        self, stack: ExitStack, request: Request, no_plan: NoPlan, scene: Scene, gpus: Sequence[Gpu]
+    ) -> Plan | NoPlan:
+        """Return what to wait for, or the plan that evicts busy models by force.
+
+        Raises:
+            PlacementError, BusyError: as run().
+        """
+        from gpusvc.placement import refusal  # noqa: PLC0415  most starts find room
+
+        after_drain = no_plan.after_drain
+        if after_drain is not None and self._patience.is_forced:
+            return after_drain
+        if not no_plan.can_wait:
+            raise refusal.refuse(request, no_plan, self._host, scene.holders(gpus, time.time()))
+        if self._patience.is_over(for_busy=after_drain is not None or bool(scene.line)):
+            if after_drain is not None:
+                raise refusal.in_use(request.model, self._users(after_drain.victims))
+            if scene.line:
+                raise refusal.in_line(request.model, no_plan.behind)
+            raise refusal.refuse(request, no_plan, self._host, scene.holders(gpus, time.time()))
+        self._queue(stack, request, no_plan)
+        return no_plan
 
     def _read_gpus(self) -> Sequence[Gpu]:
         return self._nvml.snapshot() if self._nvml is not None else ()
 
-    def _queue(self, stack: ExitStack, request: Request, refused: Refusal) -> None:
-        """Have a ticket, and say on it what this start waits for."""
+    def _queue(self, stack: ExitStack, request: Request, no_plan: NoPlan) -> None:
+        """Have a ticket, and write on it what this start waits for."""
         if self._ticket is None:
-            self._ticket = stack.enter_context(Ticket(self._paths, request.model))
-        plan = refused.after_drain
-        if plan is not None:
-            self._ticket.wish({gpu.uuid: request.needs.get(gpu.uuid, 0) for gpu in plan.gpus}, plan.victims)
+            self._ticket = stack.enter_context(Ticket(self._paths, request.model, self._config.priority))
+        hoped = no_plan.after_drain or no_plan.in_line
+        assert hoped is not None  # noqa: S101  it can wait
+        self._ticket.wish(
+            Wish(
+                request.model,
+                {gpu.uuid: request.needs.get(gpu.uuid, 0) for gpu in hoped.gpus},
+                hoped.victims,
+                self._config.priority,
+                request.exclusive,
+            )
+        )
 
-    def _wait(self, refused: Refusal) -> None:
-        """Let the others get on; from the first retry on, nobody new comes to those who have to go."""
-        plan = refused.after_drain
-        if plan is None:
-            self._on_wait(f"Waiting for {', '.join(refused.loading)}: what will be free then is not known yet.")
-            time.sleep(_PAUSE_SECONDS)
-            return
-        self._tries += 1
-        self._doors.open_all_but(plan.victims)
+    def _wait(self, no_plan: NoPlan) -> None:
+        """Wait for a change. While busy models are in the way, their doors are closed."""
+        if no_plan.after_drain is None:
+            self._wait_in_line(no_plan.behind)
+        else:
+            self._wait_for_users(no_plan.after_drain.victims)
+
+    def _wait_in_line(self, behind: Sequence[str]) -> None:
+        self._doors.open_all_but(())
+        now = time.monotonic()
+        if not self._is_behind_waiters:
+            self._on_wait(f"Waiting for {', '.join(behind)}: the room then is not known yet.")
+        else:
+            self._on_wait(f"Waiting in line behind {', '.join(behind)}.")
+            if now >= self._next_try:
+                self._patience.tries += self._next_try > 0
+                self._next_try = now + self._host.eviction.interval_seconds
+        time.sleep(self._pause_seconds)
+        self._pause_seconds = min(self._pause_seconds * 1.2, _LONGEST_PAUSE_SECONDS)
+
+    def _wait_for_users(self, victims: Sequence[str]) -> None:
+        self._pause_seconds = _PAUSE_SECONDS
+        self._patience.tries += 1
+        self._doors.open_all_but(victims)
         until = time.monotonic() + self._host.eviction.interval_seconds
+        limit = "as long as requests wait"
+        if not self._patience.is_wanted:
+            limit = f"try {self._patience.tries} of {self._host.eviction.retries}"
         while time.monotonic() < until:
-            closed = [self._doors.close(name) for name in plan.victims]  # all of them, whatever the first one says
+            closed = [self._doors.close(name) for name in victims]  # all of them, whatever the first one says
             if all(closed):
                 return
-            self._on_wait(
-                f"Waiting for {', '.join(self._users(plan.victims))} to finish "
-                f"(try {self._tries} of {self._host.eviction.retries})."
-            )
+            self._on_wait(f"Waiting for {', '.join(self._users(victims))} to finish ({limit}).")
             time.sleep(_PAUSE_SECONDS)
 
-    def _make_room(self, plan: Plan) -> bool:
+    def _make_room(self, chosen: Plan) -> bool:
         """Evict the victims; False: one of them came into use or did not go, and the plan is void."""
-        if not plan.victims:
+        if not chosen.victims:
             return True
         from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most starts evict nobody
 
-        forced = self._tries > self._host.eviction.retries and self._host.eviction.force_when_busy
+        reason = f"room for {self._config.name}"
         with Manager() as manager:
-            for name in plan.victims:
-                idle = self._doors.close(name)
-                if not idle and not forced:
-                    self._tries += 1
-                    return False
+            for name in chosen.victims:
                 try:
-                    eviction.evict(
-                        self._paths,
-                        manager,
-                        name,
-                        reason=f"room for {self._config.name}",
-                        on_wait=self._on_wait,
-                        forced=not idle,
+                    attempt = eviction.attempt(
+                        self._paths, manager, self._doors, name, reason=reason, force=self._patience.is_forced
                     )
-                except UnreleasedError as error:
+                    if attempt.must_wait:
+                        self._patience.tries += 1
+                        return False
+                    if attempt.job is not None:
+                        eviction.see_out(self._paths, manager, name, attempt.job, self._on_wait)
+                except (UnreleasedError, eviction.PinnedError) as error:
                     log(4, str(error))
                     return False
         return True
@@ -183,43 +249,31 @@ class Admission:
     def _users(self, names: Sequence[str]) -> list[str]:
         return sorted(set(names) - self._doors.drained) or list(names)
 
-    def _request(self, gpus: Sequence[Gpu]) -> Request:
+    def _need(self, gpus: Sequence[Gpu]) -> Need:
+        """Return the need; it is found once for the same GPUs, as an estimate reads the headers of many files."""
+        types = {gpu.uuid: gpu.name for gpu in gpus}
+        if self._needs is None or self._needs[0] != types:
+            self._needs = (types, need.of(self._paths, self._config, self._digest, self._user, gpus))
+        return self._needs[1]
+
+    def _request(self, needs: Mapping[str, int]) -> Request:
         config = self._config
         return Request(
             model=config.name,
             count=config.gpu.count,
             devices=config.gpu.devices,
-            needs=self._needs(gpus),
+            needs=needs,
             exclusive=frozenset(config.exclusive),
             clears=self._clears,
         )
 
-    def _needs(self, gpus: Sequence[Gpu]) -> Mapping[str, int]:
-        """The larger of declared and learned; before anything is learned, what the model's own file suggests."""
+    def _lease(self, chosen: Plan, request: Request, scene: Scene) -> Lease:
         config = self._config
-        needs = {}
-        self._is_guess = config.gpu.vram_bytes is None
-        for gpu in gpus:
-            learned = footprint.learned(self._paths, config.name, self._digest, gpu.name)
-            known = [size for size in (config.gpu.vram_bytes, learned) if size is not None]
-            if known:
-                needs[gpu.uuid] = max(known)
-        if needs or not gpus or not config.gpu.count:
-            return needs
-        # Only the first start of a model needs these modules.
-        from gpusvc.weights.estimate import estimate  # noqa: PLC0415
-
-        with processes.acting_as(self._user.uid, self._user.gid):
-            found = estimate(config.command, config.env)
-        if found is None:
-            return {}
-        return {gpu.uuid: found.bytes_on_gpu(gpu.total_bytes, config.gpu.count) for gpu in gpus}
-
-    def _lease(self, plan: Plan, request: Request, leased_ports: set[int]) -> Lease:
-        config = self._config
+        leased = {holding.lease.model: holding.lease.port for holding in scene.held}
+        leaving = {leased[name] for name in chosen.victims if name in leased}
         return Lease(
             model=config.name,
-            port=ports.choose(config.name, config.port, leased_ports),
+            port=ports.choose(config.name, config.port, leased=set(leased.values()), leaving=leaving),
             gpus=tuple(
                 LeasedGpu(
                     index=gpu.index,
@@ -227,11 +281,11 @@ class Admission:
                     reserved_bytes=request.needs.get(gpu.uuid),
                     baseline_bytes=proof.baseline_bytes(gpu, processes.identify),
                 )
-                for gpu in plan.gpus
+                for gpu in chosen.gpus
             ),
             created=time.time(),
             config_digest=self._digest,
             stop_timeout_seconds=config.stop_timeout_seconds,
             release_timeout_seconds=config.release_timeout_seconds,
-            evicting=plan.victims,
+            evicting=chosen.victims,
         )

@@ -1,39 +1,76 @@
-"""The eviction of a model: newcomers wait at its door, those inside finish, its unit stops, its release is proven.
+"""The eviction of a model: its door closes, present users finish, its unit stops, its release is proven.
 
-One way for all who evict: a start that needs room, the watchdog, and the command. Whom to evict is for others to say.
+All evictions go this way: a start that needs room, the watchdog, the API and the command. They decide which model is
+evicted, how long they wait for its users, and whether they force it. In short:
+
+    with Doors(paths) as doors:
+        attempt()       again and again until its result says that the model is gone, or a job stops it
+        see_out()       the stop and the proof; a caller that must not block waits for the job by itself,
+        require_released()       and then asks for the proof
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gpusvc import names
-from gpusvc.errors import BusyError, UnreleasedError
+from gpusvc.errors import GpusvcError, UnreleasedError
 from gpusvc.journal import events
 from gpusvc.state import lease as leases
 from gpusvc.state.use import Drain, NoDoorError
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
-    from gpusvc.systemd.manager import Manager
+    from gpusvc.systemd.jobs import JobResult
+    from gpusvc.systemd.units import Unit
 
-
-class ServiceManager(Protocol):
-    """What systemd.Manager does, as far as an eviction needs it."""
-
-    def enqueue(self, verb: str, unit: str) -> str: ...
-
-
-# A stop takes as long as the model's own timeouts say, and every step of it is bounded by one of those. This bounds
-# only the wait for word of it.
+# Each step of a stop is bounded by the model's own timeouts; this bounds only the wait for the end of systemd's job.
 _STEP_SECONDS = 1.0
 _STEPS = 600
 
 
+class StopsUnits(Protocol):
+    """The part of systemd.Manager that begins an eviction."""
+
+    def enqueue(self, verb: str, unit: str) -> str: ...
+
+
+class ServiceManager(StopsUnits, Protocol):
+    """The part of systemd.Manager that an attempt needs."""
+
+    def unit(self, name: str) -> Unit | None: ...
+
+
+class WaitingManager(Protocol):
+    """The part of systemd.Manager that waits for a job."""
+
+    def wait(self, job: str, timeout_seconds: float) -> JobResult | None: ...
+
+
+class PinnedError(GpusvcError):
+    """The model is pinned, so that it is not evicted."""
+
+    http_status = 409
+
+
+class Attempt(NamedTuple):
+    """The result of one attempt to evict a model. Both fields are None if the model did not run."""
+
+    job: str | None = None
+    """The job of systemd that stops the model; None: there is none."""
+    busy: str | None = None
+    """Why the model may not be evicted now, or was evicted by force: "in use" or "starting"."""
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether the model goes on, because it is busy."""
+        return self.job is None and self.busy is not None
+
+
 class Doors:
-    """The doors that one evictor holds closed; a context manager that opens them, whatever happens."""
+    """The doors that one evictor holds closed; a context manager that opens them in any case."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -49,11 +86,11 @@ class Doors:
 
     @property
     def drained(self) -> frozenset[str]:
-        """The models that nobody uses and nobody can come to use."""
+        """The models whose door is closed and that nobody uses."""
         return frozenset(name for name, drain in self._drains.items() if drain.is_idle)
 
     def close(self, name: str) -> bool:
-        """Close the door of ``name``, and see whether nobody is inside; without waiting."""
+        """Close the door of ``name``, and return whether nobody uses the model; never waits."""
         if name not in self._drains:
             try:
                 self._drains[name] = self._stack.enter_context(Drain(self._paths, name))
@@ -62,49 +99,59 @@ class Doors:
         return self._drains[name].wait_idle()
 
     def open_all_but(self, names: Collection[str]) -> None:
-        """Let newcomers in again where they need not wait any more."""
+        """Open the doors of all models that are not in ``names``."""
         for name, drain in self._drains.items():
             if name not in names:
                 drain.open_door()
 
 
-def evict(
+def attempt(
     paths: Paths,
-    manager: Manager,
+    manager: ServiceManager,
+    doors: Doors,
     name: str,
     *,
     reason: str,
-    on_wait: Callable[[str], None] = lambda _: None,
-    forced: bool = False,
-) -> None:
-    """Stop ``name``, whose door the caller holds closed, and see its release proven.
+    force: bool = False,
+    on_stop: Callable[[str | None], None] = lambda _: None,
+) -> Attempt:
+    """Close the door of ``name``; stop the model if nobody uses it, or by ``force``. Never waits.
 
     Args:
         paths: where its lease is.
-        manager: who stops it.
+        manager: stops it.
+        doors: the caller's; they stay closed until the caller opens them.
         name: the model.
         reason: why, for the journal.
-        on_wait: told in a sentence what is being waited for.
-        forced: it is in use, and is evicted all the same.
+        force: evict it although it is in use, or still starting.
+        on_stop: called right before the model is stopped; its argument is ``busy`` of the result.
 
     Raises:
-        UnreleasedError: it ended, but its VRAM is not proven free.
+        PinnedError: it is pinned.
+        UnreleasedError: it does not run, and its VRAM is not proven free.
         SystemdError, PermissionDeniedError: it could not be stopped.
     """
-    job = begin(manager, name, reason=reason, forced=forced)
-    for _ in range(_STEPS):
-        if manager.wait(job, _STEP_SECONDS) is not None:
-            break
-        on_wait(f"Waiting for {name} to stop.")
-    if name in leases.holders(paths):
-        raise UnreleasedError(
-            f"{name} was evicted, but its VRAM is not proven free.",
-            hint=f"`gpusvc status {name}` says what is in the way.",
+    unit = manager.unit(names.service(name))
+    if unit is None or unit.active in {"inactive", "failed"}:
+        require_released(paths, name)
+        return Attempt()
+    from gpusvc.status import standing  # noqa: PLC0415  most starts evict nobody
+
+    if standing.of(paths, name, None, None).pinned:
+        raise PinnedError(
+            f"{name} is pinned: it is not evicted.",
+            hint=f"`gpusvc unpin {name}` changes that; `gpusvc stop {name}` stops it all the same.",
         )
+    is_idle = doors.close(name)
+    busy = "starting" if unit.active == "activating" else None if is_idle else "in use"
+    if busy is not None and not force:
+        return Attempt(busy=busy)
+    on_stop(busy)
+    return Attempt(begin(manager, name, reason=reason, forced=busy is not None), busy)
 
 
-def begin(manager: ServiceManager, name: str, *, reason: str, forced: bool = False) -> str:
-    """The first step of evict(): have systemd stop ``name``. The job's path.
+def begin(manager: StopsUnits, name: str, *, reason: str, forced: bool = False) -> str:
+    """Have systemd stop ``name``, whose door the caller holds closed; return the job.
 
     Raises:
         SystemdError, PermissionDeniedError: it could not be stopped.
@@ -119,10 +166,37 @@ def begin(manager: ServiceManager, name: str, *, reason: str, forced: bool = Fal
     return manager.enqueue("Stop", names.service(name))
 
 
-def in_use(model: str, users: Sequence[str]) -> BusyError:
-    """Why ``model`` has no room: others that would have to go are in use."""
-    names = ", ".join(users)
-    return BusyError(
-        f"There is room for {model} only where {names} {'is' if len(users) == 1 else 'are'} in use.",
-        hint=f"Try again later; `gpusvc stop {users[0]}` stops it although it is in use.",
-    )
+def see_out(
+    paths: Paths, manager: WaitingManager, name: str, job: str, on_wait: Callable[[str], None] = lambda _: None
+) -> None:
+    """Wait until ``job`` has stopped ``name``, and check that its release is proven.
+
+    Args:
+        paths: where its lease is.
+        manager: the connection that queued the job.
+        name: the model.
+        job: the job of attempt().
+        on_wait: called every second with a sentence that says what the caller waits for.
+
+    Raises:
+        UnreleasedError: it ended, but its VRAM is not proven free.
+        SystemdError: systemd cannot be asked.
+    """
+    for _ in range(_STEPS):
+        if manager.wait(job, _STEP_SECONDS) is not None:
+            break
+        on_wait(f"Waiting for {name} to stop.")
+    require_released(paths, name)
+
+
+def require_released(paths: Paths, name: str) -> None:
+    """Check that ``name``, whose unit has ended, holds no lease any more.
+
+    Raises:
+        UnreleasedError: its VRAM is not proven free.
+    """
+    if name in leases.holders(paths):
+        raise UnreleasedError(
+            f"{name} has ended, but its VRAM is not proven free.",
+            hint=f"`gpusvc status {name}` says what is in the way; `gpusvc release {name}` tries the proof again.",
+        )

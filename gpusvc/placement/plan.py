@@ -1,319 +1,225 @@
-"""Which GPUs a model gets and who makes room for it: numbers in, a plan or the reasons against it out.
+"""Which GPUs a model gets and which models make room for it: numbers in, a plan or the reasons against it out.
 
-No clock, no driver, no lock. free(gpu) = what NVML calls free − the host's reserve − what other models were promised
-there and have not taken yet. Victims are idle, never pinned; of all sets that make enough room, the one that hurts
-least: its most valuable member is the least valuable possible, by priority first, then by last use.
+No clock, no driver, no lock. Free is what NVML calls free, less the host's reserve, less what others were promised
+and have not taken yet. Victims are idle and not pinned; of all sets that make enough room, plan() takes the one whose
+most valuable member is worth least: by priority first, then by last use.
+
+A start that waits in line counts before it runs: the room that it will take, the models that leave for it, its
+exclusive groups and its place in max_active. A request gets a place only where it fits now and after each change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from types import MappingProxyType
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gpusvc.errors import PlacementError
 from gpusvc.gpu.selector import DeviceSelector
-from gpusvc.quantity import format_amount, format_duration, format_size
-from gpusvc.record import Record
+from gpusvc.placement.request import Claim, Request, Resident, Wish, exclude_each_other
+from gpusvc.placement.search import Offer, Plan, Room, Search, plus
+from gpusvc.record import Record, replace
 
 if TYPE_CHECKING:
-    from gpusvc.config.files import HostConfig
+    from gpusvc.config.host import HostConfig
     from gpusvc.gpu.reading import Gpu
 
 
-def exclude_each_other(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether two models may not run together, by the entries of their ``exclusive``.
-
-    ``GROUP`` excludes everything else in the group; ``GROUP/SIDE`` everything but the same side of the group.
-    """
-    if not one or not other:
-        return False
-    sides = dict(_group_and_side(entry) for entry in other)
-    return any(group in sides and not (side and side == sides[group]) for group, side in map(_group_and_side, one))
-
-
-def _group_and_side(entry: str) -> tuple[str, str]:
-    group, _, side = entry.partition("/")
-    return group, side
-
-
-class Request(Record):
-    """What a model asks for. ``needs`` are bytes by the GPU's UUID; where one is missing, the need is unknown."""
-
-    model: str
-    count: int
-    devices: tuple[str, ...] = ()
-    needs: Mapping[str, int] = MappingProxyType({})
-    exclusive: frozenset[str] = frozenset()
-    clears: bool = False
-    """Whether all that is idle has to leave its GPUs: it did not say what it needs, and ran out of memory."""
-
-
-class Claim(Record):
-    """Bytes of one GPU that a model was promised and has not taken yet: it is loading, or its end is not proven."""
-
-    model: str
-    gpu_uuid: str
-    bytes: int
-    loading: bool
-    is_open: bool = False
-    """It did not say what it takes: until it is loaded, whatever is free there, or becomes so, may be its."""
-
-
-class Resident(Record):
-    """Another model that counts as active. ``gives`` is what its end gives back, in bytes by the GPU's UUID."""
-
-    model: str
-    gives: Mapping[str, int]
-    priority: int
-    last_use: float
-    """When it was used last; any clock, as long as it is one for all."""
-    busy: bool
-    pinned: bool = False
-    loading: bool = False
-    leaving: bool = False
-    """On its way out already, or not to be moved at all."""
-    exclusive: frozenset[str] = frozenset()
-
-    @property
-    def worth(self) -> tuple[int, float, str]:
-        return (self.priority, self.last_use, self.model)
-
-
-class Plan(Record):
-    """Where the model goes, by index, and which models go first."""
-
-    gpus: tuple[Gpu, ...]
-    victims: tuple[str, ...] = ()
-
-
-class Offer(Record):
-    """One GPU as a model sees it. ``free_bytes`` None: NVML does not say; ``obstacle``: why it is out of question."""
-
-    gpu: Gpu
-    free_bytes: int | None
-    claims: tuple[Claim, ...]
-    obstacle: str | None
-
-
-class Refusal(Record):
+class NoPlan(Record):
     """Why there is no plan now, and what would make one."""
 
     offers: tuple[Offer, ...]
-    rule: str | None = None
-    """The rule that is in the way, if it is one, rather than memory."""
+    rule_breakers: tuple[Resident, ...] = ()
+    """The models that keep a rule (``max_active`` or an exclusive group) from being met; they are not idle."""
+    is_exclusive: bool = False
+    """The rule is an exclusive group."""
     after_drain: Plan | None = None
-    """The plan if these victims, some of which are in use, came free."""
-    loading: tuple[str, ...] = ()
-    """Models that are loading: once they are, there may be room."""
+    """The plan that holds as soon as nobody uses these victims."""
+    in_line: Plan | None = None
+    """The plan that may hold once the models of ``behind`` are loaded, or gone."""
+    behind: tuple[str, ...] = ()
+    """The models that load, leave, or wait in line before this request, whose change may make room."""
+    is_never: bool = False
+    """No state of this machine can meet the need."""
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether waiting may lead to a plan."""
+        return self.after_drain is not None or self.in_line is not None
 
 
 def plan(
-    request: Request, gpus: Sequence[Gpu], claims: Sequence[Claim], residents: Sequence[Resident], host: HostConfig
-) -> Plan | Refusal:
-    """Where ``request`` goes, at the least cost to ``residents``."""
-    offers = tuple(_offer(gpu, claims, request, host) for gpu in gpus)
-    settled = [resident for resident in residents if not (resident.loading or resident.leaving or resident.pinned)]
-    found = _Search(request, offers, residents, [r for r in settled if not r.busy], host).run()
-    if found is not None:
-        return found
-    after_drain = _Search(request, offers, residents, settled, host).run()
-    loading = tuple(sorted({r.model for r in residents if r.loading} | {c.model for c in claims if c.loading}))
-    if after_drain is None and loading:
-        patient = tuple(_without_loading(offer) for offer in offers)
-        movable = [*settled, *(r for r in residents if r.loading and not r.pinned)]
-        if _Search(request, patient, residents, movable, host).run() is None:
-            loading = ()
-    return Refusal(offers, _rule(request, residents, host), after_drain, loading if after_drain is None else ())
-
-
-class _Search:
-    """The cheapest plan in which only ``movable`` residents go."""
-
-    def __init__(
-        self,
-        request: Request,
-        offers: Sequence[Offer],
-        residents: Sequence[Resident],
-        movable: Sequence[Resident],
-        host: HostConfig,
-    ) -> None:
-        self._request = request
-        self._offers = [offer for offer in offers if offer.obstacle is None]
-        self._residents = residents
-        self._movable = sorted(movable, key=lambda resident: resident.worth)
-        self._host = host
-        self._gone: dict[str, Resident] = {}
-        # By GPU: what is free there, how many models are, and who of them may go, all as if ``_gone`` were.
-        self._free = {offer.gpu.uuid: offer.free_bytes for offer in self._offers}
-        self._there = dict.fromkeys(self._free, 0)
-        self._on: dict[str, list[Resident]] = {uuid: [] for uuid in self._free}
-        for resident in residents:
-            for uuid in resident.gives.keys() & self._there.keys():
-                self._there[uuid] += 1
-        for resident in self._movable:
-            for uuid in resident.gives.keys() & self._on.keys():
-                self._on[uuid].append(resident)
-
-    def run(self) -> Plan | None:
-        request = self._request
-        rivals = {r.model for r in self._residents if exclude_each_other(request.exclusive, r.exclusive)}
-        for resident in self._movable:
-            if resident.model in rivals:
-                self._send_off(resident)
-        if len(self._gone) < len(rivals):
-            return None
-        chosen: list[Offer] = []
-        while len(chosen) < request.count:
-            best = self._cheapest([offer for offer in self._offers if offer not in chosen])
-            if best is None:
-                return None
-            chosen.append(best[0])
-            for victim in best[1]:
-                self._send_off(victim)
-        for resident in self._movable:
-            if self._surplus() > 0 and resident.model not in self._gone:
-                self._send_off(resident)
-        if self._surplus() > 0:
-            return None
-        if not request.clears:
-            self._spare_the_needless(rivals, chosen)
-        return Plan(
-            gpus=tuple(sorted((offer.gpu for offer in chosen), key=lambda gpu: gpu.index)),
-            victims=tuple(r.model for r in sorted(self._gone.values(), key=lambda resident: resident.worth)),
-        )
-
-    def _send_off(self, resident: Resident) -> None:
-        self._gone[resident.model] = resident
-        self._move(resident, -1)
-
-    def _move(self, resident: Resident, heads: int) -> None:
-        for uuid, size in resident.gives.items():
-            if uuid in self._there:
-                self._there[uuid] += heads
-                free = self._free[uuid]
-                self._free[uuid] = None if free is None else free - heads * size
-
-    def _cheapest(self, offers: Sequence[Offer]) -> tuple[Offer, list[Resident]] | None:
-        """The GPU that is had at the least cost, and who else has to go for it."""
-        best: tuple[tuple[object, ...], Offer, list[Resident]] | None = None
-        for offer in offers:
-            victims = self._victims_on(offer)
-            if victims is None:
-                continue
-            if self._request.clears:
-                # It takes more than anybody knew: most room once all that is idle has left, whoever that is.
-                room = _plus(self._free[offer.gpu.uuid], sum(victim.gives[offer.gpu.uuid] for victim in victims))
-                cost: tuple[object, ...] = (room is None, -(room or 0), offer.gpu.index)
-            else:
-                hurt = sorted((victim.worth for victim in victims), reverse=True)
-                cost = (hurt, self._rank(offer), offer.gpu.index)
-            if best is None or cost < best[0]:
-                best = (cost, offer, victims)
-        return None if best is None else (best[1], best[2])
-
-    def _victims_on(self, offer: Offer) -> list[Resident] | None:
-        """Who else has to leave this GPU so that the model fits; None if it never does."""
-        uuid = offer.gpu.uuid
-        candidates = [resident for resident in self._on[uuid] if resident.model not in self._gone]
-        free, there = self._free[uuid], self._there[uuid]
-        victims: list[Resident] = []
-        for candidate in candidates:
-            if not self._request.clears and self._fits(offer, free, there):
-                break
-            victims.append(candidate)
-            free, there = _plus(free, candidate.gives[uuid]), there - 1
-        if not self._fits(offer, free, there):
-            return None
-        if self._request.clears:
-            return victims
-        # The last one was needed. Of the others, those who turn out not to be stay, the dearest first.
-        for victim in reversed(victims[:-1]):
-            if self._fits(offer, _plus(free, -victim.gives[uuid]), there + 1):
-                free, there = _plus(free, -victim.gives[uuid]), there + 1
-                victims.remove(victim)
-        return victims
-
-    def _fits(self, offer: Offer, free: int | None, there: int) -> bool:
-        limit = self._host.gpu.max_active
-        if limit and there + 1 > limit:
-            return False
-        if any(claim.is_open for claim in offer.claims):
-            return False  # what victims leave would be its as well
-        if free is None:
-            # Unified memory: NVML has no number to compare. Whoever is promised room there first, has it to himself.
-            return not offer.claims
-        need = self._request.needs.get(offer.gpu.uuid)
-        if need is None:
-            # What is promised to others that load there could be what this one takes.
-            return free > 0 and not any(claim.loading for claim in offer.claims)
-        return free >= need
-
-    def _surplus(self) -> int:
-        """How many models there would be too many."""
-        limit = self._host.max_active
-        return len(self._residents) - len(self._gone) + 1 - limit if limit else 0
-
-    def _spare_the_needless(self, rivals: Collection[str], chosen: Sequence[Offer]) -> None:
-        """Room for one GPU or rule may have been made by a victim of another."""
-        for victim in sorted(self._gone.values(), key=lambda resident: resident.worth, reverse=True):
-            if victim.model in rivals:
-                continue
-            del self._gone[victim.model]
-            self._move(victim, +1)
-            touched = [offer for offer in chosen if offer.gpu.uuid in victim.gives]
-            fits = all(self._fits(o, self._free[o.gpu.uuid], self._there[o.gpu.uuid]) for o in touched)
-            if self._surplus() > 0 or not fits:
-                self._send_off(victim)
-
-    def _rank(self, offer: Offer) -> tuple[bool, int, int]:
-        free, untold = offer.free_bytes or 0, offer.free_bytes is None
-        if offer.gpu.uuid not in self._request.needs:
-            return (untold, 0, -free)  # what it takes is not known yet: most room, least risk
-        if self._host.gpu.placement == "spread":
-            return (untold, self._there[offer.gpu.uuid], -free)
-        return (untold, 0, free)  # the tightest fit keeps the large gaps whole
-
-
-def _plus(free: int | None, size: int) -> int | None:
-    return None if free is None else free + size
-
-
-def refusal(request: Request, refused: Refusal, holders: Mapping[str, Sequence[str]]) -> PlacementError:
-    """Why nothing fits, GPU by GPU.
+    request: Request,
+    gpus: Sequence[Gpu],
+    claims: Sequence[Claim],
+    residents: Sequence[Resident],
+    host: HostConfig,
+    line: Sequence[Wish] = (),
+) -> Plan | NoPlan:
+    """Return where ``request`` is placed at the least cost to ``residents``.
 
     Args:
-        request: what was asked.
-        refused: why not.
-        holders: by the GPU's UUID, who holds how much of it, in words.
+        request: the need.
+        gpus: a reading of NVML.
+        claims: the promises that are not taken yet.
+        residents: all other active models.
+        host: the policy.
+        line: the starts that wait and come first, the first of them first.
     """
-    known = sorted(set(request.needs.values()))
-    need = " or ".join(format_size(size) for size in known) if known else "room"
-    hint = "`gpusvc gpus` shows who holds what; `gpusvc stop NAME` frees it."
-    if refused.rule is not None:
-        lines = [f"{request.model} may not start now: {refused.rule}."]
-    elif not refused.offers:
-        lines = [f"{request.model} needs {_gpus(request.count)}, and NVML shows none."]
-    elif _too_large(request, refused.offers):
-        lines = [f"{request.model} needs {need} on {_gpus(request.count)}, and none that it may have is that large."]
-        hint = "`gpusvc gpus` shows how large each is."
-    else:
-        lines = [
-            f"{request.model} needs {need} on {_gpus(request.count)}, and this machine does not have that free now."
+    offers = tuple(_offer(gpu, claims, request, host) for gpu in gpus)
+    line = [wish for wish in line if wish.model != request.model]
+    coming = _Coming(offers, claims, residents, line)
+    settled = [r for r in residents if r.is_settled and r.model not in coming.leaving]
+    tightest = coming.tightest()
+    found = Search(request, replace(tightest, movable=[r for r in settled if not r.busy]), host).run()
+    if found is not None:
+        return found
+    after_drain = Search(request, replace(tightest, movable=settled), host).run()
+    in_line: Plan | None = None
+    behind: tuple[str, ...] = ()
+    if after_drain is None:
+        behind = coming.behind()
+        in_line = Search(request, coming.last(), host).run() if behind else None
+    breakers, is_exclusive = _rule_breakers(request, residents, host)
+    return NoPlan(
+        offers,
+        breakers,
+        is_exclusive,
+        after_drain,
+        in_line,
+        behind if in_line is not None else (),
+        is_never=after_drain is None and in_line is None and _is_never(request, offers, host),
+    )
+
+
+class _Coming:
+    """The changes that the starts before this request will bring, followed one by one."""
+
+    def __init__(
+        self, offers: Sequence[Offer], claims: Sequence[Claim], residents: Sequence[Resident], line: Sequence[Wish]
+    ) -> None:
+        self._offers = offers
+        self._residents = residents
+        self._line = line
+        self.leaving = {name for wish in line for name in wish.victims}
+        self._promised: dict[str, dict[str, int]] = {}
+        for claim in claims:
+            if claim.loading:
+                promised = self._promised.setdefault(claim.model, {})
+                promised[claim.gpu_uuid] = promised.get(claim.gpu_uuid, 0) + claim.bytes
+        unknown = sorted(self._promised.keys() - {resident.model for resident in residents})
+        strangers = [Resident(model, {}, 0, 0.0, busy=False, loading=True) for model in unknown]
+        self._present = [*residents, *strangers]
+        self._waiting = [_as_resident(wish) for wish in line]
+
+    def behind(self) -> tuple[str, ...]:
+        """Return the models whose change is worth waiting for."""
+        changing = {r.model for r in self._present if r.loading or r.leaving}
+        return tuple(sorted(changing | {wish.model for wish in self._line}))
+
+    def tightest(self) -> Room:
+        """For each GPU and each limit return the least room that there is now and after each start of the line."""
+        walk = _Walk(self._offers, self._residents)
+        free, on_gpu, active = dict(walk.free), dict(walk.on_gpu), walk.active
+        whole = {r.model: self._whole(r) for r in self._present} if self._line else {}
+        for wish, waiting in zip(self._line, self._waiting, strict=True):
+            for victim in wish.victims:
+                if victim in whole:
+                    walk.remove(whole.pop(victim))
+            if wish.is_model:
+                walk.add(waiting.gives)
+            else:
+                walk.take(waiting.gives)
+            whole[wish.model] = waiting.gives
+            free = {uuid: _least(size, walk.free[uuid]) for uuid, size in free.items()}
+            on_gpu = {uuid: max(number, walk.on_gpu[uuid]) for uuid, number in on_gpu.items()}
+            active = max(active, walk.active)
+        offers = [replace(offer, free_bytes=free[offer.gpu.uuid]) for offer in self._offers] if self._line else None
+        return Room(offers or self._offers, [*self._residents, *self._waiting], (), active, on_gpu)
+
+    def last(self) -> Room:
+        """Return the room after all these changes, in which every model may be evicted that is not pinned or stuck."""
+        walk = _Walk(self._offers, self._residents)
+        staying = []
+        for resident in self._present:
+            whole = self._whole(resident)
+            if resident.leaving or resident.model in self.leaving:
+                walk.remove(whole)
+            else:
+                staying.append(replace(resident, gives=whole))
+        for wish, waiting in zip(self._line, self._waiting, strict=True):
+            if wish.is_model:
+                walk.add(waiting.gives)
+            else:
+                walk.take(waiting.gives)
+            if wish.model not in self.leaving:
+                staying.append(waiting)
+            else:
+                walk.remove(waiting.gives)
+        offers = [
+            Offer(
+                offer.gpu,
+                walk.free[offer.gpu.uuid],
+                tuple(claim for claim in offer.claims if not claim.loading),
+                offer.obstacle,
+            )
+            for offer in self._offers
         ]
-    lines += [_describe(offer, holders.get(offer.gpu.uuid, ())) for offer in refused.offers]
-    return PlacementError("\n".join(lines), hint=hint)
+        movable = [resident for resident in staying if not (resident.pinned or resident.stuck)]
+        return Room(offers, staying, movable, walk.active, walk.on_gpu)
+
+    def _whole(self, resident: Resident) -> Mapping[str, int]:
+        """Return what the end of ``resident`` gives back once it has taken all that it was promised."""
+        promised = self._promised.get(resident.model)
+        if promised is None:
+            return resident.gives
+        uuids = resident.gives.keys() | promised.keys()
+        return {uuid: resident.gives.get(uuid, 0) + promised.get(uuid, 0) for uuid in uuids}
 
 
-def _too_large(request: Request, offers: Sequence[Offer]) -> bool:
-    """Whether no GPU would do even if it were empty."""
-    usable = [offer.gpu for offer in offers if offer.obstacle is None]
-    totals = [(gpu.total_bytes, request.needs.get(gpu.uuid)) for gpu in usable]
-    return bool(totals) and all(total is not None and need is not None and need > total for total, need in totals)
+class _Walk:
+    """What is free and how many models there are, on the way from one change to the next."""
+
+    def __init__(self, offers: Sequence[Offer], residents: Sequence[Resident]) -> None:
+        self.free = {offer.gpu.uuid: offer.free_bytes for offer in offers}
+        self.on_gpu = dict.fromkeys(self.free, 0)
+        self.active = len(residents)
+        for resident in residents:
+            for uuid in resident.gives.keys() & self.on_gpu.keys():
+                self.on_gpu[uuid] += 1
+
+    def add(self, gives: Mapping[str, int]) -> None:
+        self.take(gives)
+        self.active += 1
+        for uuid in gives.keys() & self.on_gpu.keys():
+            self.on_gpu[uuid] += 1
+
+    def take(self, gives: Mapping[str, int]) -> None:
+        for uuid in gives.keys() & self.free.keys():
+            self.free[uuid] = plus(self.free[uuid], -gives[uuid])
+
+    def remove(self, gives: Mapping[str, int]) -> None:
+        self.active -= 1
+        for uuid in gives.keys() & self.free.keys():
+            self.free[uuid] = plus(self.free[uuid], gives[uuid])
+            self.on_gpu[uuid] -= 1
 
 
-def _gpus(count: int) -> str:
-    return "a GPU" if count == 1 else f"each of {count} GPUs"
+def _as_resident(wish: Wish) -> Resident:
+    # It has not been used yet, so that no other model of its priority is worth more.
+    return Resident(
+        wish.model,
+        wish.bytes,
+        wish.priority,
+        last_use=math.inf,
+        busy=False,
+        pinned=not wish.is_model,
+        loading=True,
+        exclusive=wish.exclusive,
+    )
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else min(one, other)
 
 
 def _offer(gpu: Gpu, claims: Sequence[Claim], request: Request, host: HostConfig) -> Offer:
@@ -335,53 +241,30 @@ def _offer(gpu: Gpu, claims: Sequence[Claim], request: Request, host: HostConfig
     return Offer(gpu=gpu, free_bytes=free, claims=here, obstacle=obstacle)
 
 
-def _without_loading(offer: Offer) -> Offer:
-    promised = sum(claim.bytes for claim in offer.claims if claim.loading)
-    settled = tuple(claim for claim in offer.claims if not claim.loading)
-    free = None if offer.free_bytes is None else offer.free_bytes + promised
-    return Offer(offer.gpu, free, settled, offer.obstacle)
-
-
-def _rule(request: Request, residents: Sequence[Resident], host: HostConfig) -> str | None:
-    rivals = [
-        r
-        for r in residents
-        if exclude_each_other(request.exclusive, r.exclusive) and (r.busy or r.pinned or r.loading or r.leaving)
-    ]
+def _rule_breakers(
+    request: Request, residents: Sequence[Resident], host: HostConfig
+) -> tuple[tuple[Resident, ...], bool]:
+    """Return the models because of which a rule cannot be met now, and whether the rule is an exclusive group."""
+    fixed = tuple(r for r in residents if r.busy or not r.is_settled)
+    rivals = tuple(r for r in fixed if exclude_each_other(request.exclusive, r.exclusive))
     if rivals:
-        return f"it is exclusive with {_listed(rivals)}"
-    fixed = [r for r in residents if r.busy or r.pinned or r.loading or r.leaving]
+        return rivals, True
     if host.max_active and len(fixed) >= host.max_active:
-        return f"max_active = {host.max_active} is reached by {_listed(fixed)}"
-    return None
+        return fixed, False
+    return (), False
 
 
-def standing(resident: Resident, now_seconds: float | None = None) -> str:
-    """What a person wants to know of who is in the way; ``now_seconds`` by the clock of ``last_use``."""
-    if resident.leaving:
-        return "stopping"
-    if resident.loading:
-        return "loading"
-    busy = "in use" if resident.busy else "idle"
-    if not resident.busy and now_seconds is not None:
-        busy = f"idle for {format_duration(max(0, round(now_seconds - resident.last_use)))}"
-    return f"pinned, {busy}" if resident.pinned else busy
+def _is_never(request: Request, offers: Sequence[Offer], host: HostConfig) -> bool:
+    """Whether the request does not fit on this machine even if nothing else runs; lost GPUs may come back."""
+    if not offers:
+        return False  # the driver may not be loaded yet
 
+    def could_do(offer: Offer) -> bool:
+        gpu, need = offer.gpu, request.needs.get(offer.gpu.uuid)
+        if gpu.problem is not None:
+            return True
+        if offer.obstacle is not None:
+            return False
+        return gpu.total_bytes is None or need is None or need <= gpu.total_bytes - host.gpu.reserve_bytes
 
-def _listed(residents: Sequence[Resident]) -> str:
-    return ", ".join(f"{resident.model} ({standing(resident)})" for resident in residents)
-
-
-def _describe(offer: Offer, holders: Sequence[str]) -> str:
-    gpu = offer.gpu
-    if gpu.problem is not None:
-        return f"GPU {gpu.index}{f' ({gpu.name})' if gpu.name else ''} cannot be read: {gpu.problem.rstrip('.')}."
-    free = format_amount(gpu.free_bytes)
-    total = "an unknown total" if gpu.total_bytes is None else format_size(gpu.total_bytes)
-    parts = [f"GPU {gpu.index} ({gpu.name}): {free} free of {total}"]
-    if offer.obstacle is not None:
-        parts.append(offer.obstacle)
-    parts += [f"{format_size(claim.bytes)} promised to {claim.model}" for claim in offer.claims]
-    nobody = "held by nobody" if gpu.processes is not None else "by whom the rest is held is unknown"
-    parts.append("held by " + ", ".join(holders) if holders else nobody)
-    return "; ".join(parts) + "."
+    return sum(map(could_do, offers)) < request.count

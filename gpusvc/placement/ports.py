@@ -1,4 +1,4 @@
-"""The port of an engine: the one that its model names, or a free one that stays the same from day to day."""
+"""The port of an engine: the one that its model names, or a free one that is the same at each start."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from gpusvc.linux.sockets import holder, listeners
 _PORTS = range(20000, 30000)
 
 
-def choose(name: str, wanted: int, leased: set[int]) -> int:
-    """A port for the model ``name`` that nobody listens on.
+def choose(name: str, wanted: int, *, leased: set[int], leaving: set[int]) -> int:
+    """Return a port for the model ``name`` on which no program listens, or only a victim of its start.
 
     Args:
         name: the model.
-        wanted: the one that it asks for; 0: any.
-        leased: those of other models, some of which may not listen yet.
+        wanted: the port that it asks for; 0: any.
+        leased: the ports of other models, some of which may not listen yet.
+        leaving: the ports of the victims.
 
     Raises:
         EngineError: there is none, or it is taken.
@@ -26,10 +27,10 @@ def choose(name: str, wanted: int, leased: set[int]) -> int:
     taken = {found.port: found for found in listeners()}
     if wanted:
         stranger = taken.get(wanted)
-        if stranger is not None:
+        if stranger is not None and wanted not in leaving:
             raise EngineError(f"Port {wanted} is taken by another program: {holder(stranger)}.")
         return wanted
-    # The same one every time unless it is taken, so that what was written down yesterday is right today.
+    # The same one at each start unless it is taken, so that a port that a person noted stays right.
     first = zlib.crc32(name.encode()) % len(_PORTS)
     for port in itertools.chain(_PORTS[first:], _PORTS[:first]):
         if port not in taken and port not in leased:

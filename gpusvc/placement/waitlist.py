@@ -1,7 +1,10 @@
-"""Starts that wait for room, oldest first: what an older one waits for is promised to it, so that none starves.
+"""The line of starts that wait for room: what the first ones wait for is promised to them, so that none starves.
 
-A ticket is a file in /run that its owner keeps locked; the kernel drops the lock of whoever dies, and the next who
-looks clears the file away. All of it happens under the placement lock, so that nobody reads what is half written.
+A ticket is a file in /run that its owner keeps locked. The kernel drops the lock of a process that dies, and the next
+reader removes the file. Tickets are written and read under the placement lock only, so that no reader sees half a file.
+
+The line is sorted by age class (a minute each), then by priority, then by age. So a model of higher priority overtakes
+those that came within the same minute, and no other: every start is the first of the line some time.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,26 +21,34 @@ from typing import Self
 
 from gpusvc import files as statefile
 from gpusvc.paths import Paths
-from gpusvc.record import Record
+from gpusvc.placement.request import Wish
+
+_AGE_CLASS_NS = 60 * 10**9
+
+Rank = tuple[int, int, int, str]
 
 
-class Wish(Record):
-    """What a waiting start will take once it can: bytes by the GPU's UUID, and the models that leave for it."""
+def rank(born_ns: int, priority: int, model: str) -> Rank:
+    """Return the place in the line, as a key to sort by.
 
-    model: str
-    bytes: Mapping[str, int]
-    victims: tuple[str, ...]
+    Args:
+        born_ns: when the start joined the line, in nanoseconds since boot.
+        priority: the model's; the highest goes first.
+        model: decides between equals.
+    """
+    return (born_ns // _AGE_CLASS_NS, -priority, born_ns, model)
 
 
 class Ticket:
-    """A place in the line; a context manager that gives it up. To be made and changed under the placement lock."""
+    """A place in the line; a context manager that gives it up. Make and change it under the placement lock."""
 
-    def __init__(self, paths: Paths, model: str) -> None:
+    def __init__(self, paths: Paths, model: str, priority: int = 0) -> None:
         directory = paths.waitlist_directory
         directory.mkdir(parents=True, exist_ok=True)
         # Time since boot: names sort by age, whatever happens to the clock.
-        self._file = directory / f"{time.clock_gettime_ns(time.CLOCK_BOOTTIME):020d}-{model}"
-        self._model = model
+        born_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._file = directory / f"{born_ns:020d}-{model}"
+        self._rank = rank(born_ns, priority, model)
         self._handle = self._file.open("x+")
         fcntl.flock(self._handle, fcntl.LOCK_EX)
 
@@ -50,16 +61,32 @@ class Ticket:
         self._file.unlink(missing_ok=True)
         self._handle.close()
 
-    def wish(self, bytes_by_gpu: Mapping[str, int], victims: tuple[str, ...]) -> None:
+    def wish(self, wish: Wish) -> None:
         """Say what this start waits for."""
         self._handle.seek(0)
         self._handle.truncate()
-        json.dump({"model": self._model, "bytes": dict(bytes_by_gpu), "victims": victims}, self._handle)
+        json.dump(
+            {
+                "model": wish.model,
+                "bytes": dict(wish.bytes),
+                "victims": wish.victims,
+                "priority": wish.priority,
+                "exclusive": sorted(wish.exclusive),
+                "is_model": wish.is_model,
+            },
+            self._handle,
+        )
         self._handle.flush()
 
     @property
     def name(self) -> str:
+        """The name of the file."""
         return self._file.name
+
+    @property
+    def rank(self) -> Rank:
+        """The place in the line."""
+        return self._rank
 
 
 @contextmanager
@@ -70,19 +97,37 @@ def placement_lock(paths: Paths) -> Iterator[None]:
         yield
 
 
-def ahead(paths: Paths, ticket: Ticket | None) -> list[Wish]:
-    """The wishes of those who have waited longer than ``ticket``, oldest first; of all who wait, if that is None."""
+def ahead(paths: Paths, ticket: Ticket | None, priority: int = 0) -> list[Wish]:
+    """Return the wishes of the starts that come before ``ticket``, the first of the line first.
+
+    Args:
+        paths: where tickets are.
+        ticket: the caller's; None: a start of ``priority`` that joins the line now.
+        priority: of the caller's model, where it has no ticket.
+    """
     try:
         files = sorted(paths.waitlist_directory.iterdir())
     except FileNotFoundError:
         return []
-    wishes = [_read(file) for file in files if ticket is None or file.name < ticket.name]
-    return [wish for wish in wishes if wish is not None]
+    own = ticket.rank if ticket is not None else rank(time.clock_gettime_ns(time.CLOCK_BOOTTIME), priority, "")
+    found = []
+    for file in files:
+        wish = None if ticket is not None and file.name == ticket.name else _read(file)
+        if wish is not None:
+            place = rank(_born_ns(file.name), wish.priority, wish.model)
+            if place < own:
+                found.append((place, wish))
+    return [wish for _, wish in sorted(found, key=lambda entry: entry[0])]
+
+
+def _born_ns(name: str) -> int:
+    born = name.partition("-")[0]
+    return int(born) if born.isascii() and born.isdecimal() else 0
 
 
 def _read(file: Path) -> Wish | None:
     try:
-        # A FIFO would have everybody wait, and nobody be placed.
+        # A FIFO would block the reader, and then no model could be placed.
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
@@ -103,7 +148,14 @@ def _read(file: Path) -> Wish | None:
 def _parse(handle: int) -> Wish | None:
     try:
         value = json.loads(statefile.read_open(handle))
-        wanted = {str(uuid): int(size) for uuid, size in value["bytes"].items()}
-        return Wish(str(value["model"]), wanted, tuple(map(str, value["victims"])))
+        return Wish(
+            model=str(value["model"]),
+            bytes={str(uuid): int(size) for uuid, size in value["bytes"].items()},
+            victims=tuple(map(str, value["victims"])),
+            # Tickets of version 0.1.0 have no more than the three above.
+            priority=int(value.get("priority", 0)),
+            exclusive=frozenset(map(str, value.get("exclusive", ()))),
+            is_model=bool(value.get("is_model", True)),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None  # it has not said yet
+        return None  # it has not been written yet

@@ -28,6 +28,7 @@ from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.journal import eventlog
 from gpusvc.paths import Paths
 from gpusvc.placement import waitlist
+from gpusvc.placement.request import Wish
 from gpusvc.placement.waitlist import Ticket
 from gpusvc.printable import escaped_json, printable
 from gpusvc.record import replace
@@ -334,7 +335,7 @@ def test_a_ticket_lives_on_beside_those_that_make_no_sense() -> None:
         (paths.waitlist_directory / "1").mkdir()
         (paths.waitlist_directory / "2").symlink_to("/dev/zero")
         with Ticket(paths, "qwen") as ticket:
-            ticket.wish({"GPU-1": 5}, ("b",))
+            ticket.wish(Wish("qwen", {"GPU-1": 5}, ("b",)))
             assert [wish.model for wish in waitlist.ahead(paths, None)] == ["qwen"]
 
 

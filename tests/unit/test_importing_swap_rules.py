@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpusvc.importing import exclusion, llama_swap, matrix, yamlfile
 from gpusvc.importing.draft import Import
-from gpusvc.placement.plan import exclude_each_other
+from gpusvc.placement.request import exclude_each_other
 
 
 def convert(text: str) -> Import:

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from gpusvc.config.files import HostConfig, HostGpu, Placement
 from gpusvc.errors import PlacementError
 from gpusvc.gpu.reading import Gpu
-from gpusvc.placement.plan import Claim, Plan, Refusal, Request, Resident, exclude_each_other, plan, refusal
+from gpusvc.placement.plan import NoPlan, plan
+from gpusvc.placement.refusal import refuse
+from gpusvc.placement.request import Claim, Request, Resident, exclude_each_other
+from gpusvc.placement.search import Plan
 from gpusvc.record import replace
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
@@ -45,16 +48,16 @@ def chosen(
 
 def waits_for(gpus: Sequence[Gpu], asked: Request, claims: Sequence[Claim]) -> tuple[str, ...]:
     outcome = plan(asked, gpus, claims, [], HOST)
-    assert isinstance(outcome, Refusal)
-    return outcome.loading
+    assert isinstance(outcome, NoPlan)
+    return outcome.behind
 
 
 def refused(
     gpus: Sequence[Gpu], asked: Request, claims: Sequence[Claim] = (), host: HostConfig = HOST
 ) -> PlacementError:
     outcome = plan(asked, gpus, claims, [], host)
-    assert isinstance(outcome, Refusal)
-    return refusal(asked, outcome, {})
+    assert isinstance(outcome, NoPlan)
+    return refuse(asked, outcome, host, {})
 
 
 def with_free(index: int, free: int) -> Gpu:
@@ -189,8 +192,8 @@ def test_a_refusal_tells_what_is_free_and_who_has_the_rest() -> None:
     asked = request(20 * GIB)
     gpus = [a_gpu(0, processes={4711: 9 * GIB}), a_gpu(1)]
     outcome = plan(asked, gpus, [claim(1, 10 * GIB)], [], HOST)
-    assert isinstance(outcome, Refusal)
-    error = refusal(asked, outcome, {uuid_of(0): ["PID 4711 (python train.py) 9.0 GiB"]})
+    assert isinstance(outcome, NoPlan)
+    error = refuse(asked, outcome, HOST, {uuid_of(0): ["PID 4711 (python train.py) 9.0 GiB"]})
     assert error.message.splitlines() == [
         "qwen needs 20.0 GiB on a GPU, and this machine does not have that free now.",
         "GPU 0 (NVIDIA Imaginary 4090): 15.0 GiB free of 24.0 GiB; held by PID 4711 (python train.py) 9.0 GiB.",
@@ -225,14 +228,14 @@ def outcome_of(
     gpus: Sequence[Gpu] | None = None,
     host: HostConfig = HOST,
     **asked: Any,
-) -> Plan | Refusal:
+) -> Plan | NoPlan:
     """For a model of 20 GiB on a machine with one GPU, on which just these residents hold what they give."""
     if gpus is None:
         gpus = [a_gpu(uncounted=sum(sum(r.gives.values()) for r in residents))]
     return plan(replace(request(need), **asked), gpus, [], residents, host)
 
 
-def victims(outcome: Plan | Refusal) -> tuple[str, ...]:
+def victims(outcome: Plan | NoPlan) -> tuple[str, ...]:
     assert isinstance(outcome, Plan)
     return outcome.victims
 
@@ -269,17 +272,17 @@ def test_one_that_spans_gpus_gives_room_on_each() -> None:
     assert victims(outcome_of([resident("wide", gpu0=20, gpu1=20)], gpus=gpus, count=2)) == ("wide",)
 
 
-@pytest.mark.parametrize("state", ["pinned", "leaving"])
+@pytest.mark.parametrize("state", ["pinned", "stuck"])
 def test_what_cannot_be_moved_is_refused_without_a_wait(state: str) -> None:
-    outcome = outcome_of([replace(resident("other", gpu0=20), pinned=state == "pinned", leaving=state == "leaving")])
-    assert isinstance(outcome, Refusal)
-    assert (outcome.after_drain, outcome.loading) == (None, ())
+    outcome = outcome_of([replace(resident("other", gpu0=20), pinned=state == "pinned", stuck=state == "stuck")])
+    assert isinstance(outcome, NoPlan)
+    assert (outcome.after_drain, outcome.behind) == (None, ())
 
 
 def test_the_busy_are_spared_and_waited_for() -> None:
     busy = replace(resident("busy", gpu0=20), busy=True)
     outcome = outcome_of([busy])
-    assert isinstance(outcome, Refusal)
+    assert isinstance(outcome, NoPlan)
     assert outcome.after_drain is not None
     assert outcome.after_drain.victims == ("busy",)
 
@@ -292,8 +295,8 @@ def test_an_idle_one_goes_before_a_busy_one_is_waited_for() -> None:
 def test_what_victims_would_leave_may_be_taken_by_a_load_of_unknown_size() -> None:
     other = replace(claim(0, 8 * GIB), is_open=True)
     one = plan(request(16 * GIB), [a_gpu(0)], [other], [resident("idle", gpu0=16)], HOST)
-    assert isinstance(one, Refusal)
-    assert (one.after_drain, one.loading) == (None, ("other",))
+    assert isinstance(one, NoPlan)
+    assert (one.after_drain, one.behind) == (None, ("other",))
     two = plan(request(16 * GIB), [a_gpu(0), a_gpu(1)], [other], [resident("idle", gpu0=16, gpu1=16)], HOST)
     assert isinstance(two, Plan)
     assert [gpu.index for gpu in two.gpus] == [1]
@@ -305,8 +308,8 @@ def test_what_victims_would_leave_may_be_taken_by_a_load_of_unknown_size() -> No
 
 def test_a_loading_one_is_waited_for() -> None:
     outcome = outcome_of([replace(resident("loading", gpu0=20), loading=True)])
-    assert isinstance(outcome, Refusal)
-    assert outcome.loading == ("loading",)
+    assert isinstance(outcome, NoPlan)
+    assert outcome.behind == ("loading",)
 
 
 def test_one_that_ran_out_of_memory_clears_its_gpu_of_all_that_is_idle() -> None:
@@ -332,16 +335,16 @@ def test_at_the_limit_the_least_recently_used_goes_though_there_is_room() -> Non
 def test_loading_models_count_for_the_limit() -> None:
     loading = replace(resident("loading", gpu0=1), loading=True)
     outcome = outcome_of([loading], need=GIB, host=HOST.replace(max_active=1))
-    assert isinstance(outcome, Refusal)
-    assert outcome.loading == ("loading",)
+    assert isinstance(outcome, NoPlan)
+    assert outcome.behind == ("loading",)
 
 
 def test_a_limit_that_is_kept_by_pinned_models_is_named() -> None:
     pinned = replace(resident("dear", gpu0=1), pinned=True)
     asked = request(GIB)
     outcome = plan(asked, [a_gpu()], [], [pinned], HOST.replace(max_active=1))
-    assert isinstance(outcome, Refusal)
-    told = refusal(asked, outcome, {}).message.splitlines()[0]
+    assert isinstance(outcome, NoPlan)
+    told = refuse(asked, outcome, HOST.replace(max_active=1), {}).message.splitlines()[0]
     assert told == "qwen may not start now: max_active = 1 is reached by dear (pinned, idle)."
 
 
@@ -385,8 +388,9 @@ def test_sides_of_an_exclusive_group_run_apart(one: str, other: str, *, excluded
 def test_an_exclusive_model_that_is_pinned_is_in_the_way_for_good() -> None:
     rival = replace(resident("rival", gpu0=1), exclusive=frozenset({"big"}), pinned=True)
     outcome = outcome_of([rival], need=GIB, exclusive=frozenset({"big"}))
-    assert isinstance(outcome, Refusal)
-    assert outcome.rule == "it is exclusive with rival (pinned, idle)"
+    assert isinstance(outcome, NoPlan)
+    told = refuse(request(GIB), outcome, HOST, {}).message.splitlines()[0]
+    assert told == "qwen may not start now: it is exclusive with rival (pinned, idle)."
 
 
 def test_spread_prefers_the_gpu_with_the_fewest_models() -> None:
@@ -412,7 +416,7 @@ class Case:
     residents: list[Resident]
     host: HostConfig
 
-    def plan(self) -> Plan | Refusal:
+    def plan(self) -> Plan | NoPlan:
         return plan(self.asked, self.gpus, self.claims, self.residents, self.host)
 
     def room(self, uuid: str, gone: Collection[str]) -> int | None:
@@ -455,7 +459,7 @@ def cases(draw: st.DrawFn) -> Case:
             size = draw(st.integers(0, 16)) * GIB // 2
             held[index] += size
             gives[uuid_of(index)] = size
-        states = draw(st.sets(st.sampled_from(["busy", "pinned", "loading", "leaving"]), max_size=1))
+        states = draw(st.sets(st.sampled_from(["busy", "pinned", "loading", "leaving", "stuck"]), max_size=1))
         residents.append(
             Resident(
                 model=f"m{number}",
@@ -466,6 +470,7 @@ def cases(draw: st.DrawFn) -> Case:
                 pinned="pinned" in states,
                 loading="loading" in states,
                 leaving="leaving" in states,
+                stuck="stuck" in states,
                 exclusive=draw(_GROUPS),
             )
         )
@@ -523,7 +528,7 @@ def test_only_idle_models_that_may_go_are_victims(case: Case) -> None:
     if isinstance(outcome, Plan):
         by_name = {r.model: r for r in case.residents}
         going = [by_name[name] for name in outcome.victims]
-        assert not any(r.busy or r.pinned or r.loading or r.leaving for r in going)
+        assert not any(r.busy or not r.is_settled for r in going)
         assert len(set(outcome.victims)) == len(outcome.victims)
 
 
@@ -542,8 +547,8 @@ def test_the_outcome_does_not_depend_on_the_order_in_which_things_are_told(case:
     assert type(one) is type(other)
     if isinstance(one, Plan):
         assert one == other
-    elif isinstance(other, Refusal):
-        assert (one.after_drain, one.loading) == (other.after_drain, other.loading)
+    elif isinstance(other, NoPlan):
+        assert (one.after_drain, one.behind) == (other.after_drain, other.behind)
 
 
 @given(cases())
@@ -551,7 +556,7 @@ def test_who_fits_on_one_gpu_is_not_refused(case: Case) -> None:
     """The search is whole: where a single GPU would do once all that may go is gone, there is a plan."""
     if case.asked.count != 1:
         return
-    movable = {r.model for r in case.residents if not (r.busy or r.pinned or r.loading or r.leaving)}
+    movable = {r.model for r in case.residents if not (r.busy or not r.is_settled)}
     hosts = [replace_gpus(case, gpu) for gpu in case.gpus]
     possible = any(not _out_of_question(one) and one.is_kept(Plan(gpus=tuple(one.gpus)), movable) for one in hosts)
     assert isinstance(case.plan(), Plan) == possible
@@ -576,7 +581,7 @@ def _out_of_question(case: Case) -> bool:
 @given(cases())
 def test_a_wait_for_the_busy_leads_to_a_plan(case: Case) -> None:
     outcome = case.plan()
-    if isinstance(outcome, Refusal) and outcome.after_drain is not None:
+    if isinstance(outcome, NoPlan) and outcome.after_drain is not None:
         calm = [replace(r, busy=False) for r in case.residents]
         assert Case(case.asked, case.gpus, case.claims, calm, case.host).plan() == outcome.after_drain
 
@@ -586,7 +591,7 @@ def test_a_refusal_names_every_gpu_once_and_is_made_of_sentences(case: Case) -> 
     outcome = case.plan()
     if isinstance(outcome, Plan):
         return
-    lines = refusal(case.asked, outcome, {}).message.splitlines()
+    lines = refuse(case.asked, outcome, case.host, {}).message.splitlines()
     assert all(line.endswith(".") and not line.endswith("..") for line in lines)
     for gpu in case.gpus:
         assert sum(line.startswith(f"GPU {gpu.index} ") for line in lines) == 1

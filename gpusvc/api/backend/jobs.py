@@ -10,22 +10,22 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from gpusvc import names
-from gpusvc.api.backend import users
+from gpusvc.api.backend import evictions
 from gpusvc.api.backend.bus import Bus, LostError, Manager
 from gpusvc.api.backend.cooldown import Cooldown
 from gpusvc.api.backend.shared import outcome
-from gpusvc.errors import BusyError, EngineError, GpusvcError, JobConflictError, UnansweredError, UnreleasedError
+from gpusvc.api.backend.waiting import DOWN, UP, end_of, finish, patiently
+from gpusvc.errors import EngineError, GpusvcError, JobConflictError
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.placement import eviction
 from gpusvc.state import lease as leases
-from gpusvc.status import inventory, standing
+from gpusvc.status import inventory
 from gpusvc.status.inventory import ModelState
 from gpusvc.systemd.jobs import JobResult
-from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
+from gpusvc.systemd.units import ActiveState, ServiceStatus
 
 # How long a start on request goes on when nobody waits for it any more: clients try again.
 ABANDONED_SECONDS = 5.0
@@ -33,21 +33,7 @@ ABANDONED_SECONDS = 5.0
 # A job that stands in the way tells when it ends; this is for the case that it ended unheard.
 _LOOK_AGAIN_SECONDS = 1.0
 
-# How long a job may take before it is seen to that it has not ended unheard.
-_HEARSAY_SECONDS = 2.0
-
-# How often the door of a model that is to be evicted is tried.
-_PAUSE_SECONDS = 0.05
-
-# systemd executes itself anew and the bus restarts within this time; meanwhile nobody answers.
-_ABSENT_SECONDS = 10.0
-
 _LOG_LINES = 15
-
-_T = TypeVar("_T")
-
-_UP = {ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING}
-_DOWN = {ActiveState.INACTIVE, ActiveState.FAILED}
 
 LogReader = Callable[[str, int, float], Awaitable[Sequence[str]]]
 """The engine's last lines: of which model, how many at most, and since when (seconds since the epoch)."""
@@ -66,18 +52,6 @@ class StoppedError(EngineError):
     """Somebody stopped the model before it was ready. That is no failure of its."""
 
     retry_after_seconds = 1
-
-
-class PinnedError(GpusvcError):
-    """It is not evicted."""
-
-    http_status = 409
-
-
-class InUseError(BusyError):
-    """It is not evicted, as somebody uses it."""
-
-    http_status = 409
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +145,7 @@ class Jobs:
         try:
             job = self._bus.enqueue("Restart", names.service(name))
             try:
-                result = await self._end_of(job, names.service(name))
+                result = await end_of(self._bus, job, names.service(name))
             except LostError:
                 return await self.start(name)
             return await self._outcome(name, result, began)
@@ -231,17 +205,17 @@ class Jobs:
         service = names.service(name)
         began = time.time()
         while True:
-            unit = await self._patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
-            if unit is not None and unit.active in _UP:
+            unit = await patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
+            if unit is not None and unit.active in UP:
                 return self._where(name)
-            if unit is not None and unit.active in _DOWN:
+            if unit is not None and unit.active in DOWN:
                 # systemd counts starts against its limit, those that went well too.
-                await self._patiently(lambda: self._bus.ask(lambda manager: manager.reset_failed(service)))
+                await patiently(lambda: self._bus.ask(lambda manager: manager.reset_failed(service)))
             start.is_ours = start.is_ours or unit is None or unit.active is not ActiveState.ACTIVATING
             try:
                 # It cancels nobody's stop: an operator's holds, and an eviction is for a start that waits for it.
-                job = await self._patiently(lambda: self._bus.enqueue("Start", service, replace=False))
-                result = await self._end_of(job, service)
+                job = await patiently(lambda: self._bus.enqueue("Start", service, replace=False))
+                result = await end_of(self._bus, job, service)
             except JobConflictError:
                 await self._bus.some_job_of(service, _LOOK_AGAIN_SECONDS)
                 continue
@@ -279,7 +253,7 @@ class Jobs:
             unit = manager.unit(service)
             return None if unit is None else manager.service_status(unit)
 
-        said = await self._patiently(lambda: self._bus.ask(ask))
+        said = await patiently(lambda: self._bus.ask(ask))
         lines = list(await self._read_log(name, _LOG_LINES, began))
         reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
         # The launcher wrote its reason to the journal, too, and may have said more there than fits a status.
@@ -292,7 +266,7 @@ class Jobs:
         """Whether it is up, or somebody starts it, so that waiting tries nothing; systemd's own tries don't count."""
         unit = self._bus.ask(lambda manager: manager.unit(names.service(name)))
         return unit is not None and (
-            unit.active in _UP or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
+            unit.active in UP or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
         )
 
     def _version(self, name: str) -> int | None:
@@ -313,14 +287,14 @@ class Jobs:
         """
         service = names.service(name)
         unit = self._bus.ask(lambda manager: manager.unit(service))
-        was_up = unit is not None and unit.active not in _DOWN
+        was_up = unit is not None and unit.active not in DOWN
         if was_up:
-            await self._finish("Stop", service)
+            await finish(self._bus, "Stop", service)
             unit = self._bus.ask(lambda manager: manager.unit(service))
         self._on_change()
         state = inventory.derive_state(unit, leased=name in leases.holders(self._paths))
         if state is ModelState.STUCK:
-            raise _unreleased(name)
+            eviction.require_released(self._paths, name)
         if state not in {ModelState.STOPPED, ModelState.FAILED}:
             raise EngineError(f"{name} is {state}: somebody started it again meanwhile.")
         return was_up
@@ -332,7 +306,7 @@ class Jobs:
             GpusvcError: of the first that could not be.
         """
         units = self._bus.ask(lambda manager: manager.units("model@*.service"))
-        chosen = {names.of_service(unit.name) for unit in units if unit.active not in _DOWN} - {None}
+        chosen = {names.of_service(unit.name) for unit in units if unit.active not in DOWN} - {None}
         running = sorted(name for name in chosen if name is not None)
         ended = await asyncio.gather(*(self.stop(name) for name in running), return_exceptions=True)
         for end in ended:
@@ -347,117 +321,19 @@ class Jobs:
             UnreleasedError: it is not.
             SystemdError, PermissionDeniedError: it could not be tried.
         """
-        await self._finish("Restart", names.proof(name))
+        await finish(self._bus, "Restart", names.proof(name))
         self._on_change()
-        if name in leases.holders(self._paths):
-            raise _unreleased(name)
+        eviction.require_released(self._paths, name)
 
     async def evict(
         self, name: str, *, patience_seconds: float, force: bool, is_wanted: Callable[[], bool] = lambda: True
     ) -> bool:
-        """Stop ``name`` as soon as nobody uses it; newcomers wait meanwhile. False: it did not run.
-
-        Args:
-            name: the model.
-            patience_seconds: how long to wait for who is inside.
-            force: then evict it all the same.
-            is_wanted: whether anybody still waits for those who are inside, before whom the door is closed meanwhile.
-
-        Raises:
-            InUseError: the time is up, or nobody wants it any more.
-            PinnedError: it is pinned.
-            UnreleasedError: its VRAM is not proven free.
-            SystemdError, PermissionDeniedError: it could not be stopped.
-        """
-        service = names.service(name)
-        deadline = time.monotonic() + patience_seconds
-        with eviction.Doors(self._paths) as doors:
-            while True:
-                is_late = time.monotonic() >= deadline
-                unit = self._bus.ask(lambda manager: manager.unit(service))
-                if unit is None or unit.active in _DOWN:
-                    if name in leases.holders(self._paths):
-                        raise _unreleased(name)
-                    return False
-                if standing.of(self._paths, name, None, None).pinned:
-                    raise PinnedError(
-                        f"{name} is pinned: it is not evicted.", hint="Unpin it, or stop it all the same."
-                    )
-                busy = _busy(unit, is_idle=doors.close(name))
-                if busy is None or (is_late and force):
-                    break
-                if is_late or not is_wanted():
-                    raise InUseError(
-                        f"{name} is {busy}{users.phrase(self._paths, name)}.",
-                        hint="Try again later, or with force=1 to have it evicted all the same.",
-                    )
-                await asyncio.sleep(_PAUSE_SECONDS)
-            forced = busy is not None
-            path = self._bus.ask(
-                lambda manager: eviction.begin(manager, name, reason="an operator wants it", forced=forced)
-            )
-            try:
-                await self._end_of(self._bus.ended(path), service)
-            except LostError:
-                await self._finish("Stop", service)
+        """As evictions.evict()."""
+        was_up = await evictions.evict(
+            self._paths, self._bus, name, patience_seconds=patience_seconds, force=force, is_wanted=is_wanted
+        )
         self._on_change()
-        if name in leases.holders(self._paths):
-            raise _unreleased(name)
-        return True
-
-    async def _finish(self, verb: str, unit: str) -> JobResult:
-        """The end of a job; asked for again where the connection was lost, as that changes nothing that is done."""
-        while True:
-            try:
-                job = await self._patiently(lambda: self._bus.enqueue(verb, unit))
-                return await self._end_of(job, unit)
-            except LostError:
-                continue
-
-    async def _end_of(self, job: asyncio.Future[JobResult], service: str) -> JobResult:
-        """How a job of ``service`` ended.
-
-        Raises:
-            LostError: that is not known. While systemd executes itself anew it tells nobody of the jobs that end.
-        """
-        try:
-            while not job.done():
-                await asyncio.wait({job}, timeout=_HEARSAY_SECONDS)
-                if job.done():
-                    break
-                unit = await self._patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
-                if not job.done() and (unit is None or unit.active in _UP | _DOWN):
-                    raise LostError(f"The service manager did not say how the job of {service} ended.")
-            return job.result()
-        finally:
-            job.cancel()
-
-    async def _patiently(self, question: Callable[[], _T]) -> _T:
-        """What the manager says, once it answers: it may be executing itself anew, or the bus be restarting.
-
-        Raises:
-            UnansweredError: it did not answer for too long.
-            SystemdError, PermissionDeniedError: it did.
-        """
-        until = time.monotonic() + _ABSENT_SECONDS
-        while True:
-            try:
-                return question()
-            except UnansweredError:
-                if time.monotonic() >= until:
-                    raise
-                await asyncio.sleep(_PAUSE_SECONDS)
-
-
-def _busy(unit: Unit, *, is_idle: bool) -> str | None:
-    """What keeps a model from being evicted."""
-    return "starting" if unit.active is ActiveState.ACTIVATING else None if is_idle else "in use"
-
-
-def _unreleased(name: str) -> UnreleasedError:
-    return UnreleasedError(
-        f"{name} ended, and its VRAM is not proven free.", hint=f"`gpusvc status {name}` says what is in the way."
-    )
+        return was_up
 
 
 def _forget(future: asyncio.Future[JobResult]) -> None:

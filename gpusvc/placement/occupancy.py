@@ -1,4 +1,4 @@
-"""Who holds what on the GPUs right now: the leases of all models laid over one reading of NVML."""
+"""Which model holds what on the GPUs: the leases of all models joined with one reading of NVML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpusvc.config.files import load_sound_model
 from gpusvc.gpu.reading import total
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
-from gpusvc.placement.plan import Claim, Resident, standing
+from gpusvc.placement.request import Claim, Resident, Wish
 from gpusvc.quantity import format_amount
 from gpusvc.record import Record
 from gpusvc.state import lease as leases
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.linux.processes import Process
     from gpusvc.paths import Paths
-    from gpusvc.placement.waitlist import Wish
 
 # Where models come and go all the time, the last look has to do.
 _LOOKS = 10
@@ -129,10 +128,13 @@ class Scene(Record):
     held: tuple[Holding, ...]
     claims: tuple[Claim, ...]
     residents: tuple[Resident, ...]
+    line: tuple[Wish, ...] = ()
 
     def holders(self, gpus: Sequence[Gpu], now_seconds: float) -> dict[str, list[str]]:
         """in_words(), with each model's standing at ``now_seconds`` since the epoch."""
-        return in_words(gpus, self.held, {r.model: standing(r, now_seconds) for r in self.residents})
+        from gpusvc.placement.refusal import state_in_words  # noqa: PLC0415  for a refusal only
+
+        return in_words(gpus, self.held, {r.model: state_in_words(r, now_seconds) for r in self.residents})
 
 
 def scene(
@@ -154,12 +156,10 @@ def scene(
         ahead: what is promised to those who wait for longer.
         drained: those whose doors the caller holds closed, with nobody inside.
     """
-    claims = [claim for holding in held for claim in holding.claims(gpus)]
-    claims += [Claim(wish.model, uuid, size, loading=True) for wish in ahead for uuid, size in wish.bytes.items()]
-    starting = (name for holding in held if holding.loading for name in holding.lease.evicting)
-    leaving = frozenset(starting) | {name for wish in ahead for name in wish.victims}
+    claims = tuple(claim for holding in held for claim in holding.claims(gpus))
+    leaving = frozenset(name for holding in held if holding.loading for name in holding.lease.evicting)
     found = residents(paths, host, held, gpus, drained=drained, leaving=leaving)
-    return Scene(tuple(held), tuple(claims), tuple(found))
+    return Scene(tuple(held), claims, tuple(found), tuple(ahead))
 
 
 def residents(
@@ -197,7 +197,8 @@ def residents(
                 busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
                 pinned=is_pinned(paths, lease.model, config),
                 loading=holding.loading or holding.ending,
-                leaving=lease.model in leaving or holding.ending or not (holding.populated or holding.loading),
+                leaving=lease.model in leaving or holding.ending,
+                stuck=not (holding.populated or holding.loading or holding.ending),
                 exclusive=frozenset(config.exclusive) if config is not None else frozenset(),
             )
         )

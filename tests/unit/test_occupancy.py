@@ -6,9 +6,9 @@ import pytest
 
 from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
-from gpusvc.placement import survey
-from gpusvc.placement.plan import Claim, Resident
-from gpusvc.placement.survey import Holding, Scene, in_words
+from gpusvc.placement import occupancy
+from gpusvc.placement.occupancy import Holding, Scene, in_words
+from gpusvc.placement.request import Claim, Resident
 from gpusvc.record import replace
 from gpusvc.state.lease import Lease, LeasedGpu
 from tests.unit.readings import GIB, a_gpu, a_lost_gpu, uuid_of
@@ -47,9 +47,9 @@ def test_what_changes_while_nvml_is_read_is_looked_at_again(
     changed: Holding | None, paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = iter([[holding()], *[[changed] if changed is not None else []] * 2])
-    monkeypatch.setattr(survey, "holdings", lambda *_, but: next(looks))
+    monkeypatch.setattr(occupancy, "holdings", lambda *_, but: next(looks))
     readings = iter([[a_gpu(0)], [a_gpu(0, uncounted=GIB)]])
-    held, gpus = survey.look(paths, lambda: next(readings))
+    held, gpus = occupancy.look(paths, lambda: next(readings))
     assert held == ([changed] if changed is not None else [])
     assert gpus == [a_gpu(0, uncounted=GIB)]
 
@@ -57,14 +57,14 @@ def test_what_changes_while_nvml_is_read_is_looked_at_again(
 def test_what_stays_as_it_is_is_looked_at_once(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its processes may come and go.
     looks = iter([[holding()], [holding(pids=(100, 101))]])
-    monkeypatch.setattr(survey, "holdings", lambda *_, but: next(looks))
-    assert survey.look(paths, lambda: [a_gpu(0)]) == ([holding(pids=(100, 101))], [a_gpu(0)])
+    monkeypatch.setattr(occupancy, "holdings", lambda *_, but: next(looks))
+    assert occupancy.look(paths, lambda: [a_gpu(0)]) == ([holding(pids=(100, 101))], [a_gpu(0)])
 
 
 def test_where_nothing_ever_stays_the_last_look_counts(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = (holding(ready=number % 2 == 0) for number in range(100))
-    monkeypatch.setattr(survey, "holdings", lambda *_, but: [next(turns)])
-    assert survey.look(paths, lambda: [a_gpu(0)])[1] == [a_gpu(0)]
+    monkeypatch.setattr(occupancy, "holdings", lambda *_, but: [next(turns)])
+    assert occupancy.look(paths, lambda: [a_gpu(0)])[1] == [a_gpu(0)]
 
 
 def test_a_loading_model_claims_what_it_has_not_taken_yet() -> None:

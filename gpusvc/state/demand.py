@@ -1,0 +1,67 @@
+"""Whether requests wait for a model's start: a file that the API locks as long as one does.
+
+The launcher looks at it to know how long it waits for room. The kernel drops the lock of an API that dies, so that no
+demand outlives its writer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from types import TracebackType
+from typing import Self
+
+from gpusvc.errors import GpusvcError
+from gpusvc.paths import Paths
+
+
+class Demand:
+    """The demand for one model; it ends with close(), ``with``, or the process."""
+
+    def __init__(self, paths: Paths, name: str) -> None:
+        """
+        Raises:
+            GpusvcError: the file cannot be made.
+        """
+        file = paths.demand_file(name)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._fd = os.open(file, flags, 0o644)
+            # Shared: an API that is being replaced and the new one may both want the model.
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise GpusvcError(f"{file} cannot be locked: {os.strerror(error.errno or 0)}.") from error
+
+    def close(self) -> None:
+        """End the demand. Safe to call twice."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a child may have inherited the descriptor
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_there(paths: Paths, name: str) -> bool:
+    """Return whether requests wait for ``name``."""
+    try:
+        fd = os.open(paths.demand_file(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    else:
+        return False
+    finally:
+        os.close(fd)

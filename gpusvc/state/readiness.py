@@ -1,0 +1,27 @@
+"""Since when a model has been ready: the mtime of a file that stays after its end, until its next start."""
+
+from __future__ import annotations
+
+import contextlib
+
+from gpusvc.paths import Paths
+
+
+def mark(paths: Paths, name: str) -> None:
+    """Note that ``name`` is ready now. It matters less than the model, so that errors are left out."""
+    with contextlib.suppress(OSError):
+        paths.readiness_file(name).touch(mode=0o644)
+
+
+def since(paths: Paths, name: str) -> float | None:
+    """Return when the current or last run of ``name`` became ready, in seconds since the epoch; None: it did not."""
+    try:
+        return paths.readiness_file(name).stat().st_mtime
+    except OSError:
+        return None
+
+
+def forget(paths: Paths, name: str) -> None:
+    """Note that a new run of ``name`` begins."""
+    with contextlib.suppress(OSError):
+        paths.readiness_file(name).unlink()
