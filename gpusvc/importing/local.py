@@ -139,7 +139,8 @@ def _add_estimate(draft: Draft, wishes: Wishes) -> None:
         command = [*preset.command(served), *(args if isinstance(args, list) else [])]
     if wishes.vram:
         return
-    found = estimate(command, {})
+    env = draft.get("env")
+    found = estimate(command, env if isinstance(env, dict) else {})
     if found is None:
         sentence = "How much VRAM it takes is unknown before its first run."
     elif found.gpu_share is not None:

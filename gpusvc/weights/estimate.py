@@ -34,8 +34,9 @@ _MAX_BYTES = 1 << 46
 _MAX_SLOTS = 256  # llama.h, LLAMA_MAX_SEQ
 _MAX_GPUS = 1024
 _CELLS = 256  # llama.cpp makes its caches in steps of so many tokens
-_BATCH = 512  # llama.cpp's --ubatch-size
-_VLLM_BATCH = 2048
+_BATCH_TOKENS = 2048  # llama.cpp's --batch-size
+_UBATCH_TOKENS = 512  # llama.cpp's --ubatch-size
+_VLLM_BATCH_TOKENS = 2048
 
 _MODEL = option("-m --model --model-path", "LLAMA_ARG_MODEL")
 _CONTEXT = option("-c --ctx-size --max-model-len --context-length", "LLAMA_ARG_CTX_SIZE")
@@ -43,6 +44,7 @@ _LAYERS = option("-ngl --gpu-layers --n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS")
 _CACHE_K = option("-ctk --cache-type-k", "LLAMA_ARG_CACHE_TYPE_K")
 _CACHE_V = option("-ctv --cache-type-v", "LLAMA_ARG_CACHE_TYPE_V")
 _SLOTS = option("-np --parallel", "LLAMA_ARG_N_PARALLEL")
+_BATCH = option("-b --batch-size", "LLAMA_ARG_BATCH")
 _UBATCH = option("-ub --ubatch-size", "LLAMA_ARG_UBATCH")
 _UNIFIED = option("-kvu --kv-unified", "LLAMA_ARG_KV_UNIFIED", negations="-no-kvu --no-kv-unified")
 _WHOLE_WINDOWS = option("--swa-full", "LLAMA_ARG_SWA_FULL")
@@ -127,7 +129,7 @@ def estimate(command: Sequence[str], env: Mapping[str, str]) -> Estimate | None:
         command: of the engine, with absolute paths.
         env: what its configuration adds to its environment.
     """
-    asked = EngineCommand(command, env)
+    asked = EngineCommand(command, {**env, **_assigned(command)})
     if asked.has_any(_KEEPS_PARTS_IN_RAM):
         return None
     try:
@@ -140,6 +142,12 @@ def estimate(command: Sequence[str], env: Mapping[str, str]) -> Estimate | None:
     except (OSError, ValueError):
         return None
     return found if found is not None and 0 < found.bytes < _MAX_BYTES else None
+
+
+def _assigned(command: Sequence[str]) -> dict[str, str]:
+    """Return the variables that a command sets itself, as in ``env LLAMA_ARG_CTX_SIZE=8192 llama-server``."""
+    pairs = (argument.partition("=") for argument in command if argument.startswith("LLAMA_ARG_"))
+    return {name: value for name, equals, value in pairs if equals}
 
 
 def _with_variables(paths: list[Path], asked: EngineCommand) -> list[Path]:
@@ -210,7 +218,7 @@ def _main_plan(asked: EngineCommand) -> _Plan:
         is_unified=asked.flag(_UNIFIED) or slots == 1,
         whole_windows=asked.flag(_WHOLE_WINDOWS) or False,
         cache_on_gpu=asked.flag(_OFFLOAD_CACHE) is not False,
-        batch=asked.number(_UBATCH) or _BATCH,
+        batch=min(asked.number(_UBATCH) or _UBATCH_TOKENS, asked.number(_BATCH) or _BATCH_TOKENS),
     )
 
 
@@ -279,7 +287,7 @@ def _of_safetensors(path: Path, asked: EngineCommand) -> Estimate | None:
         return found
     tokens = _served_tokens(asked, shape.context)
     number_bytes = 1.0 if (asked.value(_CACHE_TYPE) or "").startswith("fp8") else _F16_BYTES
-    batch = asked.number(_BATCHED) or _VLLM_BATCH
+    batch = asked.number(_BATCHED) or _VLLM_BATCH_TOKENS
     numbers = sum(_numbers_kept(layer, tokens, batch) * _copies(layer, split) for layer in shape.layers)
     state = sum(layer.state_bytes for layer in shape.layers)
     return found._replace(cache_bytes=round(numbers * number_bytes), state_bytes=state, tokens=tokens)

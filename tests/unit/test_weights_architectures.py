@@ -295,6 +295,7 @@ def gemma(tmp_path: Path) -> Path:
         ({"LLAMA_ARG_SWA_FULL": "true"}, "--swa-full"),
         ({"LLAMA_ARG_SWA_FULL": "0"}, ""),
         ({"LLAMA_ARG_UBATCH": "2048"}, "-ub 2048"),
+        ({"LLAMA_ARG_UBATCH": "8192", "LLAMA_ARG_BATCH": "1024"}, "-ub 1024"),
         ({"LLAMA_ARG_NO_KV_OFFLOAD": "1"}, "--no-kv-offload"),
         ({"LLAMA_ARG_KV_OFFLOAD": "off"}, "-nkvo"),
         ({"LLAMA_ARG_N_GPU_LAYERS": "20"}, "-ngl 20"),
@@ -318,6 +319,10 @@ def test_there_is_no_estimate_where_a_variable_keeps_parts_in_ram(gemma: Path, n
 )
 def test_there_is_no_estimate_where_an_option_keeps_parts_in_ram(gemma: Path, options: str) -> None:
     assert found_for(gemma, *options.split()) is None
+
+
+def test_a_command_may_set_its_variables_itself(gemma: Path) -> None:
+    assert estimate(["env", "LLAMA_ARG_N_CPU_MOE=20", "llama-server", "-m", str(gemma)], {}) is None
 
 
 def test_no_layers_in_ram_is_an_estimate_all_the_same(gemma: Path) -> None:
