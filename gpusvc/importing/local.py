@@ -1,6 +1,6 @@
-"""A model file out of what lies on this machine: a GGUF file, a directory of safetensors, or a command.
+"""A model file for what is on this machine: a GGUF file, a directory of safetensors, or a command.
 
-What an engine needs to know is left to its preset; what is not known is left out, so that the defaults hold.
+The engine's preset supplies what the engine needs. Unknown values are left out, so that the defaults apply.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from gpusvc.weights import description, gguf
 from gpusvc.weights.description import FileKind
 from gpusvc.weights.estimate import estimate
 
-# How each engine is asked for a context of some length.
+# The option of each engine that sets the length of the context.
 _CONTEXT = {"llama-server": "-c", "vllm": "--max-model-len", "sglang": "--context-length"}
 
-# Whichever of them is there serves a directory; the program that says so.
+# Engines that serve a directory, by preference, and the program that shows that one is installed.
 _SERVE_DIRECTORIES = {"vllm": "vllm", "sglang": "sglang"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What a person said beside the model. None, 0 or empty: nothing."""
+    """What a person asked for besides the model. None, 0 or empty: nothing."""
 
     engine: str = ""
     args: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Wishes:
 
 
 def is_model(path: Path) -> bool:
-    """Whether ``path`` is taken for a model rather than for a program."""
+    """Return whether ``path`` counts as a model rather than as a program."""
     if path.is_dir():
         return True
     try:
@@ -51,10 +51,10 @@ def is_model(path: Path) -> bool:
 
 
 def of_path(name: str, path: Path, wishes: Wishes) -> Draft:
-    """A model that a preset serves.
+    """Return the draft for a model that a preset serves.
 
     Raises:
-        UsageError: it is no model that an engine serves.
+        UsageError: it is not a model that an engine serves.
         OSError: it cannot be read.
     """
     file = path.absolute()
@@ -69,10 +69,12 @@ def of_path(name: str, path: Path, wishes: Wishes) -> Draft:
     file = gguf.first_part(file)
     found = description.describe(file)
     if found is None:
-        what = "a directory without GGUF or safetensors files" if file.is_dir() else "no GGUF file"
-        raise UsageError(f"{path} is {what}.", hint="For any other engine give its command: gpusvc add NAME -- COMMAND")
+        what = "a directory without GGUF or safetensors files" if file.is_dir() else "not a GGUF file"
+        raise UsageError(f"{path} is {what}.", hint="For another engine give its command: gpusvc add NAME -- COMMAND")
     if found.kind in (FileKind.PROJECTOR, FileKind.ADAPTER):
-        raise UsageError(f"{path} is a model's {found.kind}, and no model.", hint="Name the model, and this after --.")
+        raise UsageError(
+            f"{path} is the {found.kind} of a model, not a model.", hint="Name the model, and this file after --."
+        )
     engine = wishes.engine or ("llama-server" if found.kind is FileKind.GGUF else _directory_engine())
     draft = Draft(name, str(found))
     draft.put("engine", engine)
@@ -85,13 +87,13 @@ def of_path(name: str, path: Path, wishes: Wishes) -> Draft:
 
 
 def of_command(name: str, command: Sequence[str], wishes: Wishes) -> Draft:
-    """A model that is a command of one's own.
+    """Return the draft for a model that is a command.
 
     Raises:
-        UsageError: a wish is for presets only.
+        UsageError: an option is given that only presets have.
     """
     if wishes.engine or wishes.context:
-        raise UsageError("A command says by itself which engine it is, and how long the context.")
+        raise UsageError("--engine and --context are not for a command, which names its engine and its context itself.")
     reports: list[gpu_options.Report] = []
     draft = Draft(name, "")
     program, *arguments = gpu_options.settle(draft, command, {}, reports)
@@ -107,7 +109,7 @@ def of_command(name: str, command: Sequence[str], wishes: Wishes) -> Draft:
 
 
 def _directory_engine() -> str:
-    """vLLM, unless there is only SGLang."""
+    """Return vllm, or sglang if only that is installed."""
     for engine, program in _SERVE_DIRECTORIES.items():
         try:
             engines.find_program(program, {})

@@ -80,7 +80,7 @@ def read_metadata(file: Path) -> Mapping[str, Value]:
     """Return the metadata before the vocabulary, which is long and comes last; less of it if the file is cut off.
 
     Raises:
-        ValueError: it is no GGUF file of version 2 or 3.
+        ValueError: it is not a GGUF file of version 2 or 3.
         OSError: it cannot be read.
     """
     head = read_head(file, _HEAD_BYTES)

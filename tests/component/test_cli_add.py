@@ -91,7 +91,7 @@ def test_a_directory_with_a_gguf_brings_its_projector(host: Beginner) -> None:
     shown = tomllib.loads(host.gpusvc("add", "seeing", str(directory), "--user", "root", "--dry-run").stdout)
     assert (shown["model"], shown["args"]) == (str(model), ["--mmproj", str(projector)])
     refused = host.gpusvc("add", "seeing", str(projector))
-    assert (refused.returncode, "is a model's projector" in refused.stderr) == (2, True)
+    assert (refused.returncode, "is the projector of a model" in refused.stderr) == (2, True)
 
 
 def test_what_cannot_be_right_is_not_written(host: Beginner) -> None:

@@ -1,6 +1,6 @@
 """Tiny models of many architectures for the real llama-server, to see what memory it takes. Their weights are zeros.
 
-architectures.json has for each its metadata and its tensors: what Debian's llama-server asked for when they were absent.
+architectures.json has the metadata and the tensors of each: what Debian's llama-server asked for when they were absent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def write(path: Path, name: str) -> None:
     entry = json.loads(_TABLE.read_text())[name]
     vocabulary = tinygguf._vocabulary()
     common = tinygguf._metadata(tinygguf.Shape(), vocabulary)
-    metadata = {"general.architecture": (ValueType.STRING, name)}
+    metadata: dict[str, tuple[ValueType, object]] = {"general.architecture": (ValueType.STRING, name)}
     metadata |= {f"{name}.{key}": _typed(value) for key, value in entry["metadata"].items()}
     metadata |= {key: value for key, value in common.items() if key.startswith("tokenizer.")}
     tensors = list(_tensors(entry))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.generations(Generation.FORKY)
 SCRIPT = """
 "$@" > /tmp/said 2>&1 &
 for turn in $(seq 600); do
-    grep -q -e 'compute buffer size' -e 'failed to' /tmp/said && break
+    grep -q -e 'compute buffer size' -e 'failed to load' -e 'failed to create' /tmp/said && break
     kill -0 $! || break
     sleep 0.05
 done

@@ -1,5 +1,5 @@
-"""``add``: a model's file, out of a GGUF file, a directory or a command."""
-# ruff: noqa: PLC0415 - a command loads only what it needs
+"""``add``: make a model's file from a GGUF file, a directory or a command."""
+# ruff: noqa: PLC0415 - a command imports only what it needs
 
 from __future__ import annotations
 
@@ -19,30 +19,36 @@ if TYPE_CHECKING:
     from gpusvc.importing.draft import Draft
     from gpusvc.importing.local import Wishes
 
-# The unit of a model has a directory of its own there: ``PrivateTmp=``.
+# A model's unit sees directories of its own here: ``PrivateTmp=``.
 _PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - nothing is written there
 
-_NAME: Any = typer.Argument(..., metavar="NAME", help="What to call it.")
+_NAME: Any = typer.Argument(..., metavar="NAME", help="The name of the model.")
 _WHAT: Any = typer.Argument(
     ...,
     metavar="FILE.gguf|DIRECTORY|-- COMMAND...",
-    help="The model, and arguments for its engine behind --; or a command that serves it.",
+    help="The model, with arguments for its engine after --; or a command that serves it.",
 )
-_ENGINE: Any = typer.Option("", "--engine", metavar="ENGINE", help="llama-server, vllm or sglang; else as the file is.")
+_ENGINE: Any = typer.Option(
+    "", "--engine", metavar="ENGINE", help="llama-server, vllm or sglang.  [default: by the kind of file]"
+)
 _CONTEXT: Any = typer.Option(
-    0, "--context", min=0, metavar="TOKENS", help="How long a context; else as the engine says.", show_default=False
+    0, "--context", min=0, metavar="TOKENS", help="Length of the context.  [default: the engine's]", show_default=False
 )
-_GPUS: Any = typer.Option(None, "--gpus", min=0, metavar="N", help="How many GPUs it needs.  [default: 1]")
-_VRAM: Any = typer.Option("", "--vram", metavar="SIZE", help="VRAM that it needs on each; else it is learned.")
-_ALIAS: Any = typer.Option([], "--alias", metavar="NAME", help="Another name for clients. May be said again.")
+_GPUS: Any = typer.Option(None, "--gpus", min=0, metavar="N", help="Number of GPUs.  [default: 1]")
+_VRAM: Any = typer.Option("", "--vram", metavar="SIZE", help="VRAM that it needs on each GPU.  [default: learned]")
+_ALIAS: Any = typer.Option([], "--alias", metavar="NAME", help="Another name for clients. Can be given several times.")
 _PORT: Any = typer.Option(
-    0, "--port", min=0, max=65535, metavar="N", help="The port; else any that is free.", show_default=False
+    0, "--port", min=0, max=65535, metavar="N", help="Its port.  [default: a free one]", show_default=False
 )
-_HEALTH: Any = typer.Option(None, "--health", metavar="PATH", help="What answers when it is ready.  [default: /health]")
-_USER: Any = typer.Option("", "--user", metavar="USER", help="Whom it runs as.  [default: gpusvc; with --user, you]")
-_START: Any = typer.Option(False, "--start", help="Start it.")
-_FORCE: Any = typer.Option(False, "--force", help="Replace the file of a model of that name.")
-_DRY_RUN: Any = typer.Option(False, "--dry-run", help="Show the file, and write nothing.")
+_HEALTH: Any = typer.Option(
+    None, "--health", metavar="PATH", help="Path that answers when it is ready.  [default: /health]"
+)
+_USER: Any = typer.Option(
+    "", "--user", metavar="USER", help="User that it runs as.  [default: gpusvc; with gpusvc --user, you]"
+)
+_START: Any = typer.Option(False, "--start", help="Start the model.")
+_FORCE: Any = typer.Option(False, "--force", help="Replace the file of a model with this name.")
+_DRY_RUN: Any = typer.Option(False, "--dry-run", help="Show the file, but do not write it.")
 
 
 def add(
@@ -64,7 +70,7 @@ def add(
 ) -> None:
     """Make a model's file, check it, show it and write it.
 
-    The engine follows from what it is given: llama-server for a GGUF file, vllm or sglang for a directory.
+    A GGUF file is served by llama-server, a directory by vllm or sglang.
     """
     from gpusvc.config import directory as model_directory
     from gpusvc.config.model import default_user
@@ -85,7 +91,7 @@ def add(
     file = paths.model_file(name)
     if file.exists() and not (force or dry_run):
         hint = f"`gpusvc edit {name}` changes it; --force replaces it."
-        raise UsageError(f"There is a model {name!r} already.", hint=hint)
+        raise UsageError(f"There is already a model {name!r}.", hint=hint)
     draft = _draft(name, what, wishes)
     text = draft.text()
     problems = model_directory.check(paths, {name: text})
@@ -107,7 +113,7 @@ def add(
 
 
 def refusal(problems: list[Problem]) -> GpusvcError | ExceptionGroup[GpusvcError]:
-    """Why nothing was written: each problem by itself."""
+    """Return the error that says why nothing was written, with each problem."""
     from gpusvc.errors import ConfigError
 
     errors = [ConfigError(problem.sentence, hint=problem.hint) for problem in problems]
@@ -132,7 +138,7 @@ def _draft(name: str, what: list[str], wishes: Wishes) -> Draft:
 
 
 def _warnings(draft: Draft, user: str) -> list[str]:
-    """What the check cannot call wrong, and is all the same, most likely."""
+    """Return what is most likely wrong, although the check accepts it."""
     from gpusvc.linux.access import obstacle
 
     model = draft.get("model")
@@ -140,9 +146,9 @@ def _warnings(draft: Draft, user: str) -> list[str]:
         return []
     found = []
     if not is_user_instance() and any(directory in Path(model).parents for directory in _PRIVATE):
-        found.append(f"models have a /tmp of their own, in which {model} is not; move it elsewhere.")
+        found.append(f"models have a /tmp of their own and cannot see {model}. Move it elsewhere.")
     elif (barrier := obstacle(Path(model), user)) is not None:
-        found.append(f"{user}, whom the engine runs as, may not read {barrier}.")
+        found.append(f"the engine runs as {user}, who may not read {barrier}.")
     return found
 
 
