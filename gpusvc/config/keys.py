@@ -132,6 +132,10 @@ class Keys:
                 return found
         return None if x_api_key is None else self._find(x_api_key)
 
+    def of_digest(self, digest: str) -> Key | None:
+        """The key whose secret has this SHA-256, in hexadecimal; None: there is none any more."""
+        return self._by_digest.get(bytes.fromhex(digest))
+
     def _find(self, secret: bytes) -> Key | None:
         return self._by_digest.get(hashlib.sha256(secret.strip(), usedforsecurity=True).digest())
 

@@ -43,6 +43,8 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
         return Destination(None, route.path, False)
     if route.target is Target.NAMED:
         serving, path = catalog.locate(route, allowed=allowed)
+    elif route.target is Target.ORIGIN:
+        serving, path = catalog.resolve(route.name, allowed=allowed), route.path
     elif body.settled:
         serving, path = _resolve(catalog, route, head, body, allowed), route.path
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpusvc.config.keys import Key, Keys, Right
+from gpusvc.gateway.entry.engine_origin import Sessions, hide_session, missing_session, to_engine
 from gpusvc.gateway.entry.origin import Guard
 from gpusvc.gateway.http.replies import Headers, HttpError, Reply
 from gpusvc.gateway.http.request_head import RequestHead
@@ -16,8 +17,9 @@ _FOR_BROWSERS = ((b"www-authenticate", b'Basic realm="gpusvc"'),)
 class Gate:
     """For one set of settings and keys."""
 
-    def __init__(self, guard: Guard, keys: Keys) -> None:
+    def __init__(self, guard: Guard, keys: Keys, sessions: Sessions) -> None:
         self._guard = guard
+        self._sessions = sessions
         self._keys = keys
 
     def check_origin(self, head: RequestHead) -> Headers | Reply:
@@ -37,6 +39,30 @@ class Gate:
             request_headers=head.request_headers,
             private_network=head.private_network,
         )
+
+    def authorise_page(self, head: RequestHead, model: str) -> Key | None:
+        """As authorise(), at an engine's own origin: a browser has a ticket or a cookie, programs have a key.
+
+        Raises:
+            HttpError: 303 the ticket becomes a cookie, 401 there is none of these.
+        """
+        key = None
+        if self._keys.configured:
+            redirect = self._sessions.redeem(head, model)
+            if redirect is not None:
+                raise redirect
+            key = self._sessions.key_of(head, model) or self._keys.authenticate(head.authorization, head.x_api_key)
+            if key is None:
+                raise missing_session(model)
+        hide_session(head)
+        return key
+
+    def send_to_engine(self, head: RequestHead, scheme: bytes, model: str, path: bytes, key: Key | None) -> None:
+        """Raises HttpError 307: a browser opens an engine's page at the gateway's own origin."""
+        if head.fetch_mode == b"navigate" and head.method == b"GET":
+            location = self._sessions.location(head, scheme, model, path, key)
+            if location is not None:
+                raise to_engine(location)
 
     def authorise(self, head: RequestHead, right: Right | None) -> Key | None:
         """Return the key of the request; None: none is needed.

@@ -22,6 +22,7 @@ class Target(StrEnum):
 
     MODEL = "model"  # one that the body names, or the query, or the header
     NAMED = "named"  # one that the path names: /upstream/NAME/…
+    ORIGIN = "origin"  # the model whose origin the Host is: NAME.localhost
     MODELS = "models"  # the list of models
     MODEL_CARD = "model-card"  # what the list says of one
     HEALTH = "health"
@@ -81,6 +82,17 @@ def route(method: bytes, target: bytes) -> Route:
     if path.startswith(_OF_BROWSERS):
         raise HttpError(404, f"There is no {path.decode()} here.", code="not_found")
     return Route(Target.MODEL, Right.USE, _dialect(path), model, path + mark + query)
+
+
+def engine_route(name: str, target: bytes) -> Route:
+    """The route of a request at an engine's own origin: every path is the engine's.
+
+    Raises:
+        HttpError: 400 a target that cannot be right.
+    """
+    path, mark, query = target.partition(b"?")
+    path = _checked(path, query)
+    return Route(Target.ORIGIN, Right.USE, _dialect(path), name, path + mark + query)
 
 
 def dialect_of(target: bytes) -> Dialect:

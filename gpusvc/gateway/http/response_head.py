@@ -36,7 +36,7 @@ class BadResponseError(Exception):
 class ResponseHead(Head):
     """What an answer says before its body."""
 
-    __slots__ = ("has_date", "keeps_alive", "reason", "status", "upgrade")
+    __slots__ = ("cookies", "has_date", "keeps_alive", "reason", "status", "upgrade")
 
     def __init__(self, status: int, reason: bytes, is_http10: bool) -> None:
         super().__init__()
@@ -44,6 +44,8 @@ class ResponseHead(Head):
         self.reason = reason
         self.keeps_alive = not is_http10
         self.has_date = False
+        self.cookies: list[bytes] = []
+        """Values of Set-Cookie, which are not in ``kept``."""
         self.upgrade: bytes | None = None
 
     @property
@@ -62,6 +64,9 @@ class ResponseHead(Head):
     def note_date(self, value: bytes) -> None:
         self.has_date = True
         self.kept.append(b"Date: " + value)
+
+    def note_cookie(self, value: bytes) -> None:
+        self.cookies.append(value)
 
     def note_upgrade(self, value: bytes) -> None:
         self.upgrade = value
@@ -132,6 +137,9 @@ _OF_RESPONSES: KnownLines[ResponseHead] = KnownLines(
         b"content-type": ResponseHead.note_type,
         b"date": ResponseHead.note_date,
         b"upgrade": ResponseHead.note_upgrade,
+        b"set-cookie": ResponseHead.note_cookie,
+        # They would change how the browser treats the gateway itself, or other engines.
+        **dict.fromkeys((b"service-worker-allowed", b"clear-site-data", b"strict-transport-security"), drop),
     },
     dropped=(OWNED_PREFIX,),
     volatile=rb"content-length|date|set-cookie",

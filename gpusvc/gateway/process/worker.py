@@ -8,6 +8,7 @@ answers.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import traceback
@@ -57,6 +58,8 @@ class Settings:
         if host is None:
             raise self._complaints[0]
         self._first = self.gateway = host.gateway
+        self.secret = os.urandom(32)
+        """For the sessions of engines' pages; made before workers are forked, so that it is the same in all."""
         self.keys = keys.Keys.read(keys.files(paths, environment))
         self.certificate: Certificate | None = None
         if host.gateway.tls_certificate is not None and host.gateway.tls_key is not None:
@@ -139,6 +142,7 @@ class Worker:
                 counters=counters,
                 api=api,
                 names=(socket.gethostname(),),
+                secret=self._settings.secret,
             )
         )
         try:

@@ -24,7 +24,7 @@ from gpusvc.config.serving import Serving
 from gpusvc.gateway.activation.activation import Passage
 from gpusvc.gateway.body.body import Body, body_of
 from gpusvc.gateway.entry import destination as destinations
-from gpusvc.gateway.entry import routes
+from gpusvc.gateway.entry import engine_origin, routes
 from gpusvc.gateway.entry.destination import Destination, allowed_by
 from gpusvc.gateway.entry.routes import Route, Target
 from gpusvc.gateway.http import replies
@@ -39,7 +39,7 @@ from gpusvc.gateway.relay.shared import Downstream, Shared
 
 _A = TypeVarTuple("_A")
 
-_FORWARDED = frozenset({Target.MODEL, Target.NAMED, Target.MANAGEMENT})
+_FORWARDED = frozenset({Target.MODEL, Target.NAMED, Target.ORIGIN, Target.MANAGEMENT})
 
 _JSON = ((b"content-type", b"application/json"),)
 
@@ -108,8 +108,13 @@ class Exchange:
             self._reply(granted)
             return
         self._response.granted = granted
-        route = self._route = routes.route(head.method, head.target)
-        self._key = shared.gate.authorise(head, route.right)
+        engine = engine_origin.model_in(head.host)
+        if engine is None:
+            route = self._route = routes.route(head.method, head.target)
+            self._key = shared.gate.authorise(head, route.right)
+        else:
+            route = self._route = routes.engine_route(engine, head.target)
+            self._key = shared.gate.authorise_page(head, engine)
         if route.target not in _FORWARDED:
             self._reply(self._own_reply(route))
             return
@@ -174,6 +179,9 @@ class Exchange:
         destination = destinations.find(self._shared.catalog, route, self._head, body, allowed_by(self._key))
         if destination is None:
             return
+        if destination.serving is not None and route.target is Target.NAMED:
+            shared, path = self._shared, destination.path
+            shared.gate.send_to_engine(self._head, self._client.scheme, destination.serving.name, path, self._key)
         self._destination = destination
         body.begin(destination.serving if destination.is_edited else None)
         if destination.serving is not None:

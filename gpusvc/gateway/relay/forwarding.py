@@ -126,7 +126,7 @@ class Forwarding:
             self._response.interim(head)
         else:
             self._account.first_byte()
-            self._response.begin(head, has_body=has_body, is_counted=self._passage is not None)
+            self._response.begin(head, has_body=has_body, is_engine=self._passage is not None)
 
     def on_upgrade(self, upstream: Upstream, head: ResponseHead, rest: bytes) -> None:
         self._upstream = None

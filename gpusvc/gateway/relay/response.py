@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from gpusvc.gateway.entry.engine_origin import COOKIE, SANDBOX, model_in
 from gpusvc.gateway.http import chunks, replies
 from gpusvc.gateway.http import response_head as heads
 from gpusvc.gateway.http.fields import END, NO_BODY
@@ -67,16 +68,16 @@ class Response:
         self.sent_bytes = 0
         """Bytes of the body."""
 
-    def begin(self, head: ResponseHead, *, has_body: bool, is_counted: bool) -> None:
-        """Write the head of an engine's response. ``is_counted``: its body may say how many tokens it took."""
-        self._is_counted = is_counted and is_usage_type(head.content_type)
+    def begin(self, head: ResponseHead, *, has_body: bool, is_engine: bool) -> None:
+        """Write the head of an upstream's response. ``is_engine``: it is not the management API's."""
+        self._is_counted = is_engine and is_usage_type(head.content_type)
         if self.is_promised:
             if head.status != 200 or not head.is_stream:
                 self.status = head.status
                 self.broken_promise = bytearray()
             return
         self._is_stream = head.is_stream
-        lines = [heads.status_line(head.status, head.reason), *head.kept]
+        lines = [heads.status_line(head.status, head.reason), *head.kept, *self._isolation(head, is_engine=is_engine)]
         if not head.has_date:
             lines.append(self._shared.date)
         length = head.content_length
@@ -176,6 +177,14 @@ class Response:
         self.flush()
         self._client.break_off()
 
+    def _isolation(self, head: ResponseHead, *, is_engine: bool) -> list[bytes]:
+        """Lines that keep an engine's documents and cookies apart from the gateway's own origin."""
+        if not is_engine:
+            return [b"Set-Cookie: " + cookie for cookie in head.cookies]
+        if model_in(self._request.host) is not None:  # an origin of its own
+            return [b"Set-Cookie: " + cookie for cookie in head.cookies if _is_own(cookie)]
+        return [] if self._is_counted else [SANDBOX]
+
     def _frame_unknown(self) -> bytes:
         """Frame a body of unknown length."""
         if self._request.is_http10:
@@ -198,3 +207,11 @@ class Response:
 
     def _write_head(self, lines: list[bytes]) -> None:
         self._out.append(b"\r\n".join(lines) + END)
+
+
+def _is_own(cookie: bytes) -> bool:
+    """Whether a cookie stays with the origin that sets it, and is not the gateway's."""
+    first, *attributes = cookie.split(b";")
+    if first.strip().startswith(COOKIE):
+        return False
+    return not any(attribute.strip().lower().startswith(b"domain") for attribute in attributes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
@@ -13,6 +14,7 @@ from gpusvc.config.keys import Keys
 from gpusvc.gateway.activation.activation import Activation
 from gpusvc.gateway.body.budget import Budget
 from gpusvc.gateway.entry.catalog import Catalog
+from gpusvc.gateway.entry.engine_origin import Sessions
 from gpusvc.gateway.entry.gate import Gate
 from gpusvc.gateway.entry.origin import Guard
 from gpusvc.gateway.limits import Limits
@@ -35,6 +37,7 @@ class Shared:
         api: Path,
         limits: Limits | None = None,
         names: tuple[str, ...] = (),
+        secret: bytes | None = None,
     ) -> None:
         """
         Args:
@@ -47,6 +50,7 @@ class Shared:
             api: the management API's socket.
             limits: of each connection.
             names: more names of this machine.
+            secret: signs the sessions of engines' pages, the same in all workers; None: one of its own.
         """
         self.loop = loop
         self.settings = settings
@@ -65,6 +69,7 @@ class Shared:
         self.date = b""
         """A line for the head of an answer."""
         self._names = names
+        self._sessions = Sessions(secret or os.urandom(32), keys)
         self._guarded = (settings(), keys.configured)
         self.gate = self._make_gate()
         self.sweep()
@@ -80,7 +85,7 @@ class Shared:
 
     def _make_gate(self) -> Gate:
         settings, is_keyed = self._guarded
-        return Gate(Guard(settings, keyed=is_keyed, names=self._names), self.keys)
+        return Gate(Guard(settings, keyed=is_keyed, names=self._names), self.keys, self._sessions)
 
 
 class Downstream(Protocol):
