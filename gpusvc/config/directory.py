@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from gpusvc.config import files as config
@@ -52,6 +52,54 @@ def install(paths: Paths, name: str, text: str, *, force: bool) -> Path:
     return file
 
 
+def install_all(paths: Paths, texts: Mapping[str, str], *, replacing: Collection[str] = ()) -> None:
+    """Write files of several models, by their names: all of them, or none.
+
+    Args:
+        paths: where they belong.
+        texts: what they say.
+        replacing: the models whose files are there and are replaced.
+
+    Raises:
+        UsageError: there is a file that is not to be replaced.
+        PermissionDeniedError: the caller may not.
+    """
+    with contextlib.ExitStack() as undoing, contextlib.ExitStack() as writing:
+        files = []
+        for name, text in texts.items():
+            file = paths.model_file(name)
+            # A link stays one: what it leads to may be under version control.
+            file = Path(os.path.realpath(file)) if name in replacing else file
+            writing.enter_context(_translated(file))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.append((name, file, writing.enter_context(_written(file, text, _MODE))))
+        for name, file, new in files:
+            with _translated(file):
+                if name in replacing:
+                    status = file.stat()
+                    before = file.read_text(encoding="utf-8", errors="surrogateescape")
+                    undoing.callback(_put_back, file, before, status)
+                    new.chmod(stat.S_IMODE(status.st_mode))
+                    _keep_owner(new, status)
+                    new.replace(file)
+                else:
+                    os.link(new, file)
+                    undoing.callback(file.unlink, missing_ok=True)
+        undoing.pop_all()
+
+
+def _put_back(file: Path, text: str, status: os.stat_result) -> None:
+    """Make ``file`` what it was."""
+    with _written(file, text, stat.S_IMODE(status.st_mode)) as old:
+        _keep_owner(old, status)
+        old.replace(file)
+
+
+def _keep_owner(file: Path, status: os.stat_result) -> None:
+    if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+        os.chown(file, status.st_uid, status.st_gid)
+
+
 def replace_text(paths: Paths, name: str, text: str) -> None:
     """Put another text in place of a model's file, which keeps its mode and its owner.
 
@@ -63,8 +111,7 @@ def replace_text(paths: Paths, name: str, text: str) -> None:
     with _translated(file):
         status = file.stat()
         with _written(file, text, stat.S_IMODE(status.st_mode)) as new:
-            if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                os.chown(new, status.st_uid, status.st_gid)
+            _keep_owner(new, status)
             new.replace(file)
 
 

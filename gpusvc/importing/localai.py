@@ -11,139 +11,45 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gpusvc.errors import ConfigError
-from gpusvc.importing import defaults, gpu_options
+from gpusvc.importing import defaults, gpu_options, llama_options, places
+from gpusvc.importing import localai_keys as keys
 from gpusvc.importing.draft import Draft, Import, Notes, finish
 from gpusvc.importing.foreign import Foreign, truth_of
+from gpusvc.importing.llama_options import Kind
 from gpusvc.importing.naming import Naming
 
 _LLAMA = ("", "llama-cpp", "llama", "llama-stable", "ik-llama-cpp")
-_ENGINES = {**dict.fromkeys(_LLAMA, "llama-server"), "vllm": "vllm", "sglang": "sglang"}
-
-_PROMPTS = "The engine forms prompts by the template that comes with the model."
-_ANSWERS = "Answers are passed on as the engine gives them."
-_ABOUT = "The gateway's list of models has no fields of one's own."
-
-_LOST = {
-    "usage": _ABOUT,
-    "known_usecases": _ABOUT,
-    "known_input_modalities": _ABOUT,
-    "known_output_modalities": _ABOUT,
-    "feature_flags": "LocalAI's own.",
-    "f16": "It is how the engine computes anyhow.",
-    "cuda": "The engine's build decides.",
-    "low_vram": "llama-server has none such; see its --fit.",
-    "mmlock": "llama-server's option for it changed its name: --mlock, later --load-mode; add yours to args.",
-    "main_gpu": "The engine counts the GPUs that it gets from 0; see [gpu] devices.",
-    "no_mulmatq": "llama-server has none such any more.",
-    "rms_norm_eps": "The file says it.",
-    "ngqa": "The file says it.",
-    "type": "The file says it.",
-    "system_prompt": "Nothing is put into conversations here; clients send their system prompt.",
-    "template": _PROMPTS,
-    "roles": _PROMPTS,
-    "stopwords": "Requests say where to stop; the model's own end of a turn holds anyhow.",
-    "cutstrings": _ANSWERS,
-    "trimspace": _ANSWERS,
-    "trimsuffix": _ANSWERS,
-    "extract_regex": _ANSWERS,
-    "function": "The engine finds calls of tools by itself: --jinja of llama-server, --tool-call-parser of vLLM.",
-    "reasoning": "The engine does that by itself: --reasoning-format of llama-server, --reasoning-parser of vLLM.",
-    "grammar": "Requests bring their grammar; --grammar-file of llama-server is one for all.",
-    "prompt_cache_path": "llama-server keeps prompts in memory; see its --cache-ram.",
-    "prompt_cache_all": "llama-server keeps prompts in memory; see its --cache-ram.",
-    "prompt_cache_ro": "llama-server keeps prompts in memory; see its --cache-ram.",
-    "download_files": "gpusvc downloads nothing; the files have to be there.",
-    "pipeline": "Models are not chained here.",
-    "mcp": "Tools are the client's.",
-    "agent": "Agents are the client's.",
-    "grpc": "Engines are asked by HTTP.",
-    "tts": "It belongs to a backend that has no preset here.",
-    "diffusers": "It belongs to a backend that has no preset here.",
-    "step": "It belongs to a backend that has no preset here.",
+_LLAMA_BUILDS = ("avx", "avx2", "avx512", "cuda", "fallback", "grpc", "hipblas", "sycl_f16", "sycl_f32")
+_ENGINES = {
+    **dict.fromkeys((*_LLAMA, *(f"llama-cpp-{build}" for build in _LLAMA_BUILDS)), "llama-server"),
+    "vllm": "vllm",
+    "sglang": "sglang",
 }
 
-_LOST_PARAMETERS = {
-    "echo": "Requests say it.",
-    "n": "Requests say it.",
-    "logprobs": "Requests say it.",
-    "top_logprobs": "Requests say it.",
-    "logit_bias": "Requests say it.",
-    "language": "Requests say it.",
-    "translate": "Requests say it.",
-    "negative_prompt": "Requests say it.",
-    "negative_prompt_scale": "Requests say it.",
-    "tfz": "llama-server has none such any more.",
-    "tokenizer": "It comes with the model.",
-}
+_HUGGING_FACE = ("huggingface", "hf")
 
-# Keys with a value, and the option that says the same.
-_LLAMA_VALUES = {
-    "context_size": "-c",
-    "threads": "-t",
-    "batch": "-b",
-    "cache_type_k": "-ctk",
-    "cache_type_v": "-ctv",
-    "rope_scaling": "--rope-scaling",
-    "rope_freq_base": "--rope-freq-base",
-    "rope_freq_scale": "--rope-freq-scale",
-    "yarn_ext_factor": "--yarn-ext-factor",
-    "yarn_attn_factor": "--yarn-attn-factor",
-    "yarn_beta_fast": "--yarn-beta-fast",
-    "yarn_beta_slow": "--yarn-beta-slow",
-    "n_draft": "--spec-draft-n-max",
-}
-_LLAMA_FILES = {"mmproj": "--mmproj", "draft_model": "--model-draft"}
-_LLAMA_FLAGS = {"no_kv_offloading": "--no-kv-offload", "embeddings": "--embeddings", "reranking": "--reranking"}
-
-# Of the list called options, KEY:VALUE each.
-_LLAMA_OPTIONS = {
-    "parallel": "--parallel",
-    "n_parallel": "--parallel",
-    "cache_ram": "--cache-ram",
-    "cache_reuse": "--cache-reuse",
-    "n_ubatch": "--ubatch-size",
-    "ubatch": "--ubatch-size",
-    "threads_batch": "--threads-batch",
-    "pooling": "--pooling",
-    "pooling_type": "--pooling",
-    "reasoning_format": "--reasoning-format",
-    "reasoning_budget": "--reasoning-budget",
-    "image_min_tokens": "--image-min-tokens",
-    "image_max_tokens": "--image-max-tokens",
-    "override_tensor": "--override-tensor",
-    "draft_gpu_layers": "--n-gpu-layers-draft",
-    "spec_n_max": "--spec-draft-n-max",
-    "draft_max": "--spec-draft-n-max",
-    "spec_p_min": "--spec-draft-p-min",
-}
-_LLAMA_SWITCHES = {"use_jinja": "jinja", "jinja": "jinja", "context_shift": "context-shift", "warmup": "warmup"}
-
-_VLLM_VALUES = {
-    "max_model_len": "--max-model-len",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-    "swap_space": "--swap-space",
-    "dtype": "--dtype",
-    "quantization": "--quantization",
-    "load_format": "--load-format",
-}
-_VLLM_FLAGS = {
-    "trust_remote_code": "--trust-remote-code",
-    "enforce_eager": "--enforce-eager",
-    "disable_log_stats": "--disable-log-stats",
-}
+# Files beside the model: llama-server's option for a path, and for a URL if it has one.
+_FILES = {"mmproj": ("--mmproj", "--mmproj-url"), "draft_model": ("--model-draft", "")}
 
 
-def convert(documents: Iterable[tuple[Path, object]], exists: Callable[[Path], bool] = Path.exists) -> Import:
+def convert(
+    documents: Iterable[tuple[Path, object]],
+    exists: Callable[[Path], bool] = places.exists,
+    broken: Iterable[tuple[Path, str]] = (),
+) -> Import:
     """The models of LocalAI's files.
 
     Args:
         documents: what each file holds: one model, or a list of them. Paths in it are relative to the file's directory.
         exists: whether there is such a file.
+        broken: files that could not be read, each with a sentence on why.
 
     Raises:
         ConfigError: none of them is a model.
     """
     notes = Notes()
+    for file, reason in broken:
+        notes.add(None, str(file), f"{reason} The others are taken.")
     naming = Naming()
     drafts: list[Draft] = []
     seen = False
@@ -165,7 +71,7 @@ def _convert(fields: Foreign, source: Path, exists: Callable[[Path], bool]) -> D
     name, title = fields.model, fields.text("name")
     assert name is not None  # noqa: S101 - convert() named it
     backend = fields.text("backend") or ""
-    engine = _ENGINES.get(backend)
+    engine = _engine(backend)
     if engine is None:
         fields.note(
             "backend", f"{backend!r} has no preset here: `gpusvc add {name} -- COMMAND` with your own. Left out."
@@ -187,14 +93,26 @@ def _convert(fields: Foreign, source: Path, exists: Callable[[Path], bool]) -> D
     draft.put("pinned", fields.truth("pinned") or None)
     _put_groups(draft, fields)
     if engine == "llama-server":
+        if not str(draft.get("model")).startswith("/") and (file := _file_of(parameters)):
+            draft.extend("args", ["--hf-file", file])
+        for key in _FILES:
+            _put_file(draft, fields, key, source, exists)
         _put_llama(draft, fields, parameters, source)
     else:
         _put_vllm(draft, fields, parameters)
-    parameters.drop(_LOST_PARAMETERS)
+    parameters.drop(keys.LOST_PARAMETERS)
     parameters.finish()
-    fields.drop(_LOST)
+    fields.drop(keys.LOST)
     fields.finish()
     return draft
+
+
+def _engine(backend: str) -> str | None:
+    """The engine of a backend: LocalAI installs them under names by hardware, as cuda12-llama-cpp."""
+    name = backend.removesuffix("-development")
+    if name in _ENGINES:
+        return _ENGINES[name]
+    return next((engine for title, engine in _ENGINES.items() if title and name.endswith(f"-{title}")), None)
 
 
 def _model(parameters: Foreign, source: Path, exists: Callable[[Path], bool], engine: str) -> str | None:
@@ -210,10 +128,41 @@ def _model(parameters: Foreign, source: Path, exists: Callable[[Path], bool], en
     if not rest:
         return said
     owner, *more = rest.split("@")[0].split("/")
-    if scheme in ("huggingface", "hf") and more:
+    if scheme in _HUGGING_FACE and more:
         return "/".join([owner, more[0]])
     parameters.note("model", f"{said} was not downloaded to {local}, and gpusvc downloads nothing. Left out.")
     return None
+
+
+def _file_of(parameters: Foreign) -> str:
+    """The file within a repository that a model's URL names; empty if it names none."""
+    scheme, _, rest = (parameters.text("model") or "").partition("://")
+    parts = rest.split("@")[0].split("/")
+    return "/".join(parts[2:]) if scheme in _HUGGING_FACE else ""
+
+
+def _put_file(draft: Draft, fields: Foreign, key: str, source: Path, exists: Callable[[Path], bool]) -> None:
+    """A file beside the model: where LocalAI keeps it, else where llama-server downloads it from."""
+    said = fields.text(key)
+    if not said:
+        return
+    scheme, _, rest = said.partition("://")
+    local = source.absolute().parent / (rest.rpartition("/")[2] if rest else said)
+    option, url_option = _FILES[key]
+    owner, *parts = rest.split("@")[0].split("/")
+    if not rest or exists(local):
+        draft.extend("args", [option, str(local)])
+    elif key == "draft_model" and scheme in _HUGGING_FACE and parts:
+        draft.extend("args", ["--spec-draft-hf", f"{owner}/{parts[0]}"])
+        if parts[1:]:
+            draft.extend("args", [option, "/".join(parts[1:])])
+    elif url_option and scheme in _HUGGING_FACE and len(parts) > 1:
+        url = f"https://huggingface.co/{owner}/{parts[0]}/resolve/main/{'/'.join(parts[1:])}"
+        draft.extend("args", [url_option, url])
+    elif url_option and scheme in ("http", "https"):
+        draft.extend("args", [url_option, said])
+    else:
+        fields.note(key, f"{said} was not downloaded to {local}, and gpusvc downloads nothing. Left out.")
 
 
 def _put_groups(draft: Draft, fields: Foreign) -> None:
@@ -222,16 +171,13 @@ def _put_groups(draft: Draft, fields: Foreign) -> None:
 
 
 def _put_llama(draft: Draft, fields: Foreign, parameters: Foreign, source: Path) -> None:
-    _put_values(draft, fields, _LLAMA_VALUES)
+    _put_values(draft, fields, keys.LLAMA_VALUES)
     _put_values(draft, parameters, {"batch": "-b", "rope_freq_base": "--rope-freq-base", "keep": "--keep"})
     _put_values(draft, parameters, {"rope_freq_scale": "--rope-freq-scale"})
-    _put_flags(draft, fields, _LLAMA_FLAGS)
+    _put_flags(draft, fields, keys.LLAMA_FLAGS)
     limit = parameters.number("max_tokens")
     if limit is not None and limit > 0:
         draft.extend("args", ["-n", str(int(limit))])
-    for key, option in _LLAMA_FILES.items():
-        if file := fields.text(key):
-            draft.extend("args", [option, str(source.absolute().parent / file)])
     layers = fields.number("gpu_layers")
     # LocalAI says millions for all, which is llama-server's own default.
     if layers is not None and 0 <= layers < 1000:
@@ -246,9 +192,9 @@ def _put_llama(draft: Draft, fields: Foreign, parameters: Foreign, source: Path)
         draft.extend("args", ["--numa", "distribute"])
     if shares := fields.text("tensor_split"):
         draft.extend("args", ["--tensor-split", shares])
-        draft.put("gpu.count", gpu_options.count(["--tensor-split", shares]))
     _put_adapters(draft, fields, source)
     _put_options(draft, fields)
+    _settle_gpus(draft, fields)
     defaults.put(draft, parameters)
     for key in ("mirostat", "mirostat_tau", "mirostat_eta"):
         if fields.has(key):
@@ -270,17 +216,37 @@ def _put_adapters(draft: Draft, fields: Foreign, source: Path) -> None:
 
 
 def _put_options(draft: Draft, fields: Foreign) -> None:
+    """The list called options, KEY:VALUE each; a key alone is on, and one that begins with a dash is llama-server's."""
     for entry in fields.texts("options"):
-        key, _, value = entry.partition(":")
-        truth = truth_of(value) if value else True
-        if key in _LLAMA_OPTIONS:
-            draft.extend("args", [_LLAMA_OPTIONS[key], value])
-        elif key in _LLAMA_SWITCHES and truth is not None:
-            draft.extend("args", [f"--{_LLAMA_SWITCHES[key]}" if truth else f"--no-{_LLAMA_SWITCHES[key]}"])
-        else:
+        key, colon, value = entry.partition(":")
+        option = llama_options.find(keys.LLAMA_OPTIONS.get(key, ""))
+        truth = truth_of(value) if colon else True
+        if key.startswith("-"):
+            draft.extend("args", [key, value] if colon else [key])
+        elif option is None:
             fields.note(
                 f"options.{key}", "It is not known here, and left out; see args and llama-server's own options."
             )
+        elif option.kind in (Kind.FLAG, Kind.SWITCH):
+            if truth is not None:
+                draft.extend("args", llama_options.spell(keys.LLAMA_OPTIONS[key], "on" if truth else "off"))
+        elif colon:
+            named = ",".join(keys.VALUES.get(word, word) for word in value.split(","))
+            draft.extend("args", llama_options.spell(keys.LLAMA_OPTIONS[key], _hyphenated(key, named)))
+
+
+def _hyphenated(key: str, value: str) -> str:
+    """Types of speculation were written with underscores once."""
+    return value.replace("_", "-") if key in ("spec_type", "speculative_type") else value
+
+
+def _settle_gpus(draft: Draft, fields: Foreign) -> None:
+    """Which GPUs the arguments pick, and how many."""
+    args = draft.get("args")
+    reports: list[gpu_options.Report] = []
+    draft.put("args", gpu_options.settle(draft, args if isinstance(args, list) else [], {}, reports))
+    for report in reports:
+        fields.note(f"options.{report.subject.lstrip('-')}", report.reason)
 
 
 def _put_vllm(draft: Draft, fields: Foreign, parameters: Foreign) -> None:
@@ -290,8 +256,8 @@ def _put_vllm(draft: Draft, fields: Foreign, parameters: Foreign) -> None:
     else:
         if not fields.has("max_model_len"):
             _put_values(draft, fields, {"context_size": "--max-model-len"})
-        _put_values(draft, fields, _VLLM_VALUES)
-        _put_flags(draft, fields, _VLLM_FLAGS)
+        _put_values(draft, fields, keys.VLLM_VALUES)
+        _put_flags(draft, fields, keys.VLLM_FLAGS)
         limits = fields.value("limit_mm_per_prompt")
         if isinstance(limits, dict):
             draft.extend("args", ["--limit-mm-per-prompt", json.dumps(limits)])
@@ -302,8 +268,40 @@ def _put_vllm(draft: Draft, fields: Foreign, parameters: Foreign) -> None:
         if said:
             generation = {{"max_tokens": "max_new_tokens"}.get(key, key): number for key, number in said.items()}
             draft.extend("args", ["--override-generation-config", json.dumps(generation)])
-    ways = fields.count("tensor_parallel_size")
-    draft.put("gpu.count", ways if ways and ways > 1 else None)
+    _put_engine_options(draft, fields)
+    args = draft.get("args")
+    listed = args if isinstance(args, list) else []
+    ways = fields.count("tensor_parallel_size") or 1
+    count = gpu_options.count(["--tensor-parallel-size", str(ways), *listed]) or 1
+    draft.put("gpu.count", count if count > 1 else None)
+    if count > ways > 1:
+        # The preset splits over all of its GPUs, where nothing else is said.
+        draft.put("args", ["--tensor-parallel-size", str(ways), *listed])
+    elif count > ways and "--tensor-parallel-size" not in listed:
+        draft.put("args", ["--tensor-parallel-size", "1", *listed])
+
+
+def _put_engine_options(draft: Draft, fields: Foreign) -> None:
+    """The parsers and flags of the list called options, and engine_args, which is vLLM's own mapping."""
+    for entry in fields.texts("options"):
+        key, colon, value = entry.partition(":")
+        name = key.lstrip("-").replace("-", "_")
+        if name in keys.PARSERS and value:
+            auto = ["--enable-auto-tool-choice"] if name == "tool_parser" and draft.get("engine") == "vllm" else []
+            draft.extend("args", [*auto, keys.PARSERS[name], value.strip()])
+        elif key.startswith("--"):
+            draft.extend("args", [key, value.strip()] if colon else [key])
+        else:
+            fields.note(f"options.{key}", "It is not known here, and left out; see args and the engine's own options.")
+    values = fields.value("engine_args")
+    for key, value in values.items() if isinstance(values, dict) else ():
+        option = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, bool):
+            draft.extend("args", [option if value else f"--no-{option.removeprefix('--')}"])
+        elif isinstance(value, str | int | float):
+            draft.extend("args", [option, str(value)])
+        elif value is not None:
+            draft.extend("args", [option, json.dumps(value, default=str)])
 
 
 def _put_values(draft: Draft, fields: Foreign, options: dict[str, str]) -> None:

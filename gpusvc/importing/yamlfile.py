@@ -1,24 +1,33 @@
-"""YAML as programs in Go read it, which is not quite as PyYAML does: ``on`` is a word, and ``1:30`` no number."""
+"""YAML as programs in Go read it, which is not quite as PyYAML does: ``on`` is a word, and ``1:30`` no number.
+
+go-yaml descends from libyaml, and so does the parser used here: both take tabs where PyYAML's own parser does not.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from yaml import MappingNode, MarkedYAMLError, Node, SafeLoader, ScalarNode, YAMLError, load_all
-from yaml.composer import ComposerError
+import yaml
+from yaml import MappingNode, MarkedYAMLError, Node, ScalarNode, SequenceNode, YAMLError
+from yaml.composer import Composer, ComposerError
 
 from gpusvc.errors import ConfigError
+
+# Aliases count as what they stand for: a file of 500 bytes can mean a billion nodes. Configurations have thousands.
+_MOST_NODES = 200_000
+
+_DEEPEST = 100
 
 
 def parse(text: str, source: str) -> list[object]:
     """The documents of a file, empty ones left out.
 
     Raises:
-        ConfigError: it is no YAML; ``source`` names it.
+        ConfigError: it is no YAML, or more of it than any configuration; ``source`` names it.
     """
     try:
-        return [document for document in load_all(text, _Loader) if document is not None]
+        return [document for document in yaml.load_all(text, _Loader) if document is not None]
     except YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML{_reason(error)}.") from error
     except (RecursionError, ValueError) as error:  # a number that Python does not take
@@ -32,11 +41,43 @@ def _reason(error: YAMLError) -> str:
     return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
 
 
-class _Loader(SafeLoader):
-    """Resolves words as YAML 1.2 does, and takes no key twice."""
+class _Loader(Composer, yaml.CSafeLoader):
+    """Resolves words as YAML 1.2 does, takes no key twice, and bounds what aliases stand for."""
 
-    # Not those of SafeLoader itself, which others in this process may use.
+    # Its own, and not those of SafeLoader, which others in this process may use.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, stream: str) -> None:
+        yaml.CSafeLoader.__init__(self, stream)
+        Composer.__init__(self)
+        self._depth = 0
+        self._nodes = 0  # so far, with those that aliases stand for
+        self._sizes: dict[int, int] = {}  # of whole nodes, by their identity
+
+    def compose_document(self) -> Node | None:
+        """A document; nothing is known of the nodes of those before it."""
+        self._sizes = {}
+        return super().compose_document()
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        """A node whose anchors, aliases and depth are within bounds."""
+        event = self.peek_event()
+        before = self._nodes
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise _too_much(event, f"it is nested more than {_DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise _too_much(event, f"the anchor {event.anchor!r} contains itself")
+            self._nodes += self._sizes[id(node)]
+        else:
+            self._nodes += 1
+            self._sizes[id(node)] = self._nodes - before
+        if self._nodes > _MOST_NODES:
+            raise _too_much(event, f"it stands for more than {_MOST_NODES} values")
+        return node
 
     def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -48,12 +89,34 @@ class _Loader(SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_local(self, _suffix: str, node: Node) -> object:
+        """A value with a tag of a program's own, as ``!secret x``: without the tag, as go-yaml takes it."""
+        if isinstance(node, ScalarNode):
+            return self.construct_scalar(node)
+        if isinstance(node, SequenceNode):
+            return self.construct_sequence(node, deep=True)
+        assert isinstance(node, MappingNode)  # noqa: S101 - there are three kinds of nodes
+        return self.construct_mapping(node, deep=True)
+
+
+def _too_much(event: Any, problem: str) -> ComposerError:
+    return ComposerError(None, None, problem, event.start_mark)
+
+
+_Loader.add_multi_constructor("!", _Loader.construct_local)
+
+_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
+    # What begins with 0 is octal, unless it has an 8 or a 9: that is a float then.
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*|0o?[0-7_]+|0b[01_]+|0x[0-9a-fA-F_]+)", list("-+0123456789")),
+    (
+        "float",
+        _FLOAT,
+        list("-+0123456789."),
+    ),
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)

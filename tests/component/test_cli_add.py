@@ -279,6 +279,56 @@ def test_an_import_writes_files_and_none_if_one_is_there(host: Beginner) -> None
     assert "2 models written.\n" in done.stderr
 
 
+def test_an_update_says_what_changed_and_writes_that(host: Beginner) -> None:
+    source = Path(swap(host))
+    assert host.gpusvc("import", "llama-swap", str(source), "--write").returncode in (0, 1)
+    assert host.gpusvc("import", "llama-swap", str(source), "--update").stdout == ""
+    one = host.paths.model_file("one").read_text()
+    source.write_text(SWAP.replace("ttl: 0", "ttl: 60").replace("  two", "  three"))
+    shown = host.gpusvc("import", "llama-swap", str(source), "--update")
+    assert shown.stdout == (
+        "one changes:\n  idle_timeout = '60s' is new\n  keep goes, which was True\nthree is new.\n"
+        "two is not in it any more: `gpusvc rm two` removes it.\n"
+    )
+    assert (host.paths.model_file("one").read_text(), host.paths.model_file("three").exists()) == (one, False)
+    done = host.gpusvc("import", "llama-swap", str(source), "--update", "--write")
+    assert f"{host.paths.model_file('one')} is replaced.\n{host.paths.model_file('three')} is written.\n" in done.stdout
+    assert host.file("one")["idle_timeout"] == "60s"
+    assert host.gpusvc("import", "llama-swap", str(source), "--update", "--write", "--only", "one").stdout == ""
+
+
+def test_an_update_leaves_models_of_another_origin(host: Beginner) -> None:
+    host.add_model("two", "port = 1\n")
+    refused = host.gpusvc("import", "llama-swap", swap(host), "--update", "--write")
+    assert (refused.returncode, "not imported from there: two. Nothing is written." in refused.stderr) == (2, True)
+    assert not host.paths.model_file("one").exists()
+
+
+def test_one_broken_file_of_localai_leaves_the_others(host: Beginner, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text("name: good\nbackend: cuda12-vllm\nparameters: {model: o/m}\n")
+    (tmp_path / "bad.yaml").write_text("name: {{ .Values.name }}\n")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff\n")
+    (tmp_path / "._gallery_good.yaml").write_text("name: good\n")
+    os.mkfifo(tmp_path / "pipe.yml")
+    done = host.gpusvc("import", "localai", str(tmp_path))
+    assert f"## {host.paths.model_file('good')}\n" in done.stdout
+    named = [
+        Path(line.strip().partition(": ")[0]).name for line in done.stderr.splitlines() if "others are taken" in line
+    ]
+    assert named == ["bad.yaml", "latin.yaml", "pipe.yml"]
+
+
+@pytest.mark.parametrize("program", ["llama-swap", "llama-server", "localai"])
+def test_what_is_no_file_or_too_large_is_refused_at_once(host: Beginner, tmp_path: Path, program: str) -> None:
+    pipe, large = tmp_path / "pipe", tmp_path / "large"
+    os.mkfifo(pipe)
+    with large.open("wb") as stream:
+        stream.truncate(1 << 40)
+    for path in (pipe, large):
+        done = host.gpusvc("import", program, str(path))
+        assert (done.returncode, "is no configuration" in done.stderr) == (2, True)
+
+
 def test_one_model_can_be_imported_alone(host: Beginner) -> None:
     assert host.gpusvc("import", "llama-swap", swap(host), "--write", "--only", "two").returncode in (0, 1)
     assert [file.name for file in host.paths.models_directory.iterdir()] == ["two.toml"]

@@ -41,6 +41,19 @@ def test_what_is_there_is_replaced_by_force_only(paths: Paths) -> None:
     assert files(paths) == {"qwen.toml"}
 
 
+def test_several_files_are_written_or_none(paths: Paths) -> None:
+    model_directory.install(paths, "old", GOOD, force=False)
+    model_directory.install(paths, "last", GOOD, force=False)
+    texts = {"first": "a = 1\n", "old": "b = 1\n", "last": "c = 1\n"}
+    with pytest.raises(UsageError, match="is there already"):
+        model_directory.install_all(paths, texts, replacing=["old"])
+    assert files(paths) == {"old.toml", "last.toml"}
+    assert paths.model_file("old").read_text() == GOOD
+    model_directory.install_all(paths, texts, replacing=["old", "last"])
+    assert {name: paths.model_file(name).read_text() for name in texts} == texts
+    assert files(paths) == {"first.toml", "old.toml", "last.toml"}
+
+
 def test_another_text_keeps_mode_and_link(paths: Paths, tmp_path: Path) -> None:
     real = tmp_path / "qwen.toml"
     real.write_text(GOOD)

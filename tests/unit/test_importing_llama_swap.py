@@ -237,6 +237,36 @@ def test_yaml_merges_and_overrides() -> None:
     ]
 
 
+def test_tabs_numbers_and_tags_are_those_of_go() -> None:
+    text = "a:\t1_000\nb: 017\nc: 089\nd: !secret x\ne: 0o17\n"
+    assert yamlfile.parse(text, "x") == [{"a": 1000, "b": 15, "c": 89.0, "d": "x", "e": 15}]
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 10)}]\n" for number in range(1, 10)
+)
+MERGES = "x0: &x0 {<<: {a: 1}}\n" + "".join(
+    f"x{number}: &x{number} {{<<: [{', '.join([f'*x{number - 1}'] * 9)}]}}\n" for number in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "more than 200000 values"),
+        (MERGES, "more than 200000 values"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: &a {b: *a}", "contains itself"),
+        ("[" * 200 + "]" * 200, "levels deep"),
+        ("? " + "[" * 200 + "]" * 200 + "\n: x", "levels deep"),
+        ("a: " + "9" * 5000, "cannot be read"),
+    ],
+)
+def test_yaml_that_would_fill_the_memory_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        yamlfile.parse(text, "config.yaml")
+
+
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "[", "!!python/name:os.system x", "a: b: c", "\x00", "[" * 5000])
 def test_yaml_that_is_none_is_refused_in_one_sentence(text: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml"):

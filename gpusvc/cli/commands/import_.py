@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from gpusvc.importing.draft import Draft, Import
     from gpusvc.paths import Paths
 
-_MOST_BYTES = 16 * 1024 * 1024
+# Configurations have kilobytes.
+_MOST_BYTES = 1024 * 1024
 
 
 class Program(StrEnum):
@@ -37,7 +38,8 @@ _PROGRAM: Any = typer.Argument(
 _PATH: Any = typer.Argument(..., metavar="PATH", help="Its file or directory.")
 _ONLY: Any = typer.Option([], "--only", metavar="NAME", help="This model, by the name it gets. May be said again.")
 _WRITE: Any = typer.Option(False, "--write", help="Write the files.")
-_FORCE: Any = typer.Option(False, "--force", help="Replace files of models of the same names.")
+_FORCE: Any = typer.Option(False, "--force", help="Replace files of models of the same names, whatever they say.")
+_UPDATE: Any = typer.Option(False, "--update", help="Say what changed since the last import, and replace those files.")
 
 
 def import_(
@@ -48,11 +50,13 @@ def import_(
     only: list[str] = _ONLY,
     write: bool = _WRITE,
     force: bool = _FORCE,
+    update: bool = _UPDATE,
 ) -> int:
     """Turn another program's models into model files.
 
     PATH is a YAML file of llama-swap, a preset file of llama-server, YAML files of LocalAI, or the store of Ollama.
-    Without --write the files are shown. What has no counterpart is named either way.
+    Without --write the files are shown, or with --update what is not the same in the files that are there. What has no
+    counterpart is named either way.
     """
     from gpusvc.config import directory as model_directory
 
@@ -61,46 +65,78 @@ def import_(
         found = _read(program, path)
     except OSError as error:
         raise GpusvcError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
+    gone = _gone(paths, found) if update and not only else []
     found = _chosen(found, only)
     texts = {draft.name: draft.text() for draft in found.drafts}
     problems = model_directory.check(paths, texts)
+    if update:
+        texts = _changed(paths, texts, force=force)
     if write:
-        _write(paths, found.drafts, texts, force=force)
-    else:
+        _write(paths, texts, force=force or update)
+    elif not update:
         _show(paths, found.drafts, texts)
-    _tell(found, problems, written=write)
+    for name in gone:
+        typer.echo(f"{name} is not in it any more: `gpusvc rm {name}` removes it.")
+    _tell(found, problems, count=len(texts), written=write)
     return 1 if problems else 0
 
 
 def _read(program: Program, path: Path) -> Import:
     """Raises OSError, or a GpusvcError for what is not what it should be."""
-    from gpusvc.importing import llama_server, llama_swap, localai, ollama, yamlfile
+    from gpusvc.importing import llama_server, llama_swap, ollama, yamlfile
 
     match program:
         case Program.LLAMA_SWAP:
             documents = yamlfile.parse(_text(path), str(path))
-            return llama_swap.convert(documents[0] if documents else None, str(path), os.environ)
+            return llama_swap.convert(documents[0] if documents else None, str(path.absolute()), os.environ)
         case Program.LLAMA_SERVER:
-            return llama_server.convert(_text(path), path)
+            return llama_server.convert(_text(path), path.absolute())
         case Program.LOCALAI:
-            files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path]
-            return localai.convert(
-                [(file, document) for file in files for document in yamlfile.parse(_text(file), str(file))]
-            )
+            return _read_localai(path.absolute())
         case Program.OLLAMA:
             root = ollama.root_of(path)
-            return ollama.convert(ollama.read(root), root)
+            return ollama.convert(ollama.read(root.absolute()), root.absolute())
+
+
+def _read_localai(path: Path) -> Import:
+    """One file, or those of a directory that LocalAI reads; there a broken one does not keep the others from it."""
+    from gpusvc.importing import localai, yamlfile
+
+    if not path.is_dir():
+        return localai.convert([(path, document) for document in yamlfile.parse(_text(path), str(path))])
+    documents: list[tuple[Path, object]] = []
+    broken: list[tuple[Path, str]] = []
+    size = 0
+    for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")]):
+        if file.name.startswith("."):
+            continue
+        try:
+            text = _text(file)
+            size += len(text)
+            if size > _MOST_BYTES:
+                raise UsageError(f"The YAML files of {path} are larger than any configuration.")
+            documents += [(file, document) for document in yamlfile.parse(text, file.name)]
+        except OSError as error:
+            broken.append((file, f"It cannot be read: {error.strerror}."))
+        except GpusvcError as error:
+            if size > _MOST_BYTES:
+                raise
+            broken.append((file, error.message))
+    return localai.convert(documents, broken=broken)
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as stream:
-        content = stream.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise UsageError(f"{path} is larger than any configuration.")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8.") from None
+    """Raises OSError; UsageError for what is no text file of a configuration's size."""
+    from gpusvc import files
+
+    # Opening a FIFO must not hang.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        try:
+            return files.read_open(stream.fileno(), limit_bytes=_MOST_BYTES).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UsageError(f"{path} is not UTF-8.") from None
+        except ValueError as error:
+            raise UsageError(f"{path} is no configuration: {error}.") from None
 
 
 def _chosen(found: Import, only: Sequence[str]) -> Import:
@@ -127,19 +163,61 @@ def _show(paths: Paths, drafts: Sequence[Draft], texts: dict[str, str]) -> None:
         typer.echo(f"## {paths.model_file(draft.name)}{there}\n{texts[draft.name]}")
 
 
-def _write(paths: Paths, drafts: Sequence[Draft], texts: dict[str, str], *, force: bool) -> None:
+def _changed(paths: Paths, texts: dict[str, str], *, force: bool) -> dict[str, str]:
+    """Those files that are new or say something else than the ones that are there, after saying what."""
+    from gpusvc.importing import update
+
+    found: dict[str, str] = {}
+    foreign: list[str] = []
+    for name, text in texts.items():
+        old = _there(paths, name)
+        if old is None:
+            typer.echo(f"{name} is new.")
+        elif not update.has_same_origin(old, text) and not force:
+            foreign.append(name)
+            continue
+        elif not (lines := update.changes(old, text)):
+            continue
+        else:
+            typer.echo("".join([f"{name} changes:", *(f"\n  {line}" for line in lines)]))
+        found[name] = text
+    if foreign:
+        hint = "--force replaces their files; --only takes others alone."
+        names = ", ".join(foreign)
+        raise UsageError(f"These models were not imported from there: {names}. Nothing is written.", hint=hint)
+    return found
+
+
+def _gone(paths: Paths, found: Import) -> list[str]:
+    """Models whose files say that they were imported from the same source, which does not have them any more."""
+    sources = {draft.origin.partition(", where it is called")[0] for draft in found.drafts}
+    names = {draft.name for draft in found.drafts}
+    there = sorted(file.stem for file in paths.models_directory.glob("*.toml") if file.stem not in names)
+    return [name for name in there if (_there(paths, name) or "")[2:].partition(", where it is called")[0] in sources]
+
+
+def _there(paths: Paths, name: str) -> str | None:
+    """What a model's file says; None if there is none."""
+    try:
+        return paths.model_file(name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _write(paths: Paths, texts: dict[str, str], *, force: bool) -> None:
     """All, or none if one is there already."""
     from gpusvc.config import directory as model_directory
 
-    there = [draft.name for draft in drafts if paths.model_file(draft.name).exists()]
+    there = [name for name in texts if os.path.lexists(paths.model_file(name))]
     if there and not force:
-        hint = "--force replaces their files; --only takes others alone."
+        hint = "--update says what changed, --force replaces their files, --only takes others alone."
         raise UsageError(f"There are models of these names already: {', '.join(there)}. Nothing is written.", hint=hint)
-    for draft in drafts:
-        typer.echo(f"{model_directory.install(paths, draft.name, texts[draft.name], force=force)} is written.")
+    model_directory.install_all(paths, texts, replacing=there)
+    for name in texts:
+        typer.echo(f"{paths.model_file(name)} is {'replaced' if name in there else 'written'}.")
 
 
-def _tell(found: Import, problems: Sequence[Problem], *, written: bool) -> None:
+def _tell(found: Import, problems: Sequence[Problem], *, count: int, written: bool) -> None:
     """On stderr, so that files may go elsewhere."""
     from gpusvc.importing.draft import by_kind
 
@@ -151,5 +229,5 @@ def _tell(found: Import, problems: Sequence[Problem], *, written: bool) -> None:
         typer.echo("What has to be mended before these models start:", err=True)
     for problem in problems:
         typer.echo(f"  {problem}", err=True)
-    count = f"{len(found.drafts)} model{'' if len(found.drafts) == 1 else 's'}"
-    typer.echo(f"{count} written." if written else f"{count}. Nothing is written without --write.", err=True)
+    models = f"{count} model{'' if count == 1 else 's'}"
+    typer.echo(f"{models} written." if written else f"{models}. Nothing is written without --write.", err=True)
