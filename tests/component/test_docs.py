@@ -11,7 +11,8 @@ import pytest
 from gpusvc import names
 from gpusvc.cli import app
 from gpusvc.config import files as config
-from gpusvc.hooks import daemon as hooks
+from gpusvc.hooks.cursor import cursor_file
+from gpusvc.hooks.directory import hooks_directory
 from gpusvc.paths import Paths
 from gpusvc.record import replace
 from gpusvc.state import counters
@@ -85,7 +86,7 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     known |= {paths.placement_lock, paths.waitlist_directory, paths.runtime, paths.state, verdicts.file_of(paths)}
     known |= {paths.leases_directory, paths.config, paths.runtime / "api.sock", paths.config / "keys.toml"}
     known |= {paths.runs_directory, counters.directory(paths) / "counters-N", paths.runtime / "gateway/slots/NAME"}
-    known |= {hooks.hooks_directory(paths), hooks.cursor_file(paths), paths.state / "footprints" / "NAME.json"}
+    known |= {hooks_directory(paths), cursor_file(paths), paths.state / "footprints" / "NAME.json"}
     for piece in code(document):
         for path in re.findall(r"/(?:etc|run|var/lib)/gpusvc[\w./-]*", piece):
             assert Path(re.sub(r"\b(qwen|coder)\b", "NAME", path)) in known, path

@@ -15,7 +15,7 @@ BUDGET = {
     "gpusvc-api.service": 2.0,
     "gpusvc-devices.service": 4.8,  # loads the driver and makes its nodes
     "gpusvc-gateway.service": 2.0,
-    "gpusvc-hooks.service": 5.4,  # runs the administrator's programs, as root
+    "gpusvc-hooks.service": 3.0,  # makes units, as root without capabilities
     "gpusvc-preload.service": 1.0,
     "gpusvc-release@.service": 2.4,
     "gpusvc-watchdog.service": 2.0,

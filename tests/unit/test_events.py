@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.hooks.daemon import environment, is_hook_name
+from gpusvc.hooks.directory import is_hook_name
+from gpusvc.hooks.unit import environment
 from gpusvc.journal.eventlog import Event, command, is_cursor, parse
 from gpusvc.journal.events import MESSAGE_IDS, EventType, encode
 

@@ -1,0 +1,46 @@
+"""The place in the journal up to which hooks were begun, kept over restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpusvc.journal import eventlog
+from gpusvc.log import log
+from gpusvc.paths import Paths
+
+
+def cursor_file(paths: Paths) -> Path:
+    return paths.state / "hooks" / "cursor"
+
+
+def restore(paths: Paths) -> str | None:
+    """The event that was begun last; else the end of the journal; None if the journal is empty.
+
+    Raises:
+        GpusvcError: the journal cannot be read.
+    """
+    file = cursor_file(paths)
+    try:
+        cursor = file.read_text().strip()
+    except OSError:
+        cursor = ""
+    if eventlog.is_cursor(cursor):
+        return cursor
+    if cursor:
+        log(4, f"{file} holds no cursor: only new events are seen.")
+    newest = eventlog.newest_cursor()
+    if newest is not None:
+        keep(paths, newest)
+    return newest
+
+
+def keep(paths: Paths, cursor: str) -> None:
+    """Write down that the event at ``cursor`` is begun. A failure is a warning."""
+    file = cursor_file(paths)
+    draft = file.with_suffix(".new")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft.write_text(cursor + "\n")
+        draft.replace(file)
+    except OSError as error:
+        log(4, f"{file}: {error.strerror}; after a restart, hooks may run again for events that they have seen.")
