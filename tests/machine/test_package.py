@@ -152,6 +152,22 @@ def test_purge_leaves_nothing_but_the_user(bare_machine: Host, package: Path) ->
     assert bare_machine.run("id", "-un", "gpusvc").stdout == "gpusvc\n"
 
 
+def test_purge_deletes_nothing_that_is_mounted_below_the_packages_directories(
+    bare_machine: Host, package: Path
+) -> None:
+    bare_machine.install(package)
+    weights = "/var/lib/gpusvc/my weights"
+    bare_machine.run("mkdir", "-p", "/srv/weights/empty", weights)
+    bare_machine.write("/srv/weights/large.gguf", "GGUF")
+    bare_machine.run("mount", "--bind", "/srv/weights", weights)  # of the same file system
+    said = apt(bare_machine, "purge")
+    assert f"{weights} is left alone, because something is mounted there." in said
+    assert bare_machine.run("ls", "/srv/weights").stdout.split() == ["empty", "large.gguf"]
+    assert (
+        bare_machine.run("find", "/var/lib/gpusvc", "-xdev", "-type", "f", "-not", "-path", f"{weights}/*").stdout == ""
+    )
+
+
 # What is installed
 
 
