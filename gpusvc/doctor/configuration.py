@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from gpusvc.config import files as config
 from gpusvc.config import keys
 from gpusvc.config import presets as engines
+from gpusvc.config.advice import all_advice
 from gpusvc.doctor.finding import Finding, error, note, ok, warning
 from gpusvc.errors import GpusvcError
 from gpusvc.linux import sockets
@@ -30,6 +31,12 @@ def _files(paths: Paths) -> Iterator[Finding]:
         yield error("files", problem.message, where, problem.hint or "`gpusvc check` checks it again.")
     if problems:
         return
+    try:
+        told = all_advice(paths)
+    except GpusvcError:
+        told = []
+    for each in told:
+        yield warning("files", each.message, str(each.file), each.hint)
     number = len(config.model_names(paths))
     if number:
         yield ok("files", f"The files of {number} model{'s' if number != 1 else ''} are fine.")

@@ -33,6 +33,10 @@ def check(context: typer.Context, files: list[Path] = _FILES, *, as_json: bool =
         typer.echo("Nothing is wrong; there is no model yet.")
     else:
         typer.echo(f"{_count(len(config.model_names(paths)), 'model')} fine.")
+    if not problems and not files and not as_json:
+        from gpusvc.config.advice import all_advice
+
+        table.print_lines([f"Note: {each}" for each in all_advice(paths)])
     return 1 if problems else 0
 
 
