@@ -20,7 +20,8 @@ pytestmark = pytest.mark.generations(Generation.FORKY)
 
 # Runs llama-server until it has made its buffers or has given up, and prints what it says.
 SCRIPT = """
-"$@" > /tmp/said 2>&1 &
+: > /tmp/said
+"$@" >> /tmp/said 2>&1 &
 for turn in $(seq 600); do
     grep -q -e 'compute buffer size' -e 'failed to load' -e 'failed to create' /tmp/said && break
     kill -0 $! || break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def test_a_directory_of_safetensors_says_it_in_its_configuration(tmp_path: Path)
 def test_a_configuration_that_makes_no_sense_says_nothing(tmp_path: Path, config: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
     (tmp_path / "config.json").write_text(config)
+    assert describe(tmp_path) == Description(FileKind.SAFETENSORS, 100)
+
+
+def test_a_file_that_would_block_a_reader_is_no_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    assert describe(tmp_path / "m.gguf") is None
+    assert describe(Path("/dev/zero")) is None
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    os.mkfifo(tmp_path / "config.json")
     assert describe(tmp_path) == Description(FileKind.SAFETENSORS, 100)
 
 
