@@ -10,26 +10,23 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import fcntl
 import grp
 import hashlib
 import json
 import os
 import re
 import secrets
-import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from gpusvc import files as statefile
-from gpusvc import names
+from gpusvc import files, names
 from gpusvc.config.table import InvalidFileError, Problem, Table, did_you_mean, parse
 from gpusvc.errors import ConfigError, GpusvcError, PermissionDeniedError, UsageError
 from gpusvc.paths import Paths, is_user_instance
+from gpusvc.state import locks
 
 # What a secret begins with, so that people and scanners of leaked secrets know it when they see it.
 PREFIX = "gpusvc-"
@@ -45,6 +42,9 @@ _MAX_NAME = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_FILE_BYTES = 1024 * 1024
+
+# Another `gpusvc key` writes for milliseconds.
+_LOCK_SECONDS = 10.0
 
 _HEAD = """\
 # API keys of gpusvc-gateway.service(8), as `gpusvc key` writes them: hashes, which no key can be made from.
@@ -172,7 +172,7 @@ def file_of(paths: Paths) -> Path:
     return paths.config / "keys.toml"
 
 
-def files(paths: Paths, environment: Mapping[str, str]) -> tuple[Path, ...]:
+def files_of(paths: Paths, environment: Mapping[str, str]) -> tuple[Path, ...]:
     """All files that may hold keys for a service with this environment."""
     directory = environment.get("CREDENTIALS_DIRECTORY")
     return (file_of(paths), *([Path(directory, CREDENTIAL)] if directory else []))
@@ -186,9 +186,7 @@ def read(file: Path) -> list[Key]:
         InvalidFileError: it cannot be read, or something in it is wrong.
     """
     try:
-        # A FIFO must not hang; for a regular file O_NONBLOCK means nothing.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-            statefile.require_regular(stream.fileno())
+        with os.fdopen(files.open_regular(file, follow_links=True), "rb") as stream:
             content = stream.read(_MAX_FILE_BYTES + 1)
         values = parse(content)
     except FileNotFoundError:
@@ -260,21 +258,25 @@ def editing(file: Path, gid: int) -> Iterator[dict[str, Key]]:
         InvalidFileError: what there is cannot be read.
         PermissionDeniedError, GpusvcError: it cannot be written.
     """
-    with _translated(file):
-        file.parent.mkdir(parents=True, exist_ok=True)  # a user may begin with this
-        directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with _translated(file):
+            files.make_directory(file.parent)  # a user may begin with this
+            stack.enter_context(locks.held(_lock_of(file), timeout_seconds=_LOCK_SECONDS))
         try:
             keys = {key.name: key for key in read(file)}
         except FileNotFoundError:
             keys = {}
         yield keys
-        with _translated(file):
-            _replace(file, text(keys.values()).encode(), gid)
-            os.fsync(directory)
-    finally:
-        os.close(directory)
+        with (
+            _translated(file),
+            files.written_beside(file, text(keys.values()), mode=0o640, durable=True, gid=gid) as draft,
+        ):
+            draft.replace(file)
+
+
+def _lock_of(file: Path) -> Path:
+    # Not the directory, which every user can open and so lock.
+    return file.with_name(f".{file.name}.lock")
 
 
 def text(keys: Iterable[Key]) -> str:
@@ -329,30 +331,13 @@ def _secret_in(authorization: bytes) -> bytes:
 
 
 def _stamp(file: Path) -> object:
-    """What tells a file from its next version; None: there is none to be seen."""
+    """Return what tells the file from its next version; None if there is no file."""
     try:
-        status = file.stat()
+        return files.stamp(file)
     except FileNotFoundError:
         return None
     except OSError as error:
         return error.errno  # read() says what is wrong, once
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _replace(file: Path, content: bytes, gid: int) -> None:
-    fd, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            if os.geteuid() == 0:
-                os.fchown(fd, 0, gid)
-            os.fchmod(fd, stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP)
-            stream.write(content)
-            stream.flush()
-            os.fsync(fd)
-        Path(name).rename(file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from gpusvc import names
 from gpusvc.errors import GpusvcError, UnreleasedError
 from gpusvc.journal import events
 from gpusvc.state import lease as leases
-from gpusvc.state.use import Drain, NoDoorError
+from gpusvc.state.drain import Drain
+from gpusvc.state.use import NoDoorError
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths

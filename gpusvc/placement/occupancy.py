@@ -20,7 +20,6 @@ from gpusvc.state.lease import BrokenLeaseError, Lease
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
     from gpusvc.gpu.reading import Gpu
-    from gpusvc.linux.processes import Process
     from gpusvc.paths import Paths
 
 # Where models come and go all the time, the last look has to do.
@@ -86,7 +85,7 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
         found.append(
             Holding(
                 lease=lease,
-                pids=frozenset(inside) | {process.pid for process in lease.processes if _is_its(process)},
+                pids=frozenset(inside) | {process.pid for process in lease.processes if lease.owned(process.pid)},
                 populated=bool(inside),
                 attended=leases.is_held(paths, name),
                 ending=lease.ready and lease.pid not in inside and service.populated(),
@@ -238,8 +237,3 @@ def in_words(
         ]
         found[gpu.uuid] = models + words
     return found
-
-
-def _is_its(process: Process) -> bool:
-    # A PID that somebody else has by now is not the model's; one that nobody has may be a ghost in the driver, and is.
-    return processes.identify(process.pid) in {process, None}

@@ -9,19 +9,23 @@ those that came within the same minute, and no other: every start is the first o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gpusvc import files as statefile
+from gpusvc import files
+from gpusvc.errors import PermissionDeniedError
 from gpusvc.paths import Paths
 from gpusvc.placement.request import Wish
+from gpusvc.state import locks
+
+# A placement takes milliseconds, or a few seconds where the driver is slow.
+_PLACEMENT_SECONDS = 60.0
 
 _AGE_CLASS_NS = 60 * 10**9
 
@@ -44,13 +48,14 @@ class Ticket:
 
     def __init__(self, paths: Paths, model: str, priority: int = 0) -> None:
         directory = paths.waitlist_directory
-        directory.mkdir(parents=True, exist_ok=True)
+        files.make_directory(directory, mode=0o700)
         # Time since boot: names sort by age, whatever happens to the clock.
         born_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._file = directory / f"{born_ns:020d}-{model}"
         self._rank = rank(born_ns, priority, model)
-        self._handle = self._file.open("x+")
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        # Made new and private, so that nobody can hold its lock.
+        self._handle = os.fdopen(locks.open_private(self._file), "w")
+        locks.try_lock(self._handle.fileno(), locks.EXCLUSIVE)
 
     def __enter__(self) -> Self:
         return self
@@ -92,8 +97,11 @@ class Ticket:
 @contextmanager
 def placement_lock(paths: Paths) -> Iterator[None]:
     """One decision at a time on this machine, so that no two count the same free bytes."""
-    with paths.placement_lock.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.held(paths.placement_lock, timeout_seconds=_PLACEMENT_SECONDS))
+        except PermissionError:
+            raise PermissionDeniedError("You may not place models.", hint="Try again as root, or with sudo.") from None
         yield
 
 
@@ -127,18 +135,12 @@ def _born_ns(name: str) -> int:
 
 def _read(file: Path) -> Wish | None:
     try:
-        # A FIFO would block the reader, and then no model could be placed.
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        statefile.require_regular(handle)
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _parse(handle)
+        handle = files.open_regular(file)
     except (OSError, ValueError):
         return None
-    else:
+    try:
+        if not locks.try_lock(handle, locks.SHARED):
+            return _parse(handle)
         file.unlink(missing_ok=True)  # its owner is dead
         return None
     finally:
@@ -147,7 +149,7 @@ def _read(file: Path) -> Wish | None:
 
 def _parse(handle: int) -> Wish | None:
     try:
-        value = json.loads(statefile.read_open(handle))
+        value = json.loads(files.read_open(handle))
         return Wish(
             model=str(value["model"]),
             bytes={str(uuid): int(size) for uuid, size in value["bytes"].items()},

@@ -70,12 +70,10 @@ def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Proce
         identify: who has a PID now.
     """
     found: list[Obstacle] = []
-    recorded = {process.pid: process for process in lease.processes}
+    recorded = {process.pid for process in lease.processes}
     for gpu in gpus:
         for process in gpu.processes or ():
-            known = recorded.get(process.pid)
-            # A PID that somebody else has by now is not the model's; one that nobody has is a ghost, and is.
-            if known is not None and identify(process.pid) in {known, None}:
+            if lease.owned(process.pid, identify) is not None:
                 held = "" if process.used_bytes is None else f" with {format_size(process.used_bytes)}"
                 found.append(Obstacle(f"NVML lists PID {process.pid} on GPU {gpu.index}{held}", process.pid))
     by_uuid = {gpu.uuid: gpu for gpu in gpus}

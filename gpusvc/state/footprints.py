@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpusvc import files as statefile
+from gpusvc import files
 from gpusvc.log import log
 from gpusvc.paths import Paths
 
@@ -21,7 +21,7 @@ VERSION = 1
 # Of a model whose configuration is being tried out; the newest stay.
 MAX_DIGESTS = 8
 
-# What a file of ours could never reach.
+# No file of ours is as large.
 _MAX_FILE_BYTES = 256 * 1024
 
 Peaks = Mapping[str, Mapping[str, int]]
@@ -84,7 +84,7 @@ def _file(paths: Paths, name: str) -> Path:
 
 def _read(file: Path) -> Peaks:
     """Raises OSError, or ValueError if it does not say what it should."""
-    text = statefile.read(file, limit_bytes=_MAX_FILE_BYTES)
+    text = files.read(file, limit_bytes=_MAX_FILE_BYTES)
     try:
         return from_json(json.loads(text))
     except RecursionError as error:
@@ -92,7 +92,7 @@ def _read(file: Path) -> Peaks:
 
 
 def _known(file: Path) -> Peaks:
-    """What was learned so far. A file that makes no sense is set aside, for whoever wonders where it came from."""
+    """Return what was learned so far. A file that makes no sense is renamed, so that it can still be looked at."""
     try:
         return _read(file)
     except FileNotFoundError:
@@ -105,14 +105,5 @@ def _known(file: Path) -> Peaks:
 
 
 def _write(file: Path, peaks: Peaks) -> None:
-    """Whole or not at all, whoever else writes it now. Everybody may read it, whatever the umask of the unit says."""
-    if not file.parent.is_dir():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.parent.chmod(0o755)
-    draft = file.with_suffix(f".{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(to_json(peaks)) + "\n")
-        draft.chmod(0o644)
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
+    files.make_directory(file.parent)
+    files.write(file, json.dumps(to_json(peaks)) + "\n")

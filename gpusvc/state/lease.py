@@ -1,27 +1,24 @@
-"""A lease: what one model was given, from its placement to the proof that it gave it back.
+"""A lease: what one model was given, from its placement to the proof that it was given back.
 
-A file in /run for each model, written by the launcher and removed by nothing but a proven release. It survives whatever
-happens to the processes of gpusvc, and is gone after a reboot, as the model is.
+A file in /run for each model, which the launcher writes and only a proven release removes. It survives all processes of
+gpusvc, and is gone after a reboot, as the model is.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
-from gpusvc import files as statefile
-from gpusvc import names
+from gpusvc import files, names
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
-from gpusvc.linux.processes import Process
+from gpusvc.linux.processes import Process, identify
 from gpusvc.paths import Paths
 from gpusvc.record import Record, as_dict, replace
+from gpusvc.state import locks
 
 VERSION = 1
 
@@ -36,7 +33,7 @@ _ONLOOKER_SECONDS = 0.5
 
 
 class BrokenLeaseError(GpusvcError):
-    """A lease file that cannot be read for what it says."""
+    """A lease file that cannot be read or makes no sense."""
 
 
 class LeasedGpu(Record):
@@ -63,7 +60,7 @@ class Lease(Record):
     release_timeout_seconds: float = 30.0
     stop_timeout_seconds: float = 10.0
     evicting: tuple[str, ...] = ()
-    """The models that leave for this one while it starts."""
+    """The models that are evicted for this one while it starts."""
     ready: bool = False
     pid: int | None = None
     """The engine's main process."""
@@ -83,6 +80,16 @@ class Lease(Record):
         return (
             self if self.processes.issuperset(processes) else replace(self, processes=self.processes.union(processes))
         )
+
+    def owned(self, pid: int, identify: Callable[[int], Process | None] = identify) -> Process | None:
+        """Return the process of the model that has ``pid``, a PID that NVML lists, or None if it is not the model's.
+
+        A PID that another process has by now is not the model's. One that no process has is a ghost in the driver, and
+        is.
+        """
+        known = [process for process in self.processes if process.pid == pid]
+        now = identify(pid) if known else None
+        return next((process for process in known if now in {process, None}), None)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -124,31 +131,28 @@ class Lease(Record):
 
 
 def write(paths: Paths, lease: Lease) -> None:
-    """Put ``lease`` in its place, whole or not at all.
+    """Write the lease, whole or not at all.
 
     Raises:
         GpusvcError: the file system does not take it.
     """
     target = paths.lease_file(lease.model)
-    draft = target.with_suffix(".new")
     try:
-        _make_directory(target.parent)
-        draft.write_text(json.dumps(lease.to_json()) + "\n")
-        draft.chmod(0o644)
-        draft.replace(target)
+        files.make_directory(target.parent)
+        files.write(target, json.dumps(lease.to_json()) + "\n")
     except OSError as error:
         raise GpusvcError(f"The lease {target} cannot be written: {os.strerror(error.errno or 0)}.") from error
 
 
 def read(paths: Paths, model: str) -> Lease | None:
-    """The lease of ``model``; None if it holds nothing.
+    """Return the lease of ``model``, or None if it holds nothing.
 
     Raises:
         BrokenLeaseError: there is a file, but it does not say what it should.
     """
     file = paths.lease_file(model)
     try:
-        lease = Lease.from_json(json.loads(statefile.read(file)))
+        lease = Lease.from_json(json.loads(files.read(file)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -175,7 +179,7 @@ def remove(paths: Paths, model: str) -> None:
 
 
 def set_aside(paths: Paths, model: str) -> None:
-    """Keep a lease that cannot be read for whoever wants to know, where it counts for nothing any more."""
+    """Rename a lease that cannot be read, so that it does not count any more and can still be looked at."""
     file = paths.lease_file(model)
     file.replace(file.with_suffix(".broken"))
 
@@ -187,57 +191,46 @@ def holders(paths: Paths) -> list[str]:
 
 @contextmanager
 def hold(paths: Paths, name: str, *, patience_seconds: float = _ONLOOKER_SECONDS) -> Iterator[None]:
-    """Be the only one who makes or drops the lease of ``name``. The kernel lets go for whoever dies.
+    """Hold the model's lock: only its holder makes or drops the lease. The kernel releases it when the holder dies.
 
     Args:
         paths: where the lease is.
         name: the model.
-        patience_seconds: how long to wait for whoever is at it.
+        patience_seconds: how long to wait for another holder.
 
     Raises:
-        UsageError: somebody else is at it: the model runs, starts or is being stopped.
+        UsageError: another process holds it: the model runs, starts or is being stopped.
         PermissionDeniedError: the caller may not.
     """
     file = paths.lease_directory(name) / "lock"
     try:
-        _make_directory(file.parent)
-        handle = file.open("a")
-        file.chmod(0o600)  # whoever can open it can lock it
+        # Other users wait for the door in this directory, so that it must let them in from the first moment on.
+        files.make_directory(file.parent)
+        handle = locks.open_private(file)
     except PermissionError:
         raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
     except OSError as error:
-        raise GpusvcError(f"{file} cannot be made: {os.strerror(error.errno or 0)}.") from None
-    with handle:
-        deadline = time.monotonic() + patience_seconds
-        while not _try_lock(handle, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise UsageError(f"{name} is running, starting or stopping.", hint=f"`gpusvc stop {name}` stops it.")
-            time.sleep(0.005)
+        raise GpusvcError(
+            f"{file} cannot be made: {os.strerror(error.errno or 0) if error.errno else error}."
+        ) from None
+    try:
+        if not locks.lock_within(handle, locks.EXCLUSIVE, patience_seconds):
+            raise UsageError(f"{name} is running, starting or stopping.", hint=f"`gpusvc stop {name}` stops it.")
         yield
+    finally:
+        os.close(handle)
 
 
 def is_held(paths: Paths, name: str) -> bool:
-    """Whether somebody is within hold(): the model's launcher as long as it lives, or a release. For root to ask."""
+    """Return whether a process is within hold(): the model's launcher as long as it lives, or a release. For root."""
     try:
-        handle = (paths.lease_directory(name) / "lock").open()
-    except OSError:
+        handle = files.open_regular(paths.lease_directory(name) / "lock")
+    except (OSError, ValueError):
         return False
-    with handle:
-        return not _try_lock(handle, fcntl.LOCK_SH)
-
-
-def _make_directory(directory: Path) -> None:
-    """Everybody may look, whatever the umask of the unit says."""
-    directory.mkdir(parents=True, exist_ok=True)
-    directory.chmod(0o755)
-
-
-def _try_lock(handle: TextIO, kind: int) -> bool:
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return not locks.try_lock(handle, locks.SHARED)
+    finally:
+        os.close(handle)
 
 
 def _is_scope(cgroup: str, scope: str) -> bool:

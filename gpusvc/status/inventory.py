@@ -398,10 +398,8 @@ def _lease(paths: Paths, name: str) -> Lease | BrokenLeaseError | None:
 def _pids(lease: Lease, readings: Sequence[Gpu] | None) -> frozenset[int]:
     """The processes of a model: those in its control group, and those that it had and NVML still lists."""
     own = set() if lease.cgroup is None else set(Cgroup(lease.cgroup).pids())
-    recorded = {process.pid: process for process in lease.processes}
     listed = {process.pid for gpu in readings or () for process in gpu.processes or ()}
-    # A PID that somebody else has by now is not the model's; one that nobody has is a ghost in the driver, and is.
-    own.update(pid for pid in listed & recorded.keys() if processes.identify(pid) in {recorded[pid], None})
+    own.update(pid for pid in listed if lease.owned(pid) is not None)
     return frozenset(own)
 
 

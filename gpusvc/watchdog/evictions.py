@@ -22,7 +22,7 @@ from gpusvc.journal import units as unitlog
 from gpusvc.log import log
 from gpusvc.placement import eviction
 from gpusvc.state import use
-from gpusvc.state.use import Drain
+from gpusvc.state.drain import Drain
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths

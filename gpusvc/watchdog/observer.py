@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpusvc import names
+from gpusvc import files, names
 from gpusvc.config.host import BusyAction
+from gpusvc.files import Stamp
 from gpusvc.gpu.meter import Reading
 from gpusvc.gpu.reading import total
 from gpusvc.linux import processes
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from gpusvc.paths import Paths
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-
-_Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Observation:
 class _Kept:
     """A lease as it was when it was read last; None: it makes no sense. And where its model's files are."""
 
-    stamp: _Stamp
+    stamp: Stamp
     lease: Lease | None
     recorded: dict[int, processes.Process]
     directory: str
@@ -143,14 +142,13 @@ class Observer:
             return
         for name in sorted(filter(names.is_name, found)):
             try:
-                status = os.stat(f"{directory}/{name}/lease.json")  # noqa: PTH116
+                stamp = files.stamp(f"{directory}/{name}/lease.json")
             except OSError:
                 continue
-            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
             before = self._kept.get(name)
             yield name, before if before is not None and before.stamp == stamp else self._read_lease(name, stamp)
 
-    def _read_lease(self, name: str, stamp: _Stamp) -> _Kept:
+    def _read_lease(self, name: str, stamp: Stamp) -> _Kept:
         lease = None
         with contextlib.suppress(BrokenLeaseError):
             lease = leases.read(self._paths, name)
@@ -191,11 +189,10 @@ class Observer:
                 if listed.pid in inside:
                     continue
                 for name, kept in self._kept.items():
-                    known = kept.recorded.get(listed.pid)
-                    now = processes.identify(listed.pid) if known is not None else None
-                    # A PID that somebody else has by now is not the model's; one that nobody has is a ghost, and is.
-                    if known is not None and now in {known, None}:
-                        yield Stray(name, known, gpu.index, alive=now is not None, used_bytes=listed.used_bytes)
+                    known = kept.lease.owned(listed.pid) if kept.lease is not None else None
+                    if known is not None:
+                        alive = processes.identify(listed.pid) is not None
+                        yield Stray(name, known, gpu.index, alive=alive, used_bytes=listed.used_bytes)
 
     def _evidence(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpusvc import files as statefile
+from gpusvc import files
 from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.watchdog.judge import Finding, Source, Verdict
@@ -31,12 +31,9 @@ def file_of(paths: Paths) -> Path:
 def write(paths: Paths, verdicts: Iterable[Verdict]) -> None:
     """Whole or not at all; what cannot be written is logged, and missed by nobody but who looks."""
     target = file_of(paths)
-    draft = target.with_suffix(".new")
     models = {verdict.model: {"kind": verdict.kind, "source": verdict.source} for verdict in verdicts}
     try:
-        draft.write_text(json.dumps({"version": VERSION, "models": models}) + "\n")
-        draft.chmod(0o644)
-        draft.replace(target)
+        files.write(target, json.dumps({"version": VERSION, "models": models}) + "\n")
     except OSError as error:
         log(4, f"{target} cannot be written: {os.strerror(error.errno or 0)}.")
 
@@ -44,7 +41,7 @@ def write(paths: Paths, verdicts: Iterable[Verdict]) -> None:
 def read(paths: Paths) -> dict[str, LastVerdict]:
     """By model; empty where no watchdog runs, or its file makes no sense."""
     try:
-        value = json.loads(statefile.read(file_of(paths)))
+        value = json.loads(files.read(file_of(paths)))
         return {
             str(model): LastVerdict(Finding(each["kind"]), Source(each["source"]) if each["source"] else None)
             for model, each in value["models"].items()

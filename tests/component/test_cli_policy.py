@@ -14,8 +14,8 @@ import pytest
 
 from gpusvc import names
 from gpusvc.state import use
+from gpusvc.state.drain import Drain
 from gpusvc.state.lease import Lease, LeasedGpu, write
-from gpusvc.state.use import Drain
 from tests.component.conftest import Machine, eventually
 from tests.component.test_cli import Host
 from tests.fakegpu import GIB, uuid_of

@@ -30,8 +30,8 @@ from gpusvc.gateway.http.replies import HttpError
 from gpusvc.paths import Paths
 from gpusvc.state import lease as leases
 from gpusvc.state import use
+from gpusvc.state.drain import Drain
 from gpusvc.state.lease import Lease
-from gpusvc.state.use import Drain
 from tests.component.conftest import ROOT
 
 QWEN = Serving("qwen")

@@ -14,14 +14,16 @@ import pytest
 
 from gpusvc.paths import Paths
 from gpusvc.state import use
-from gpusvc.state.use import Drain, NoDoorError, Turnstile
+from gpusvc.state.drain import Drain
+from gpusvc.state.turnstile import Turnstile
+from gpusvc.state.use import NoDoorError
 from tests.component.conftest import ROOT, eventually
 
 _GATEWAY = """
 import sys
 from pathlib import Path
 from gpusvc.paths import Paths
-from gpusvc.state.use import Turnstile
+from gpusvc.state.turnstile import Turnstile
 turnstile = Turnstile(Paths(*map(Path, sys.argv[1:])), "qwen")
 print(turnstile.try_enter(3), flush=True)
 sys.stdin.read()

@@ -17,7 +17,8 @@ import pytest
 from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.paths import Paths
 from gpusvc.state import use
-from gpusvc.state.use import DoorClosedError, Drain, NoDoorError
+from gpusvc.state.drain import Drain
+from gpusvc.state.use import DoorClosedError, NoDoorError
 from tests.component.conftest import ROOT, eventually, say
 
 ROUNDS = 1000
@@ -26,7 +27,7 @@ ROUNDS = 1000
 _PARTY = """
 import sys
 from pathlib import Path
-from gpusvc.state import use
+from gpusvc.state import drain, use
 from gpusvc.paths import Paths
 paths = Paths(*map(Path, sys.argv[1:]))
 held = None
@@ -44,8 +45,8 @@ for line in sys.stdin:
 
 ENTER = "hold(use.enter(paths, 'qwen', timeout_seconds=None))"
 TRY = "hold(use.try_enter(paths, 'qwen'))"
-CLOSE_DOOR = "hold(use.Drain(paths, 'qwen')) and held.close_door(5)"
-DRAIN = "hold(use.Drain(paths, 'qwen')) and held.wait_idle(5)"
+CLOSE_DOOR = "hold(drain.Drain(paths, 'qwen')) and held.close_door(5)"
+DRAIN = "hold(drain.Drain(paths, 'qwen')) and held.wait_idle(5)"
 LEAVE = "held.close()"
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -405,7 +406,7 @@ class TestUsers:
 import os
 os.setgroups([]), os.setgid({gid}), os.setuid(65534)
 from pathlib import Path
-from gpusvc.state import use
+from gpusvc.state import drain, use
 from gpusvc.paths import Paths
 paths = Paths(*[Path({str(paths.runtime)!r})] * 3)
 try:
@@ -414,7 +415,7 @@ except Exception as error:
     print(type(error).__name__)
 """
         # Imported before the rights are gone, as the tree may be root's alone.
-        code = "import gpusvc.state.use\n" + code
+        code = "import gpusvc.state.drain, gpusvc.state.use\n" + code
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -434,7 +435,7 @@ except Exception as error:
         [
             "use.enter(paths, 'qwen', timeout_seconds=5).touch() is None",
             "use.touch(paths, 'qwen') is None",
-            "use.Drain(paths, 'qwen').wait_idle(5)",
+            "drain.Drain(paths, 'qwen').wait_idle(5)",
             "use.is_used(paths, 'qwen') is False",
         ],
     )
@@ -445,7 +446,7 @@ except Exception as error:
         ("expression", "said"),
         [
             ("use.enter(paths, 'qwen', timeout_seconds=5)", PermissionDeniedError.__name__),
-            ("use.Drain(paths, 'qwen')", PermissionDeniedError.__name__),
+            ("drain.Drain(paths, 'qwen')", PermissionDeniedError.__name__),
             ("use.is_used(paths, 'qwen')", "None"),
             ("use.last_use(paths, 'qwen') is None", "False"),
         ],
@@ -461,7 +462,7 @@ except Exception as error:
 _RACER = """
 import fcntl, mmap, os, sys
 from pathlib import Path
-from gpusvc.state import use
+from gpusvc.state import drain, use
 from gpusvc.paths import Paths
 role, number, users, rounds = sys.argv[4], *map(int, sys.argv[5:8])
 paths = Paths(*map(Path, sys.argv[1:4]))
@@ -488,8 +489,8 @@ for turn in range(rounds):
             board[number] = 0
     else:
         use.is_used(paths, 'qwen')
-        with use.Drain(paths, 'qwen') as drain:
-            if not drain.wait_idle(0 if turn % 4 == 0 else 60):
+        with drain.Drain(paths, 'qwen') as draining:
+            if not draining.wait_idle(0 if turn % 4 == 0 else 60):
                 if turn % 4:
                     sys.exit('a drain that never ends')
                 continue

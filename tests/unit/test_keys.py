@@ -161,7 +161,7 @@ def test_a_change_that_fails_leaves_the_file_as_it_was(file: Path) -> None:
     with pytest.raises(ZeroDivisionError), keys.editing(file, os.getgid()) as known:
         known["bob"] = replace(ALICE, name=str(1 // 0))
     assert file.read_bytes() == before
-    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+    assert {entry.name for entry in file.parent.iterdir()} == {file.name, f".{file.name}.lock"}
 
 
 @pytest.mark.parametrize(
@@ -198,10 +198,10 @@ def test_a_file_without_keys_lets_nobody_in(file: Path) -> None:
 
 def test_a_service_also_reads_the_credential_that_systemd_gives_it(tmp_path: Path) -> None:
     paths = Paths(config=tmp_path, runtime=Path("/run/gpusvc"), state=Path("/var/lib/gpusvc"))
-    assert keys.files(paths, {}) == (tmp_path / "keys.toml",)
+    assert keys.files_of(paths, {}) == (tmp_path / "keys.toml",)
     credential = tmp_path / keys.CREDENTIAL
     write(credential, ALICE)
-    read = Keys.read(keys.files(paths, {"CREDENTIALS_DIRECTORY": str(tmp_path)}))
+    read = Keys.read(keys.files_of(paths, {"CREDENTIALS_DIRECTORY": str(tmp_path)}))
     assert read.authenticate(bearer(ALICES_SECRET), None) == ALICE
 
 

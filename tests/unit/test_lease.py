@@ -196,3 +196,12 @@ def test_no_bytes_raise_anything_but_the_errors_that_are_handled(content: bytes)
 def test_a_lease_of_an_older_release_without_the_newest_field_can_be_read(paths: Paths) -> None:
     spoil(paths, spoilt(lambda value: value.pop("evicting")))
     assert leases.read(paths, "qwen") == replace(LEASE, evicting=())
+
+
+def test_a_pid_is_the_models_until_another_process_has_it() -> None:
+    lease = replace(LEASE, processes=frozenset({Process(10, 1), Process(11, 1)}))
+    now = {10: Process(10, 1), 11: Process(11, 2)}
+    assert lease.owned(10, now.get) == Process(10, 1)
+    assert lease.owned(11, now.get) is None
+    assert lease.owned(11, lambda _: None) == Process(11, 1), "a ghost in the driver"
+    assert lease.owned(12, lambda _: None) is None

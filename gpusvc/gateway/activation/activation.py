@@ -20,7 +20,7 @@ from gpusvc.gateway.activation.slots import OwnSlots, SharedSlots, Slots
 from gpusvc.gateway.activation.starter import Starter
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.state.use import Turnstile
+from gpusvc.state.turnstile import Turnstile
 
 __all__ = ["Activation", "Passage"]
 

@@ -22,7 +22,7 @@ class Engine(NamedTuple):
 class EngineFinder:
     """The lease of one model: looked at often, and read when it changed.
 
-    It holds for whoever is inside the model (use.Turnstile), which is not evicted then. A model that was stopped or
+    It holds for whoever is inside the model (Turnstile), which is not evicted then. A model that was stopped or
     died all the same is seen by the next look, or by who finds that nobody answers: suspect().
     """
 

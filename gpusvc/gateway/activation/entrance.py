@@ -22,7 +22,8 @@ from gpusvc.gateway.activation.slots import Slots
 from gpusvc.gateway.activation.starter import Failure, Starter
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.quantity import format_duration
-from gpusvc.state.use import NoDoorError, Turnstile
+from gpusvc.state.turnstile import Turnstile
+from gpusvc.state.use import NoDoorError
 
 # How long the lease is believed without another look. While this worker is inside the turnstile the model is not
 # evicted, so that it can only have died or been stopped. Then nobody listens on its port, which is noticed; and another

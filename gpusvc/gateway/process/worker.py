@@ -60,7 +60,7 @@ class Settings:
         self._first = self.gateway = host.gateway
         self.secret = os.urandom(32)
         """For the sessions of engines' pages; made before workers are forked, so that it is the same in all."""
-        self.keys = keys.Keys.read(keys.files(paths, environment))
+        self.keys = keys.Keys.read(keys.files_of(paths, environment))
         self.certificate: Certificate | None = None
         if host.gateway.tls_certificate is not None and host.gateway.tls_key is not None:
             self.certificate = Certificate(host.gateway.tls_certificate, host.gateway.tls_key)
