@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpusvc import files
 from gpusvc.errors import ConfigError, PermissionDeniedError
 from gpusvc.importing import defaults
 from gpusvc.importing.draft import Draft, Import, Notes, finish
@@ -29,6 +30,15 @@ _MOST_BYTES = 1 << 20
 
 # Architectures that llama.cpp calls otherwise, or does not know.
 _ONLY_THERE = {"gptoss", "mllama", "qwen25vl"}
+
+# Architectures that answer with embeddings only; others say it by their pooling.
+_EMBEDDING = {
+    *("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert"),
+    *("gemma-embedding", "llama-embed", "t5encoder"),
+}
+
+# llama.cpp's enum llama_pooling_type.
+_NO_POOLING, _RANK_POOLING = 0, 4
 
 _LOST_PARAMETERS = {
     "stop": "Requests say where to stop; the file's own end of a turn holds anyhow.",
@@ -51,12 +61,14 @@ class Stored:
     """A model of the store, as Ollama shows its name, and what its layers hold."""
 
     name: str
-    weights: Path | None  # None: there are none that is a file
+    weights: Path | None  # None: there is no file of weights
+    drafts: tuple[Path, ...] = ()  # smaller models that propose tokens
     projectors: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
     parameters: Mapping[str, object] = field(default_factory=dict)
     others: tuple[str, ...] = ()  # the other kinds of layers that it has
     architecture: str = ""
+    pooling: int | None = None  # as llama.cpp numbers it; None: the file does not say
     has_own_vision: bool = False  # in the same file as the text, as only Ollama's own engine reads it
     problem: str | None = None  # why it cannot be read
 
@@ -86,11 +98,11 @@ def read(root: Path) -> list[Stored]:
         raise PermissionDeniedError(f"{error.filename} may not be read.", hint="Try again as root.") from error
 
     manifests = root / "manifests"
-    for directory, subdirectories, files in os.walk(manifests, onerror=refuse):
+    for directory, subdirectories, tags in os.walk(manifests, onerror=refuse):
         subdirectories.sort()
         parts = Path(directory).relative_to(manifests).parts
         if len(parts) == 3:
-            shown = [(_shown(*parts, tag), tag) for tag in sorted(files) if not tag.startswith(".")]
+            shown = [(_shown(*parts, tag), tag) for tag in sorted(tags) if not tag.startswith(".")]
             found += [_read_manifest(root, Path(directory) / tag, name) for name, tag in shown]
     return sorted(found, key=lambda stored: stored.name)
 
@@ -111,26 +123,33 @@ def _read_manifest(root: Path, file: Path, name: str) -> Stored:
             layers.setdefault(kind, []).append(_blob(root, str(layer.get("digest", ""))))
         parameters = {key: value for blob in layers.get("params", []) for key, value in _read_json(blob).items()}
         weights = layers.get("model", [])
+        if len(weights) > 1:
+            return Stored(name, None, problem="It has several layers of weights, and llama-server takes one file.")
         known = gguf.read_metadata(weights[0]) if weights else {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return Stored(name, None, problem=f"It cannot be read: {reason}.")
+    architecture = str(known.get("general.architecture", ""))
+    pooling = known.get(f"{architecture}.pooling_type")
     return Stored(
         name=name,
         weights=weights[0] if weights else None,
         projectors=tuple(layers.get("projector", ())),
         adapters=tuple(layers.get("adapter", ())),
         parameters=parameters,
-        others=tuple(sorted(layers.keys() - {"model", "projector", "adapter", "params", "license"})),
-        architecture=str(known.get("general.architecture", "")),
+        drafts=tuple(layers.get("draft", ())),
+        others=tuple(sorted(layers.keys() - {"model", "projector", "adapter", "params", "license", "draft"})),
+        architecture=architecture,
+        pooling=pooling if isinstance(pooling, int) else None,
         has_own_vision=any(".vision." in key for key in known),
     )
 
 
 def _read_json(file: Path) -> dict[str, object]:
     """Raises ValueError or OSError."""
-    with file.open("rb") as stream:
-        content = stream.read(_MOST_BYTES)
+    # Opening a FIFO must not hang.
+    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+        content = files.read_open(stream.fileno(), limit_bytes=_MOST_BYTES)
     try:
         value = json.loads(content)
     except RecursionError as error:
@@ -169,15 +188,34 @@ def convert(models: Iterable[Stored], source: Path) -> Import:
     return finish(drafts, notes)
 
 
+_CONTEXT = (
+    "It is not said. Ollama takes 4096 tokens then, or what OLLAMA_CONTEXT_LENGTH says; llama-server takes all that "
+    "the model was trained for, as far as it fits. Add -c to args to bound it."
+)
+
+
 def _convert(stored: Stored, name: str, source: Path, notes: Notes) -> Draft:
     draft = Draft(name, f"Imported from {source}, where it is called {stored.name!r}.")
     draft.put("engine", "llama-server")
     draft.put("model", str(stored.weights))
     # Ollama's clients may leave the default tag out, and some add it.
     draft.extend("aliases", [stored.name, stored.name.removesuffix(f":{_TAG}")])
-    for option, files in (("--mmproj", stored.projectors[:1]), ("--lora", stored.adapters)):
-        for file in files:
+    layers = (
+        ("projector", "--mmproj", stored.projectors[:1], stored.projectors[1:]),
+        ("adapter", "--lora", stored.adapters, ()),
+        ("draft", "--model-draft", stored.drafts[:1], stored.drafts[1:]),
+    )
+    for kind, option, taken, more in layers:
+        for file in taken:
             draft.extend("args", [option, str(file)])
+        if more:
+            notes.add(name, kind, "It has several of these layers, and llama-server takes one: the first.")
+    if stored.pooling == _RANK_POOLING:
+        draft.extend("args", ["--reranking"])
+    elif stored.architecture in _EMBEDDING or stored.pooling not in (None, _NO_POOLING):
+        draft.extend("args", ["--embeddings"])
+    if "num_ctx" not in stored.parameters:
+        notes.add(name, "params.num_ctx", _CONTEXT)
     _put_parameters(draft, Foreign(stored.parameters, notes, name, "params."))
     if stored.has_own_vision or stored.architecture in _ONLY_THERE:
         reason = "llama-server may not read this file, made for Ollama's own engine; a GGUF from elsewhere will do."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gpusvc.importing import llama_options
 from tests.fakegpu import GIB
 from tests.machine.host import GGUF
 from tests.machine.tree import Generation
@@ -25,6 +27,27 @@ def start(machine: Host, name: str, engine: str, vram: str = "5GiB") -> None:
     env = f'env = {{ LD_PRELOAD = "libfakecuda.so", FAKE_VRAM = "{vram}" }}\n'
     machine.write_model(name, f"{engine}{env}[gpu]\ndevices = [1]\n")
     machine.start(name)
+
+
+def options_in(text: str) -> set[tuple[tuple[str, ...], bool]]:
+    """The options that --help lists: their names, and whether a value follows them."""
+    pattern = re.compile(r"((?:-{1,2}[\w.-]+)(?:, +-{1,2}[\w.-]+)*) ?(.*)")
+    # Where the names are short, what they mean begins in the fortieth column.
+    lines = [line[:39] if line[39:40] == " " or len(line) <= 40 else line for line in text.splitlines()]
+    found = [match for line in lines if not line.startswith("-----") and (match := pattern.match(line))]
+    return {(tuple(sorted(re.split(", +", names))), bool(rest.strip())) for names, rest in (m.groups() for m in found)}
+
+
+def test_the_options_of_its_presets_are_known(machine: Host) -> None:
+    listed = options_in(machine.run("llama-server", "--help").stdout)
+    known = {
+        (tuple(sorted(option.names + option.denials)), option.kind is not llama_options.Kind.FLAG)
+        for option in llama_options.options()
+        if not option.older
+    }
+    assert len(listed) > 200
+    assert listed - known == set()
+    assert known - listed == set()
 
 
 def ask(machine: Host, name: str, *options: str, **more: Any) -> str:

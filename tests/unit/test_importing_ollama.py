@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from gpusvc.errors import ConfigError
 from gpusvc.importing import ollama
-from gpusvc.importing.draft import Import
+from gpusvc.importing.draft import Import, by_kind
 from tests.engines import tinygguf
 
 MEDIA = "application/vnd.ollama.image."
@@ -31,11 +32,11 @@ class Store:
         (self.root / "blobs" / f"sha256-{digest}").write_bytes(content)
         return f"sha256:{digest}"
 
-    def add(self, name: str, **layers: bytes) -> Path:
-        """A model by HOST/NAMESPACE/MODEL/TAG, with one layer of each kind."""
+    def add(self, name: str, *more: tuple[str, bytes], **layers: bytes) -> Path:
+        """A model by HOST/NAMESPACE/MODEL/TAG, with one layer of each kind, and more of some."""
         listed = [
             {"mediaType": MEDIA + kind, "digest": self.blob(content), "size": len(content)}
-            for kind, content in layers.items()
+            for kind, content in (*layers.items(), *more)
         ]
         file = self.root / "manifests" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,56 @@ def test_a_projector_and_an_adapter_are_given_to_the_engine(store: Store, weight
     arguments = files(store.convert())["sees:7b"]["args"]
     assert arguments[::2] == ["--mmproj", "--lora"]
     assert [Path(path).read_bytes() for path in arguments[1::2]] == [b"GGUF p", b"GGUF a"]
+
+
+def described(architecture: str, **keys: int) -> bytes:
+    """A GGUF file without tensors."""
+    texts = b"".join(text(f"{architecture}.{key}") + struct.pack("<II", 4, value) for key, value in keys.items())
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1 + len(keys))
+    return head + text("general.architecture") + struct.pack("<I", 8) + text(architecture) + texts
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "args"),
+    [
+        (described("nomic-bert"), ["--embeddings"]),
+        (described("gemma-embedding"), ["--embeddings"]),
+        (described("qwen3", pooling_type=3), ["--embeddings"]),
+        (described("qwen3", pooling_type=4), ["--reranking"]),
+        (described("bert", pooling_type=4), ["--reranking"]),
+        (described("qwen3", pooling_type=0), None),
+        (described("llama"), None),
+    ],
+)
+def test_a_model_of_embeddings_is_served_as_one(store: Store, content: bytes, args: list[str] | None) -> None:
+    store.add("registry.ollama.ai/library/m/1b", model=content)
+    assert files(store.convert())["m:1b"].get("args") == args
+
+
+def test_a_draft_model_is_given_to_the_engine(store: Store, weights: bytes) -> None:
+    store.add("registry.ollama.ai/library/m/1b", ("draft", b"GGUF e"), model=weights, draft=b"GGUF d")
+    found = store.convert()
+    option, path = files(found)["m:1b"]["args"]
+    assert (option, Path(path).read_bytes()) == ("--model-draft", b"GGUF d")
+    assert "draft" in {note.key for note in found.notes if note.model == "m:1b"}
+
+
+def test_a_second_layer_of_weights_is_named(store: Store, weights: bytes) -> None:
+    store.add("registry.ollama.ai/library/m/1b", ("model", weights + b"x"), model=weights)
+    found = store.convert()
+    assert (found.drafts, "several layers of weights" in found.notes[0].reason) == ((), True)
+
+
+def test_a_context_that_is_not_said_is_named_once_for_all(store: Store, weights: bytes) -> None:
+    for name in ("a", "b"):
+        store.add(f"registry.ollama.ai/library/{name}/latest", model=weights)
+    store.add("registry.ollama.ai/library/c/latest", model=weights, params=b'{"num_ctx": 4096}')
+    (line,) = [line for line in by_kind(store.convert().notes) if "num_ctx" in line]
+    assert line.startswith("a, b: params.num_ctx: ")
 
 
 @pytest.mark.parametrize(
