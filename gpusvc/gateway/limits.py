@@ -22,6 +22,7 @@ class Limits:
     idle_seconds: float = 75.0  # between two requests
     body_seconds: float = 60.0  # in which body_bytes of a body must come, or its end; 408
     body_bytes: int = 64 * KIB
+    quiet_seconds: float = 10.0  # without a byte either way, after which an upgraded connection is no use of its model
     stall_seconds: float = 120.0  # in which a client takes nothing of its answer
     linger_seconds: float = 5.0  # for a client to read its refusal before the connection is gone
 

@@ -18,6 +18,7 @@ from gpusvc.config.keys import Keys
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.client import Client as GatewayClient
 from gpusvc.gateway.relay.upstream import Address, Upstream
+from gpusvc.state import use
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
     STREAM,
@@ -592,6 +593,46 @@ def test_a_password_that_a_browser_remembers_does_nothing_without_the_pages_orig
         assert (await client.get("/gpusvc/models/qwen/stop", bearer, "POST")).status == 200
 
     run(scenario, known=Keys.read([file]))
+
+
+def test_without_keys_the_clients_credentials_are_for_the_engine_and_never_for_the_api(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.api.answer = whole(b"[]")
+        client = await rig.client()
+        sent = "Authorization: Bearer needakey\r\nX-Api-Key: other\r\n"
+        assert (await client.ask(more=sent)).status == 200
+        headers = rig.engine.requests[0].headers
+        assert (headers["authorization"], headers["x-api-key"]) == ("Bearer needakey", "other")
+        await client.get("/gpusvc/models", sent)
+        assert not {"authorization", "x-api-key"} & set(rig.api.requests[0].headers)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "target", ["/upstream/{}/metrics", "/upstream/{}/health?x", "/props?model={}", "/x?model={}&autoload=false"]
+)
+def test_a_probe_neither_loads_a_model_nor_keeps_it(run: Run, target: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        uses: list[bool | None] = []
+
+        async def script(request: Request, connection: Connection) -> None:
+            uses.append(rig.is_used())
+            await whole(b"state")(request, connection)
+
+        rig.engine.answer = script
+        client = await rig.client()
+        answer = await client.get(target.format("cold"))
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "model_not_loaded")
+        assert rig.api.requests == []
+        last = use.last_use(rig.paths, "qwen")
+        assert (await client.get(target.format("qwen"))).body == b"state"
+        assert (uses, use.last_use(rig.paths, "qwen")) == ([False], last)
+        assert (await client.ask()).status == 200
+        assert uses == [False, True]
+
+    run(scenario)
 
 
 def test_without_keys_management_is_open_here(run: Run) -> None:

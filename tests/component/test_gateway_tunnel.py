@@ -45,6 +45,25 @@ def test_bytes_go_both_ways_and_the_model_is_in_use_meanwhile(run: Run) -> None:
     run(scenario)
 
 
+def test_a_quiet_connection_does_not_keep_its_model_and_goes_on(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = echo_websocket
+        client = await upgraded(rig)
+        for _ in range(2):
+            await rig.eventually(lambda: not rig.is_used())
+            await client.say(b"more")
+            assert await client.read(4) == b"more"
+            await rig.eventually(lambda: rig.is_used() is True)
+        await rig.eventually(lambda: not rig.is_used())
+        client.reset()
+        await rig.eventually(lambda: rig.totals().in_flight == 0)
+        rig.engine.answer = whole(b"{}")
+        assert (await (await rig.client()).ask()).status == 200
+        await rig.eventually(lambda: not rig.is_used())
+
+    run(scenario, limits=Limits(sweep_seconds=0.02, quiet_seconds=0.2))
+
+
 def test_what_a_client_says_too_early_is_not_lost(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.engine.answer = echo_websocket

@@ -15,7 +15,7 @@ from gpusvc.config.serving import Serving
 from gpusvc.errors import GpusvcError
 from gpusvc.gateway.activation.engine import EngineFinder
 from gpusvc.gateway.activation.entrance import Entrance
-from gpusvc.gateway.activation.passage import Passage
+from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.activation.slots import OwnSlots, SharedSlots, Slots
 from gpusvc.gateway.activation.starter import Starter
 from gpusvc.log import log
@@ -79,6 +79,11 @@ class Activation:
             max_waiting=settings.max_waiting,
             timeout_seconds=settings.activation_timeout_seconds,
         )
+
+    def look_at(self, serving: Serving) -> Onlooker | None:
+        """A way to the engine that does not use the model; None: the model is not ready."""
+        engine = self._entrance(serving.name).find()
+        return None if engine is None else Onlooker(serving, engine)
 
     def suspect(self, serving: Serving) -> None:
         """Its port refused, or the connection to it died: ask anew before anybody is sent there.

@@ -126,8 +126,24 @@ class Entrance:
             self._quit(waiter)
             raise
 
-    def leave(self, slot: int | None, began_seconds: float) -> None:
-        """A passage ends."""
+    def step_out(self) -> None:
+        """As Model.step_out()."""
+        if not self._closed:
+            self._turnstile.leave()
+
+    def step_in(self) -> bool:
+        """As Model.step_in()."""
+        try:
+            return not self._closed and self._turnstile.try_enter()
+        except GpusvcError:
+            return False
+
+    def find(self) -> Engine | None:
+        """The engine, if it is ready, without using the model."""
+        return self._finder.find()
+
+    def leave(self, slot: int | None, began_seconds: float, *, is_inside: bool) -> None:
+        """As Model.leave()."""
         if self._closed:
             return
         if slot is not None and self._slots is not None:
@@ -136,7 +152,8 @@ class Entrance:
             self._slot_seconds += (now - began_seconds - self._slot_seconds) / 8
             if self._slots.is_wished():
                 self._yield_until_seconds = now + _YIELD_SECONDS
-        self._turnstile.leave()
+        if is_inside:
+            self._turnstile.leave()
         if slot is not None and self._waiters:
             self._advance(yielding=True)
 

@@ -20,14 +20,20 @@ class Model(Protocol):
 
     touch: Callable[[], None]
 
-    def leave(self, slot: int | None, began_seconds: float) -> None:
-        """One request is over."""
+    def leave(self, slot: int | None, began_seconds: float, *, is_inside: bool) -> None:
+        """One request is over. ``is_inside``: it counts as a use of the model."""
+
+    def step_out(self) -> None:
+        """One request does not count as a use of the model any more."""
+
+    def step_in(self) -> bool:
+        """Count one request as a use again; False: the model is being evicted."""
 
 
 class Passage:
     """One request inside a model, which is not evicted before close()."""
 
-    __slots__ = ("_began", "_model", "_slot", "address", "port", "serving", "touch")
+    __slots__ = ("_began", "_is_inside", "_model", "_slot", "address", "port", "serving", "touch")
 
     def __init__(self, model: Model, serving: Serving, engine: Engine, slot: int | None) -> None:
         self.serving = serving
@@ -36,6 +42,7 @@ class Passage:
         self.touch = model.touch
         """Note that the request makes progress; called for each piece of a response, and cheap."""
         self._model: Model | None = model
+        self._is_inside = True
         self._slot = slot
         self._began = 0.0 if slot is None else time.monotonic()
 
@@ -43,7 +50,41 @@ class Passage:
         """Release the model, and the slot if there is one. Safe to call twice."""
         model, self._model = self._model, None
         if model is not None:
-            model.leave(self._slot, self._began)
+            model.leave(self._slot, self._began, is_inside=self._is_inside)
+
+    def rest(self) -> None:
+        """Do not count as a use of the model until wake(): an idle connection alone must not keep it from eviction."""
+        if self._model is not None and self._is_inside:
+            self._is_inside = False
+            self._model.step_out()
+
+    def wake(self) -> None:
+        """Count as a use again, unless the model is being evicted. Safe to call when it does not rest."""
+        if self._model is not None and not self._is_inside:
+            self._is_inside = self._model.step_in()
+
+
+class Onlooker:
+    """A request that looks at an engine without using the model: it neither loads the model nor keeps it."""
+
+    __slots__ = ("address", "port", "serving")
+
+    def __init__(self, serving: Serving, engine: Engine) -> None:
+        self.serving = serving
+        self.address = engine.address
+        self.port = engine.port
+
+    def touch(self) -> None:
+        """It makes no progress for the model."""
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+    def rest(self) -> None:
+        """It is no use."""
+
+    def wake(self) -> None:
+        """Likewise."""
 
 
 class Waiter:

@@ -12,6 +12,26 @@ from gpusvc.gateway.entry.routes import Route, Target
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.request_head import RequestHead
 
+# What monitoring and pages ask engines for, time and again: state, not work.
+_PROBED = frozenset(
+    {
+        b"/get_model_info",
+        b"/get_server_info",
+        b"/health",
+        b"/healthz",
+        b"/is_sleeping",
+        b"/load",
+        b"/metrics",
+        b"/models",
+        b"/ping",
+        b"/props",
+        b"/server_info",
+        b"/slots",
+        b"/v1/models",
+        b"/version",
+    }
+)
+
 
 class Destination(NamedTuple):
     """What a request is forwarded to."""
@@ -22,6 +42,8 @@ class Destination(NamedTuple):
     """What the upstream is asked for, path and query."""
     is_edited: bool
     """Whether the model's configuration may change the body."""
+    is_probe: bool = False
+    """Whether it only asks for the engine's state: it neither loads the model nor keeps it."""
 
 
 def allowed_by(key: Key | None) -> Allowed:
@@ -49,7 +71,25 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
         serving, path = _resolve(catalog, route, head, body, allowed), route.path
     else:
         return None
-    return Destination(serving, path, route.target is Target.MODEL)
+    is_probe = head.method != b"POST" and _is_probe(head.method, path)
+    return Destination(serving, path, route.target is Target.MODEL, is_probe)
+
+
+def _is_probe(method: bytes, path: bytes) -> bool:
+    if method not in {b"GET", b"HEAD"}:
+        return False
+    name, _, query = path.partition(b"?")
+    return name in _PROBED or b"autoload=false" in query.split(b"&")
+
+
+def not_loaded(serving: Serving) -> HttpError:
+    """The error for a probe of a model that is not ready."""
+    return HttpError(
+        503,
+        f"The model {serving.name} is not loaded, and this request does not load it.",
+        hint="GET /v1/models has the state of all models.",
+        code="model_not_loaded",
+    )
 
 
 def _resolve(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed: Allowed) -> Serving:

@@ -152,6 +152,8 @@ class Client(asyncio.Protocol):
         if self._is_detached:
             if tcp.is_reset(self._transport):  # which the tunnel does not notice while it does not read
                 self.abort()
+            elif self._exchange is not None:
+                self._exchange.check(now)
         elif now >= self._stall_deadline or (not self._is_reading and tcp.is_left(self._transport)):
             self.abort()
         elif now >= self._deadline:

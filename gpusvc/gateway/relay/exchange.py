@@ -21,11 +21,11 @@ from typing import TypeVarTuple
 
 from gpusvc.config.keys import Key
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.activation.activation import Passage
+from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.body.body import Body, body_of
 from gpusvc.gateway.entry import destination as destinations
 from gpusvc.gateway.entry import engine_origin, routes
-from gpusvc.gateway.entry.destination import Destination, allowed_by
+from gpusvc.gateway.entry.destination import Destination, allowed_by, not_loaded
 from gpusvc.gateway.entry.routes import Route, Target
 from gpusvc.gateway.http import replies
 from gpusvc.gateway.http.replies import HttpError, Reply
@@ -87,7 +87,7 @@ class Exchange:
         self._key: Key | None = None
         self._body: Body | None = None
         self._destination: Destination | None = None
-        self._passage: Passage | None = None
+        self._passage: Passage | Onlooker | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._forwarding: Forwarding | None = None
         self._is_retried = False
@@ -194,6 +194,11 @@ class Exchange:
             return  # a client that sends slowly must not hold a slot of the model
         if destination.serving is None or self._passage is not None:
             self._forward(destination, body)
+        elif destination.is_probe:
+            self._passage = self._shared.activation.look_at(destination.serving)
+            if self._passage is None:
+                raise not_loaded(destination.serving)
+            self._forward(destination, body)
         else:
             self._enter(destination.serving, destination, body)
 
@@ -251,12 +256,14 @@ class Exchange:
     def _lines(self, destination: Destination) -> list[bytes]:
         """Lines for the request's head that tell who the client is."""
         head, client = self._head, self._client
+        own = [] if destination.serving is None or self._shared.keys.configured else _credentials(head)
         if head.forwarded_for is None and head.forwarded_proto is None and self._key is None:
-            return client.forwarded
+            return [*client.forwarded, *own] if own else client.forwarded
         sources = client.address if head.forwarded_for is None else head.forwarded_for + b", " + client.address
         lines = [
             b"X-Forwarded-For: " + sources,
             b"X-Forwarded-Proto: " + (head.forwarded_proto or client.scheme),  # a proxy in front knows better
+            *own,
         ]
         if self._key is not None and destination.serving is None:
             lines.append(b"X-Gpusvc-Key: " + self._key.name.encode())
@@ -324,3 +331,13 @@ class Exchange:
             self._body.close()
         self._account.stop_waiting()
         self._account.close(self._response, received_bytes)
+
+
+def _credentials(head: RequestHead) -> list[bytes]:
+    """The client's credentials: where the gateway needs no keys they are meant for an engine that has its own."""
+    lines = []
+    if head.authorization is not None:
+        lines.append(b"Authorization: " + head.authorization)
+    if head.x_api_key is not None:
+        lines.append(b"X-Api-Key: " + head.x_api_key)
+    return lines

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Protocol
 
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.activation.activation import Passage
+from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.response_head import ResponseHead
 from gpusvc.gateway.relay import faults
@@ -40,6 +41,7 @@ class Forwarding:
         "_client",
         "_owner",
         "_passage",
+        "_progressed_seconds",
         "_request",
         "_response",
         "_shared",
@@ -55,7 +57,7 @@ class Forwarding:
         request: Request,
         response: Response,
         account: Account,
-        passage: Passage | None,
+        passage: Passage | Onlooker | None,
     ) -> None:
         """``passage`` is the way into the model; None: the request is for the management API."""
         self._shared = shared
@@ -67,6 +69,7 @@ class Forwarding:
         self._passage = passage
         self._task: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
+        self._progressed_seconds = math.inf  # when a tunnel carried something last; infinite: there is no tunnel
 
     def begin(self) -> None:
         """Send the request on an idle connection, or else on a new one."""
@@ -103,7 +106,13 @@ class Forwarding:
             self._upstream.resume()
 
     def check(self, now: float) -> None:
-        """Give up an engine that has been silent for ``upstream_timeout``; ``now`` is by the clock of the sweeps."""
+        """Give up an engine that has been silent for ``upstream_timeout``; ``now`` is by the clock of the sweeps.
+
+        A tunnel may be silent, but then it does not count as a use: a browser's tab that is only open must neither keep
+        the model nor make it look stuck.
+        """
+        if now - self._progressed_seconds > self._shared.limits.quiet_seconds and self._passage is not None:
+            self._passage.rest()
         limit = self._shared.settings().upstream_timeout_seconds
         upstream = self._upstream
         if limit and upstream is not None and upstream.is_awaited and now - upstream.heard > limit:
@@ -130,6 +139,7 @@ class Forwarding:
 
     def on_upgrade(self, upstream: Upstream, head: ResponseHead, rest: bytes) -> None:
         self._upstream = None
+        self._progressed_seconds = self._shared.now
         self._response.switch(head)
         if rest:
             self._client.write(rest)
@@ -218,7 +228,9 @@ class Forwarding:
 
     def _progress(self, sent_bytes: int) -> None:
         self._response.sent_bytes += sent_bytes
+        self._progressed_seconds = self._shared.now
         if self._passage is not None:
+            self._passage.wake()
             self._passage.touch()
 
 
