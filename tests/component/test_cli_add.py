@@ -71,6 +71,28 @@ def test_a_gguf_is_shown_with_what_its_header_says(host: Beginner) -> None:
     assert not host.paths.model_file("tiny").exists()
 
 
+def test_the_parts_of_the_estimate_are_shown(host: Beginner) -> None:
+    shown = host.gpusvc("add", "tiny", str(host.gguf), "--user", "root", "--dry-run").stdout.splitlines()
+    assert shown[1] == (
+        "# Before its first run it counts as 514.5 MiB of VRAM: 526.3 KiB of weights, 2.0 MiB of KV cache for 4096 "
+        "tokens, and 512.0 MiB of compute buffers."
+    )
+
+
+def test_an_estimate_that_cannot_be_made_is_unknown(host: Beginner) -> None:
+    done = host.gpusvc("add", "tiny", str(host.gguf), "--user", "root", "--dry-run", "--", "--n-cpu-moe", "9")
+    assert done.stdout.splitlines()[1] == "# How much VRAM it takes is unknown before its first run."
+
+
+def test_a_share_of_each_gpu_is_told(host: Beginner) -> None:
+    weights = host.root / "shared"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}" + bytes(8))
+    share = ("--gpu-memory-utilization", "0.4")
+    done = host.gpusvc("add", "big", str(weights), "--engine", "vllm", "--user", "root", "--dry-run", "--", *share)
+    assert "Its command lets it take 40% of the VRAM of each GPU." in done.stdout
+
+
 def test_a_directory_is_served_by_vllm(host: Beginner) -> None:
     weights = host.root / "weights"
     weights.mkdir()
