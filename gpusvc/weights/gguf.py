@@ -38,10 +38,8 @@ def read_head(file: Path, limit_bytes: int) -> bytes:
         OSError: the file cannot be opened.
         ValueError: it is not a regular file.
     """
-    # O_NONBLOCK means nothing for a regular file; opening a FIFO without it waits for a writer.
-    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    handle = files.open_regular(file, follow_links=True)
     try:
-        files.require_regular(handle)
         return os.read(handle, limit_bytes)
     finally:
         os.close(handle)
