@@ -6,12 +6,13 @@ import contextlib
 import tomllib
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusvc import names
 from gpusvc.errors import ConfigError
-from gpusvc.importing import llama_server, llama_swap, localai, ollama
+from gpusvc.importing import llama_server, llama_swap, localai, ollama, yamlfile
 from gpusvc.importing.draft import Import
 
 WORDS = st.sampled_from(
@@ -76,6 +77,46 @@ def test_localais(document: object) -> None:
     for each in (document, [document, model]):
         with contextlib.suppress(ConfigError):
             is_sound(localai.convert([(Path("/x/y.yaml"), each)], lambda path: "a" in path.name))
+
+
+PIECES = [
+    *("models:\n", "  a:\n", "    cmd: ", "x ${PORT}", "&b ", "*b", "<<: ", "[", "]", "{", "}", ", ", "\n", "- ", "? "),
+    *(
+        "!t ",
+        "'",
+        '"',
+        "| \n",
+        "\t",
+        "name: m\n",
+        "9" * 20,
+        "${a}",
+        "macros: {a: '${a}${b}'}\n",
+        "\0",
+        "---\n",
+        "\ud7ff",
+    ),
+]
+YAML = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+
+
+@given(YAML | st.text())
+def test_texts(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        for document in yamlfile.parse(text, "x"):
+            with contextlib.suppress(ConfigError):
+                is_sound(llama_swap.convert(document, "x", {}))
+            with contextlib.suppress(ConfigError):
+                is_sound(localai.convert([(Path("/x/y.yaml"), document)]))
+    with contextlib.suppress(ConfigError):
+        is_sound(llama_server.convert(text, Path("/x/y.ini")))
+
+
+def test_macros_and_sections_have_bounds_for_all_models_together() -> None:
+    models = {f"m{number}": {"cmd": "x ${big}"} for number in range(100)}
+    with pytest.raises(ConfigError, match="MiB of text"):
+        llama_swap.convert({"macros": {"big": "x" * 1_000_000}, "models": models}, "x", {})
+    with pytest.raises(ConfigError, match="more than"):
+        llama_swap.convert({"models": {str(number): {"cmd": "x"} for number in range(6000)}}, "x", {})
 
 
 @given(OLLAMA)
