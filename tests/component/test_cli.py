@@ -243,8 +243,17 @@ def test_check_counts_what_is_fine(host: Host) -> None:
     host.add_model("qwen")
     host.add_model("llama")
     done = host.gpusvc("check")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "2 models are fine.\n", "")
+    assert (done.returncode, done.stdout) == (0, "2 models are fine.\n")
     assert host.gpusvc("check", str(host.paths.model_file("qwen"))).stdout == "1 file is fine.\n"
+
+
+def test_check_gives_advice_on_files_that_are_right(host: Host) -> None:
+    file = host.add_model("qwen", "port = 8080\n" + _MODEL)
+    file.chmod(0o600)
+    done = host.gpusvc("check")
+    assert (done.returncode, done.stdout) == (0, "1 model is fine.\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Note: {file}: Its mode is 0600: the gateway, the API and the watchdog cannot read it")
 
 
 def test_check_finds_everything_in_one_go_a_line_each(host: Host) -> None:

@@ -118,12 +118,17 @@ class RealGpu(unittest.TestCase):
         ours = [f"{gpu.index}, {gpu.uuid}, {gpu.pci_bus_id}" for gpu in self.nvml.snapshot()]
         assert told == ours
 
-    def test_a_snapshot_costs_milliseconds(self) -> None:
+    def test_snapshots_agree_on_the_gpus_and_list_processes_only_if_asked_to(self) -> None:
+        known = {(gpu.index, gpu.uuid, gpu.total_bytes) for gpu in self.nvml.snapshot()}
+        assert known
         for processes in (False, True):
             began = time.perf_counter()
-            for _ in range(20):
-                self.nvml.snapshot(processes=processes)
+            snapshots = [self.nvml.snapshot(processes=processes) for _ in range(20)]
             print(f"\na snapshot, processes={processes}: {(time.perf_counter() - began) / 20 * 1000:.2f} ms")
+            for gpus in snapshots:
+                assert {(gpu.index, gpu.uuid, gpu.total_bytes) for gpu in gpus} == known
+                if not processes:
+                    assert {gpu.processes for gpu in gpus} == {None}
 
     def test_a_gpu_that_does_not_exist_is_an_error(self) -> None:
         try:

@@ -36,7 +36,8 @@ def check(context: typer.Context, files: list[Path] = _FILES, *, as_json: bool =
     if not problems and not files and not as_json:
         from gpusvc.config.advice import all_advice
 
-        table.print_lines([f"Note: {each}" for each in all_advice(paths)])
+        for each in all_advice(paths):
+            typer.echo(f"Note: {each}", err=True)
     return 1 if problems else 0
 
 
