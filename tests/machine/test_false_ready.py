@@ -114,7 +114,7 @@ def test_a_free_port_is_found_beside_programs_that_listen(machine: Host) -> None
 
 def test_an_engine_that_listens_on_another_port_never_is_ready(machine: Host) -> None:
     write(machine, "elsewhere", "test-engine", "--port", str(PORT + 1))
-    assert f"nothing of it listens on port {PORT}" in machine.fail_to_start("elsewhere")
+    assert f"none of its processes listens on port {PORT}" in machine.fail_to_start("elsewhere")
 
 
 def test_an_engine_whose_health_path_does_not_answer_well_never_is_ready(machine: Host) -> None:

@@ -128,7 +128,7 @@ def test_a_users_model_starts_serves_and_is_proven_gone_without_any_right(machin
 def test_it_is_said_wherever_isolation_is_shown_that_there_is_none(alice: Alice) -> None:
     alice.write_model("qwen")
     alice.start()
-    warning = "Nothing but its environment keeps it off other GPUs."
+    warning = "No device filter keeps it off other GPUs."
     assert warning in alice.systemctl("show", "--value", "-p", "StatusText", UNIT)
     assert "a user's manager filters no devices" in alice.gpusvc("status", "qwen")
     findings = json.loads(alice.run("gpusvc", "--user", "doctor", "--json", check=False).stdout)
