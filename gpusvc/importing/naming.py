@@ -17,6 +17,7 @@ class Naming:
 
     def __init__(self) -> None:
         self._given: set[str] = set()
+        self._numbers: dict[str, int] = {}  # the last one by what stands before it
 
     def name(self, foreign: str) -> str:
         """``foreign`` itself if it can be a model's name and is free, else what is nearest to it.
@@ -26,13 +27,14 @@ class Naming:
         candidates = [foreign] if names.is_name(foreign) else []
         candidates += [fit for part in (foreign.rpartition("/")[2], foreign) if (fit := _fit(part))]
         base = candidates[-1] if candidates else "model"
-        number = 1
+        number = self._numbers.get(base, 1)
         while True:
             for candidate in candidates or [base]:
                 if candidate not in self._given:
                     self._given.add(candidate)
                     return candidate
             number += 1
+            self._numbers[base] = number
             candidates = [f"{base}-{number}"]
 
 

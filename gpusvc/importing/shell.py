@@ -10,6 +10,9 @@ _ESCAPED_IN_QUOTES = '$`"\\'
 
 _SEPARATORS = ";&|\n()"
 
+# More commands than any script has that starts an engine; those behind them are not looked at.
+_MOST_COMMANDS = 1000
+
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 # Characters that only a shell understands. Braces are here for {port}, and so are no such.
@@ -105,6 +108,8 @@ def simple_commands(script: str) -> list[list[str]]:
         elif character in _SEPARATORS:
             commands.append(split(script[start:position]).words)
             start = position + 1
+            if len(commands) >= _MOST_COMMANDS:
+                return [command for command in commands if command]
     commands.append(split(script[start:]).words)
     return [command for command in commands if command]
 

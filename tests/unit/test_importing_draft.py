@@ -91,3 +91,8 @@ def test_what_is_no_mapping_has_no_keys() -> None:
     notes = Notes()
     assert Foreign(["a"], notes, None, "models.").names() == []
     assert [note.key for note in notes] == ["models"]
+
+
+def test_many_models_of_one_name_are_numbered() -> None:
+    naming = Naming()
+    assert [naming.name("a") for _ in range(5000)][-1] == "a-5000"
