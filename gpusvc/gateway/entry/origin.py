@@ -84,7 +84,7 @@ class Guard:
             self._admit(host)
         if origin is None:
             if fetch_site in (b"cross-site", b"same-site") and not _is_visit(method, target, fetch_mode):
-                raise _refused("The page of another site cannot do that.")
+                raise _refused("A page of another site may not send this request.")
             return ()
         if fetch_site == b"same-origin" or _is_same(origin, host):
             return ()
@@ -97,7 +97,7 @@ class Guard:
         """Raises HttpError if ``host`` may be a stranger's name for this machine."""
         parts = _AUTHORITY.fullmatch(host.lower())
         if parts is None:
-            raise HttpError(400, "The Host of the request is no host.", code="invalid_host", close=True)
+            raise HttpError(400, "The header Host is not valid.", code="invalid_host", close=True)
         name = parts[1].rstrip(b".")
         # An address is no name that could be made to mean another; .localhost is the machine itself by RFC 6761.
         is_ours = name in self._hosts or name == b"localhost" or name.endswith(b".localhost")
@@ -117,7 +117,7 @@ class Guard:
             return ((b"access-control-allow-origin", b"*"),)
         if origin.lower() in self._origins:
             return ((b"access-control-allow-origin", origin), (b"vary", b"Origin"))
-        raise _refused("Pages of this origin cannot use the gateway.")
+        raise _refused("Pages of this origin may not use the gateway.")
 
 
 def _is_address(name: bytes) -> bool:

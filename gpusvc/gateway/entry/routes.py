@@ -188,7 +188,7 @@ def _checked(path: bytes, query: bytes) -> bytes:
     if not _LETTERS.fullmatch(path) or not _LETTERS.fullmatch(query):
         raise invalid_target("The target of the request has characters that must be percent-encoded.")
     if not path.startswith(b"/"):
-        raise invalid_target("The target of the request is no path.")
+        raise invalid_target("The target of the request must be a path.")
     if path.startswith(b"//"):
         path = b"/" + path.lstrip(b"/")  # of clients whose base URL ends with a slash
     plain = path
@@ -229,7 +229,7 @@ def _reading(method: bytes, read: Route) -> Route:
         return read
     raise HttpError(
         405,
-        f"{read.path.partition(b'?')[0].decode()} can only be read.",
+        f"{read.path.partition(b'?')[0].decode()} supports GET and HEAD only.",
         code="method_not_allowed",
         headers=((b"allow", b"GET, HEAD"),),
     )

@@ -16,7 +16,7 @@ _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*")
 
 
 class BadChunkError(Exception):
-    """The bytes are no chunks; the message says why, without a period."""
+    """The bytes are not valid chunks; the message says why, without a period."""
 
 
 class Chunks:
@@ -85,7 +85,7 @@ class Chunks:
         """Keep the beginning of a line that says a chunk's size, if it can be that."""
         rest = data[at:]
         if b"\n" in rest or len(rest) > _LINE_BYTES or (rest and rest[0] not in b"0123456789abcdefABCDEF"):
-            raise BadChunkError("the size of a chunk is none")
+            raise BadChunkError("the size of a chunk is not a number")
         self._rest = rest
 
     def _take_trailers(self, data: bytes, at: int) -> None:
@@ -103,7 +103,7 @@ class Chunks:
                 self.left = data[at:]
                 return
             if not line.endswith(b"\r\n") or _TRAILER.fullmatch(line[:-2]) is None:
-                raise BadChunkError("a trailer is none")
+                raise BadChunkError("a trailer is not valid")
             self.trailers.append(line[:-2])
             if sum(map(len, self.trailers)) > _TRAILER_BYTES:
                 raise BadChunkError("there are too many trailers")

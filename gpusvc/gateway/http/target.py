@@ -27,7 +27,7 @@ def in_origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
         raise unsupported_method(method)
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is None:
-        raise invalid_target("The target of the request is no path.")
+        raise invalid_target("The target of the request must be a path.")
     authority, rest = absolute.groups()
     return authority, rest if rest.startswith(b"/") else b"/" + rest
 
@@ -36,7 +36,9 @@ def unsupported_method(method: bytes) -> HttpError:
     shown = method[:20].decode("ascii", "replace")
     if method in (b"CONNECT", b"TRACE"):  # no tunnel to anywhere, and no echo of a request's keys
         allow = b", ".join(sorted(METHODS))
-        return HttpError(405, f"{shown} is not for here.", code="method_not_allowed", headers=((b"allow", allow),))
+        return HttpError(
+            405, f"The gateway does not support {shown}.", code="method_not_allowed", headers=((b"allow", allow),)
+        )
     return HttpError(501, f"There is no method {shown}.", code="method_not_implemented")
 
 

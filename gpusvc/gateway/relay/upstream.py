@@ -173,7 +173,7 @@ class Upstream(asyncio.Protocol):
                     return
             self._read_body(consumer, data)
         except (BadResponseError, BadChunkError) as error:
-            self._lose(f"sent something that is no HTTP: {error}")
+            self._lose(f"sent an invalid HTTP response: {error}")
 
     def eof_received(self) -> None:
         if self._consumer is None:
