@@ -42,11 +42,12 @@ class Load:
         Raises:
             EngineError: it made no progress for start_timeout, or another program listens on its port.
         """
+        run = self._run
         began = last_moved = time.monotonic()
         reading: Reading | None = None
         while not watching.ended(self._pidfd, _pause(time.monotonic() - began)):
-            where = self._listener()
-            if where is not None and readiness.answers(where, self._run.config.health, _HEALTH_SECONDS):
+            where = readiness.settled_listener(self._cgroup, run.lease.port, run.user, self._pidfd)
+            if where is not None and readiness.answers(where, run.config.health, _HEALTH_SECONDS):
                 return where
             now = time.monotonic()
             if now - (began if reading is None else reading.at_seconds) < _READING_SECONDS:
@@ -54,20 +55,10 @@ class Load:
             before, reading = reading, self._read()
             if before is None or moved(before, reading) or self._cgroup.frozen():
                 last_moved = now
-            if now - last_moved > self._run.config.start_timeout_seconds:
+            if now - last_moved > run.config.start_timeout_seconds:
                 raise self._no_progress(where)
             self._report(now - began, reading)
         return None
-
-    def _listener(self) -> Listener | None:
-        run = self._run
-        try:
-            return readiness.listener(self._cgroup, run.lease.port, run.user)
-        except EngineError:
-            # For a moment, the socket of a process that is just ending has no owner.
-            if watching.ended(self._pidfd, _LONGEST_PAUSE_SECONDS):
-                return None
-        return readiness.listener(self._cgroup, run.lease.port, run.user)
 
     def _read(self) -> Reading:
         run = self._run

@@ -1,7 +1,7 @@
 """Whether an engine serves: its own socket listens on its port, and its health path answers.
 
-Anything that listens on the port may answer 200 there. Only a socket that a process of the model's own control group
-holds makes it ready.
+Any program that listens on the port may answer 200. Only a socket of a process in the model's control group counts, and
+no socket of another process may receive what is sent to it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ import socket
 import time
 
 from gpusvc.errors import EngineError
+from gpusvc.launcher import watching
 from gpusvc.linux import processes, sockets
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.linux.sockets import Listener
 from gpusvc.linux.users import User
 
-# A socket may go from a process to its child between the list of processes and a look at each.
+# A socket may pass from a process to its child between the list of processes and a look at each.
 _LOOKS = 3
+
+# For a moment, the socket of a process that is just ending has no owner.
+_OWNERLESS_SECONDS = 0.1
 
 
 def listener(cgroup: Cgroup, port: int, user: User) -> Listener | None:
-    """The socket of a process in ``cgroup``, of ``user``'s, that listens on ``port``; None if there is none yet.
+    """Return the socket on ``port`` of a process in ``cgroup``, which runs as ``user``; None if there is none yet.
 
     Raises:
-        EngineError: somebody else listens there too, at the same address: requests would reach either.
+        EngineError: a process outside ``cgroup`` has a socket that may receive what is sent to the engine.
     """
     listening = [found for found in sockets.listeners() if found.port == port]
     if not listening:
@@ -35,18 +39,28 @@ def listener(cgroup: Cgroup, port: int, user: User) -> Listener | None:
         if own_inodes.issuperset(found.inode for found in listening):
             break
     own = [found for found in listening if found.inode in own_inodes]
-    strangers = [found for found in listening if found.inode not in own_inodes]
-    for stranger in strangers:
-        if not own or any(found.address == stranger.address for found in own):
+    # Of several addresses, a loopback one is the most certain to reach the engine.
+    where = min(own, key=lambda found: (not found.reachable_at.startswith("127."), found.address), default=None)
+    for stranger in listening:
+        if stranger.inode not in own_inodes and (where is None or stranger.may_receive_for(where)):
             raise EngineError(f"Port {port} is taken by another program: {sockets.holder(stranger)}.")
-    # One that listens on several addresses is reached most surely on the loopback one.
-    return min(own, key=lambda found: (not found.reachable_at.startswith("127."), found.address), default=None)
+    return where
+
+
+def settled_listener(cgroup: Cgroup, port: int, user: User, pidfd: int) -> Listener | None:
+    """As listener(), for an engine that may just be ending; None also if the process of ``pidfd`` ended."""
+    try:
+        return listener(cgroup, port, user)
+    except EngineError:
+        if watching.ended(pidfd, _OWNERLESS_SECONDS):
+            return None
+    return listener(cgroup, port, user)
 
 
 def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
-    """Whether the health ``path`` answers with a status of 2xx or 3xx; with an empty one, whether a connection opens.
+    """Whether the health ``path`` answers with a status of 2xx or 3xx; for an empty path, whether a connection opens.
 
-    Written out rather than asked of http.client: that costs each launcher 5 MB, and the status line is all that counts.
+    http.client would cost each launcher 5 MB, and only the status line counts.
     """
     address = where.reachable_at
     host = f"[{address}]" if ":" in address else address
@@ -59,7 +73,7 @@ def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
             connection.sendall(request.encode())
             head = b""
             while b"\r\n" not in head and len(head) < 1024:
-                # Of all that it sends, not of each byte.
+                # The deadline is for the whole response, not for each byte.
                 connection.settimeout(max(deadline - time.monotonic(), 0.001))
                 received = connection.recv(1024)
                 if not received:

@@ -13,6 +13,7 @@ from gpusvc.launcher.sampling import Sampler
 from gpusvc.log import log
 from gpusvc.quantity import format_duration
 from gpusvc.record import replace
+from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.systemd.notify import ROPE_SECONDS
 
@@ -45,6 +46,7 @@ class Supervision:
             self._check()
             self._sampler.sample()
             self._sampler.write()
+        leases.withdraw(self._run.paths, self._run.lease)
         self._run.notifier.stopping()  # the processes that the engine leaves may take longer than the watchdog waits
 
     def _announce(self) -> None:
@@ -60,8 +62,14 @@ class Supervision:
         self._last_answer = time.monotonic()
 
     def _check(self) -> None:
-        """Ask the health path, and feed systemd's watchdog if it answers."""
+        """Ask the health path, and feed systemd's watchdog if it answers.
+
+        Raises:
+            EngineError: a process outside the control group may receive the engine's requests.
+        """
         run = self._run
+        if self._where is not None:
+            readiness.settled_listener(self._cgroup, run.lease.port, run.user, self._pidfd)
         timeout = min(_ANSWER_SECONDS, self._every_seconds)
         if self._where is None or readiness.answers(self._where, run.config.health, timeout):
             self._feed(run.ready_sentence())

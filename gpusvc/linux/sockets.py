@@ -30,6 +30,10 @@ _REQUEST = struct.Struct("=BBBBI48x")  # inet_diag_req_v2: family, protocol, ext
 _ANSWER = struct.Struct("!4xH2x16s")  # inet_diag_msg: …, source port, …, source address, …
 _OWNER = struct.Struct("=64xII")  # and at its end, in this machine's byte order: uid, inode
 
+_MESSAGE_BYTES = 72  # inet_diag_msg; attributes follow (struct nlattr: length, type)
+_ATTRIBUTE = struct.Struct("=HH")
+_SKV6ONLY = 11  # INET_DIAG_SKV6ONLY
+
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, where an IPv6 socket has an IPv4 address
 
 
@@ -40,11 +44,28 @@ class Listener(NamedTuple):
     port: int
     inode: int
     uid: int
+    only_ipv6: bool = False
+    """Whether a socket at ``::`` gets no connections to IPv4 addresses."""
 
     @property
     def reachable_at(self) -> str:
         """An address under which this machine reaches it: the loopback one for a wildcard."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # noqa: S104
+
+    def may_receive_for(self, other: Listener) -> bool:
+        """Whether the kernel may give this socket a connection that is meant for ``other``.
+
+        It does so if both are bound to the same address (SO_REUSEPORT). A socket at the exact address comes before one
+        at a wildcard address, which in turn gets the connections as soon as the first one is closed.
+        """
+        target = other.reachable_at
+        if self.port != other.port:
+            return False
+        if self.address in (target, other.address):
+            return True
+        if ":" in target:
+            return self.address == "::"
+        return self.address == "0.0.0.0" or (self.address == "::" and not self.only_ipv6)  # noqa: S104
 
 
 def listeners() -> list[Listener]:
@@ -92,7 +113,17 @@ def _ask(family: int) -> Iterator[Listener]:
                     raise OSError(number, os.strerror(number))
                 port, address = _ANSWER.unpack_from(answer)
                 uid, inode = _OWNER.unpack_from(answer)
-                yield Listener(_text(address if family == socket.AF_INET6 else address[:4]), port, inode, uid)
+                text = _text(address if family == socket.AF_INET6 else address[:4])
+                yield Listener(text, port, inode, uid, text == "::" and _is_only_ipv6(answer[_MESSAGE_BYTES:]))
+
+
+def _is_only_ipv6(attributes: bytes) -> bool:
+    while len(attributes) > _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(attributes)
+        if kind == _SKV6ONLY:
+            return attributes[_ATTRIBUTE.size] != 0
+        attributes = attributes[max(length + 3 & ~3, _ATTRIBUTE.size) :]
+    return False
 
 
 def _read_tables() -> Iterator[Listener]:

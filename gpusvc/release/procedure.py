@@ -97,6 +97,7 @@ def release(
         if not Cgroup(scope).populated():
             return None
         lease = unknown
+    leases.withdraw(paths, lease)
     if patience_seconds is not None:
         lease = replace(lease, release_timeout_seconds=min(patience_seconds, lease.release_timeout_seconds))
     began = time.monotonic()

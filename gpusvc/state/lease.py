@@ -16,6 +16,7 @@ from typing import Any, Self
 from gpusvc import files, names
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
 from gpusvc.linux.processes import Process, identify
+from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.record import Record, as_dict, replace
 from gpusvc.state import locks
@@ -65,7 +66,7 @@ class Lease(Record):
     pid: int | None = None
     """The engine's main process."""
     address: str | None = None
-    """Where the engine listens."""
+    """Where the engine listens; None: it does not serve yet, or its end has begun."""
     cgroup: str | None = None
     """The scope's control group; None: no engine was let into one yet."""
     processes: frozenset[Process] = frozenset()
@@ -171,6 +172,19 @@ def read(paths: Paths, model: str) -> Lease | None:
             hint=f"`gpusvc release {model}` sets it aside.",
         )
     return lease
+
+
+def withdraw(paths: Paths, lease: Lease) -> None:
+    """Take the address out of the lease file, so that nobody connects to the engine any more: the first act of an end.
+
+    Once the engine has closed its port, another program can take it. A file system that does not take the change delays
+    no end: the file goes with the proof.
+    """
+    if lease.address is not None:
+        try:
+            write(paths, replace(lease, address=None))
+        except GpusvcError as error:
+            log(4, str(error))
 
 
 def remove(paths: Paths, model: str) -> None:

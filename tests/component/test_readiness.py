@@ -221,6 +221,40 @@ def test_a_twin_on_the_same_port_takes_half_of_the_requests(serve: Serve, engine
         readiness.listener(GROUP, engine.port, USER)
 
 
+def test_a_stranger_at_the_address_that_a_wildcard_is_reached_at_gets_its_requests(
+    serve: Serve, engine_is: Callable[..., None]
+) -> None:
+    engine = serve("0.0.0.0", reuse=True)
+    stranger = serve(port=engine.port, reuse=True)
+    engine_is(engine)
+    with pytest.raises(EngineError, match=f"PID {stranger.pid} "):
+        readiness.listener(GROUP, engine.port, USER)
+
+
+def test_a_stranger_at_a_wildcard_gets_the_requests_once_the_engine_closes_its_socket(
+    serve: Serve, engine_is: Callable[..., None]
+) -> None:
+    engine = serve(reuse=True)
+    stranger = serve("0.0.0.0", port=engine.port, reuse=True)
+    engine_is(engine)
+    with pytest.raises(EngineError, match=f"PID {stranger.pid} "):
+        readiness.listener(GROUP, engine.port, USER)
+
+
+def test_a_stranger_that_takes_ipv6_alone_gets_no_request_to_ipv4(serve: Serve, engine_is: Callable[..., None]) -> None:
+    engine = serve()
+    serve("::", port=engine.port)  # as IPV6_V6ONLY
+    engine_is(engine)
+    assert readiness.listener(GROUP, engine.port, USER) is not None
+
+
+def test_several_processes_of_the_engine_share_a_port(serve: Serve, engine_is: Callable[..., None]) -> None:
+    engine = serve(reuse=True)
+    worker = serve(port=engine.port, reuse=True)
+    engine_is(engine, worker)
+    assert readiness.listener(GROUP, engine.port, USER) is not None
+
+
 def test_a_stranger_at_another_address_is_none_of_its_business(serve: Serve, engine_is: Callable[..., None]) -> None:
     stranger = serve("127.0.0.2")
     engine = serve(port=stranger.port)

@@ -240,6 +240,20 @@ def test_memory_that_never_comes_back_is_not_released(machine: Machine, begin: B
     assert f"NVML lists PID {seen.pid} on GPU 0 with 9.0 GiB." in begin().refusal().message
 
 
+def test_from_the_first_moment_of_the_end_no_lease_says_where_the_engine_listens(
+    machine: Machine, begin: Begin, paths: Paths
+) -> None:
+    machine.gpus.change(0, ghosts={GHOST.pid: GIB})
+    leases.write(paths, replace(lease(GHOST), address="127.0.0.1", ready=True))
+    ending = begin()
+    ending.hear()  # it waits for the driver
+    left = leases.read(paths, "qwen")
+    assert left is not None
+    assert (left.address, left.ready) == (None, True)
+    machine.gpus.change(0, ghosts={})
+    assert ending.outcome() is not None
+
+
 def test_memory_that_belongs_to_nobody_is_not_released(machine: Machine, begin: Begin, paths: Paths) -> None:
     machine.gpus.change(0, uncounted=3 * GIB)
     leases.write(paths, lease(timeout=0.3))

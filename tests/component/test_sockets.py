@@ -51,6 +51,20 @@ def test_every_listener_is_found_with_its_address_port_inode_and_user(bound: dic
     assert set(bound.values()) <= set(sockets.listeners())
 
 
+@pytest.mark.parametrize("only", [True, False])
+def test_a_wildcard_socket_for_ipv6_alone_is_told_apart(*, only: bool) -> None:
+    try:
+        server = socket.socket(socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only))
+        server.bind(("::", 0))
+        server.listen()
+        inode = os.fstat(server.fileno()).st_ino
+        assert [found.only_ipv6 for found in sockets.listeners() if found.inode == inode] == [only]
+
+
 def test_the_tables_of_proc_say_the_same_where_sock_diag_is_missing(
     bound: dict[str, Listener], monkeypatch: pytest.MonkeyPatch
 ) -> None:
