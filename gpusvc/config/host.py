@@ -150,6 +150,7 @@ class HostConfig(Section):
     isolation: Isolation = custom("isolation", _read_isolation, default=default_isolation)
     max_active: int = integer("max_active", default=0, minimum=0)  # models on the host; 0: no limit
     release_timeout_seconds: float = duration("release_timeout", default=30.0)
+    allow_root_engines: bool = boolean("allow_root_engines", default=False)
     gpu: HostGpu = section("gpu", HostGpu, default=HostGpu())
     eviction: HostEviction = section("eviction", HostEviction, default=HostEviction())
     watchdog: HostWatchdog = section("watchdog", HostWatchdog, default=HostWatchdog())

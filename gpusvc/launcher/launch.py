@@ -20,7 +20,7 @@ from gpusvc.journal.events import EventType
 from gpusvc.launcher import termination
 from gpusvc.launcher.loading import Load
 from gpusvc.launcher.parked import Orders, ParkedEngine, environment
-from gpusvc.launcher.run import Run
+from gpusvc.launcher.run import USER_GROUP, Run
 from gpusvc.launcher.supervision import Supervision
 from gpusvc.launcher.termination import TerminatedError
 from gpusvc.log import log
@@ -35,7 +35,6 @@ from gpusvc.systemd.notify import Notifier
 if TYPE_CHECKING:
     from gpusvc.launcher.ending import End
 
-_USER_GROUP = "gpusvc"
 _SECOND_TRY = "--second-try"
 
 # How long the launcher waits for the driver to free VRAM before it leaves the proof to ExecStopPost=.
@@ -178,7 +177,7 @@ def _user_group() -> int:
     import grp  # noqa: PLC0415  not for models of users
 
     try:
-        return grp.getgrnam(_USER_GROUP).gr_gid
+        return grp.getgrnam(USER_GROUP).gr_gid
     except KeyError:
         return 0
 

@@ -7,10 +7,12 @@ import time
 from typing import TYPE_CHECKING
 
 from gpusvc.config.files import load_host, load_startable_model
+from gpusvc.errors import ConfigError
 from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import total
 from gpusvc.journal import events
 from gpusvc.linux.users import User
+from gpusvc.paths import is_user_instance
 from gpusvc.quantity import format_amount
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease
@@ -18,11 +20,16 @@ from gpusvc.state.lease import Lease
 if TYPE_CHECKING:
     import socket
 
+    from gpusvc.config.files import HostConfig
     from gpusvc.gpu.nvml import Nvml
     from gpusvc.gpu.reading import Gpu
     from gpusvc.launcher.parked import ParkedEngine
     from gpusvc.paths import Paths
     from gpusvc.systemd.notify import Notifier
+
+
+# Its members may use all models. An engine is no member, whoever its user is.
+USER_GROUP = "gpusvc"
 
 
 class Run:
@@ -43,7 +50,7 @@ class Run:
         self.is_second_try = is_second_try
         self.host = load_host(paths)
         self.config = load_startable_model(paths, name, self.host)
-        self.user = User.named(self.config.user)
+        self.user = _engine_user(self.config.user, self.host)
         self.began_seconds = time.monotonic()
         self.began_at = time.time()
         self.lease = Lease(model=name, port=0, gpus=(), created=self.began_at)
@@ -97,3 +104,16 @@ class Run:
         if used:
             sentence += f" with {format_amount(total(used))} of VRAM"
         return f"{sentence}.{fence}"
+
+
+def _engine_user(name: str, host: HostConfig) -> User:
+    """Raises ConfigError if there is no such user, or if an engine must not run as that user."""
+    user = User.named(name)
+    if is_user_instance():
+        return user
+    if user.uid == 0 and not host.allow_root_engines:
+        raise ConfigError(
+            f"The engine would run as {name}: root can ask systemd over D-Bus for everything, without any capability.",
+            hint="Name another user in the model's file, or set `allow_root_engines = true` in gpusvc.toml.",
+        )
+    return user.without_group(USER_GROUP)

@@ -58,6 +58,7 @@ def test_nothing_escapes_when_its_scope_is_stopped(machine: Host) -> None:
 def test_not_even_roots_engine_can_leave_its_cgroup(machine: Host) -> None:
     # Nor make one beside it.
     script = "echo 0 > /sys/fs/cgroup/cgroup.procs; mkdir /sys/fs/cgroup/elsewhere; exec test-engine"
+    machine.write("/etc/gpusvc/gpusvc.toml", "allow_root_engines = true\n")
     machine.write_model("qwen", f"command = ['sh', '-c', '{script}']\nuser = 'root'\n[gpu]\ncount = 0")
     machine.start("qwen")
     row = machine.ps("qwen")

@@ -199,7 +199,7 @@ def test_an_unknown_that_runs_out_of_memory_twice_fails_and_says_so(machine: Hos
     write(machine, "shy", "30GiB", declared=False)
     assert start(machine, "shy", check=False) != 0
     text = machine.property("model@shy.service", "StatusText")
-    assert "it ran out of VRAM, although all that was idle made room for it" in text
+    assert "it ran out of VRAM, although all idle models made room for it" in text
 
 
 @pytest.mark.parametrize("clients", [3])

@@ -148,3 +148,12 @@ def listening_at(address: str) -> tuple[str, ...]:
         f"http.server.HTTPServer(('{address}', int(os.environ['PORT'])), handler).serve_forever()"
     )
     return ("python3", "-c", script)
+
+
+def test_a_twin_that_comes_after_the_start_fails_the_model(machine: Host) -> None:
+    machine.write("/usr/local/bin/twin", TWIN, mode=0o755)
+    write(machine, "shared", "twin", "{port}", keys='user = "nobody"\nhealth_timeout = "2s"')
+    machine.start("shared")
+    pid = start_stranger(machine, "twin", str(PORT))
+    assert f"Port {PORT} is taken by another program: PID {pid} " in await_failure(machine, "shared")
+    stop_stranger(machine)

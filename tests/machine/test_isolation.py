@@ -100,6 +100,7 @@ def test_an_engine_cannot_make_itself_a_node_of_another_gpu(machine: Host) -> No
 
 
 def test_an_engine_that_runs_as_root_cannot_make_a_node_either(machine: Host) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", "allow_root_engines = true\n")
     answers = probe(
         machine, "root-maker", "mknod:/tmp/node", "open:/dev/nvidia1", gpu="devices = [0]", keys='user = "root"'
     )
@@ -211,6 +212,23 @@ def test_an_engine_cannot_leave_its_scope(machine: Host) -> None:
 def test_an_engine_cannot_signal_its_launcher_or_pid_1_nor_become_root(machine: Host) -> None:
     answers = probe(machine, "meek", "signal:parent", "signal:1", "setuid:0", gpu="count = 0")
     assert list(answers.values()) == ["EPERM"] * 3
+
+
+def test_an_engine_does_not_find_the_service_manager_of_its_user(machine: Host) -> None:
+    # Such a manager would start programs for it that are outside of its scope and outlive its stop.
+    machine.run("mkdir", "-p", "/run/user/1")
+    machine.run("chown", "daemon:", "/run/user/1")
+    answers = probe(machine, "stray", "list:/run/user", "list:/run/user/1", gpu="count = 0", keys='user = "daemon"')
+    assert {*answers.values()} <= {"EACCES", "ENOENT"}
+
+
+def test_an_engine_is_no_member_of_the_group_that_may_use_models(machine: Host) -> None:
+    machine.run("usermod", "--append", "--groups", "gpusvc,video", "daemon")
+    machine.write_model("member", gpu="count = 0", keys='user = "daemon"')
+    machine.start("member")
+    groups = [machine.run("getent", "group", name).stdout.split(":")[2] for name in ("gpusvc", "video")]
+    found = set(map(str, itself(machine, "member")["groups"]))
+    assert [group in found for group in groups] == [False, True]
 
 
 def test_an_engine_of_another_user_runs_as_that_user(machine: Host) -> None:

@@ -493,7 +493,14 @@ def test_the_engine_is_its_user_and_has_no_privilege(machine: Host) -> None:
     assert itself["no_new_privileges"] == "1"
 
 
+def test_an_engine_that_would_run_as_root_is_refused_without_a_word_of_the_host(machine: Host) -> None:
+    machine.write_model("qwen", keys='user = "root"')
+    assert "allow_root_engines = true" in machine.fail_to_start("qwen")
+    assert machine.property("model@qwen.service", "ExecMainStatus") == "78"
+
+
 def test_the_engine_has_no_privilege_as_root_either(machine: Host) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", "allow_root_engines = true\n")
     machine.write_model("qwen", keys='user = "root"')
     machine.start("qwen")
     assert itself_of(machine)["uid"] == 0
