@@ -8,7 +8,7 @@ persistence mode the first client waits for each GPU to wake up, and never carry
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -276,21 +276,10 @@ class Nvml:
         return None if rates is None else int(rates.gpu)
 
     def _processes(self, handle: object) -> tuple[GpuProcess, ...] | None:
-        """All processes with a context, by pid; None if either list can't be had.
-
-        A process that computes and draws is in both lists, with all that it holds in each: the larger number is taken.
-        One that is in the same list more than once has shares of several MIG instances: these are added up.
-        """
-        held: dict[int, int | None] = {}
-        for kind in ("Compute", "Graphics"):
-            entries = self._process_list(handle, kind)
-            if entries is None:
-                return None
-            for pid in {entry.pid for entry in entries}:
-                used = total(entry.usedGpuMemory for entry in entries if entry.pid == pid)
-                before = held.get(pid)
-                held[pid] = before if used is None else used if before is None else max(before, used)
-        return tuple(GpuProcess(pid, used) for pid, used in sorted(held.items()))
+        """Return all processes with a context, by PID; None if NVML does not give one of the lists."""
+        lists = [self._process_list(handle, kind) for kind in ("Compute", "Graphics")]
+        known = [entries for entries in lists if entries is not None]
+        return _joined(known) if len(known) == len(lists) else None
 
     def _process_list(self, handle: object, kind: str) -> list[Any] | None:
         # Entries of the second version (drivers before 510) are laid out as those of the third.
@@ -337,6 +326,21 @@ class Nvml:
             if entry.pid and entry.timeStamp > since_us and entry.smUtil <= 100
         )
         return samples, max((sample.timestamp_us for sample in samples), default=since_us)
+
+
+def _joined(lists: Iterable[list[Any]]) -> tuple[GpuProcess, ...]:
+    """Return the processes of NVML's lists, by PID.
+
+    A process that computes and draws is in both lists, each time with all that it holds: the larger number counts. A
+    process that is in one list more than once has shares of several MIG instances: their sum counts.
+    """
+    held: dict[int, int | None] = {}
+    for entries in lists:
+        for pid in {entry.pid for entry in entries}:
+            used = total(entry.usedGpuMemory for entry in entries if entry.pid == pid)
+            before = held.get(pid)
+            held[pid] = before if used is None else used if before is None else max(before, used)
+    return tuple(GpuProcess(pid, used) for pid, used in sorted(held.items()))
 
 
 def _pynvml() -> ModuleType:

@@ -104,6 +104,11 @@ def add(
         return
     model_directory.install(paths, name, text, force=force)
     sys.stdout.flush()
+    _finish(name, file, start=start)
+
+
+def _finish(name: str, file: Path, *, start: bool) -> None:
+    """Say where the file is, and start the model or name the command that does."""
     if start:
         typer.echo(f"Written to {file}.")
         _start(name)
