@@ -6,11 +6,13 @@ the model over as many GPUs as it gets. The user's ``args`` come last, and so ha
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from gpusvc import files
 from gpusvc.quantity import shown
 from gpusvc.record import Record
 
@@ -63,7 +65,7 @@ def _require_gguf(model: str) -> None:
     if not stat.S_ISREG(_mode(model)):
         raise ValueError(f"{shown(model)} is not a file.")
     try:
-        with Path(model).open("rb") as stream:
+        with os.fdopen(files.open_regular(model, follow_links=True), "rb") as stream:
             magic = stream.read(4)
     except PermissionError:
         return  # the engine's user may well read it

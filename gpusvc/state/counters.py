@@ -26,6 +26,7 @@ from gpusvc import files as statefile
 from gpusvc.errors import GpusvcError
 from gpusvc.log import log
 from gpusvc.paths import Paths
+from gpusvc.state import locks
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Upper bounds of the histograms' buckets, in seconds: from a cached answer to one that waits for a large model."""
@@ -54,6 +55,9 @@ _GAUGES = (_IN_FLIGHT, _WAITING)
 
 _LAST_CLASS = len(CLASSES) - 1
 _STATUS_END = 100 * len(CLASSES)  # engines may say what HTTP knows nothing of
+
+# What a worker waits at its start for the lock of its file.
+_LOCK_SECONDS = 0.5
 
 _READ_AND_WRITE = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -158,7 +162,10 @@ class Counters:
             self._fd = os.open(file, _READ_AND_WRITE | os.O_EXCL)
             records = b""
         os.fchmod(self._fd, 0o644)  # whatever the unit's umask
-        fcntl.flock(self._fd, fcntl.LOCK_SH)  # whoever looks whether it is held is done in microseconds
+        # A reader that looks whether the lock is held is done in microseconds. Any user may read the file, and so lock
+        # it for good: then the worker goes on without the lock.
+        if not locks.lock_within(self._fd, locks.SHARED, _LOCK_SECONDS):
+            log(4, f"{file} stays locked{locks.phrase(locks.holders(file))}: this worker's gauges may read 0.")
         for _ in range(len(records) // _CHUNK_BYTES):
             self._map()
         for index, (name, _) in enumerate(_records(records)):

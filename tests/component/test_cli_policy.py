@@ -291,3 +291,12 @@ def test_what_cannot_be_run_is_told_before_anything_is_started(
     done = host.use(*arguments)
     assert (done.returncode, done.stdout) == (status, "")
     assert "systemd" not in done.stderr
+
+
+def test_a_pin_follows_no_link(host: Host) -> None:
+    host.add_model("qwen", _MODEL)
+    file = host.paths.pin_file("qwen")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.symlink_to(host.paths.runtime / "nologin")
+    assert host.gpusvc("pin", "qwen").returncode != 0
+    assert not (host.paths.runtime / "nologin").exists()

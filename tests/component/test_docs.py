@@ -83,7 +83,14 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     directory = paths.lease_directory("NAME")
     known = {paths.host_file, paths.models_directory, paths.model_file("NAME"), paths.lease_file("NAME")}
     known |= {directory, directory / "lock", directory / "door", directory / "use", paths.pin_file("NAME")}
-    known |= {paths.placement_lock, paths.waitlist_directory, paths.runtime, paths.state, verdicts.file_of(paths)}
+    known |= {
+        paths.placement_lock,
+        paths.config / ".keys.toml.lock",
+        paths.waitlist_directory,
+        paths.runtime,
+        paths.state,
+        verdicts.file_of(paths),
+    }
     known |= {paths.leases_directory, paths.config, paths.runtime / "api.sock", paths.config / "keys.toml"}
     known |= {paths.runs_directory, counters.directory(paths) / "counters-N", paths.runtime / "gateway/slots/NAME"}
     known |= {hooks_directory(paths), cursor_file(paths), paths.state / "footprints" / "NAME.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 from collections.abc import Iterator
@@ -187,6 +188,19 @@ def test_everybody_may_read(counters: Counters, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert file_of(tmp_path, 1).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_stranger_who_holds_the_lock_keeps_no_worker_from_starting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Counters(file_of(tmp_path, 1)).close()
+    with file_of(tmp_path, 1).open() as stranger:
+        fcntl.flock(stranger, fcntl.LOCK_EX)
+        counters = Counters(file_of(tmp_path, 1))
+        counters.of("qwen").received(7)
+        assert read(tmp_path)["qwen"].received_bytes == 7
+        counters.close()
+    assert "stays locked" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:

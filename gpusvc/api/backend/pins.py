@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from gpusvc import files
 from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.paths import Paths
 from gpusvc.status import standing
@@ -22,7 +23,7 @@ def pin(paths: Paths, name: str) -> None:
         GpusvcError: the file cannot be made.
     """
     try:
-        paths.pin_file(name).touch(mode=0o644)
+        files.create(paths.pin_file(name), 0o644)
     except OSError as error:
         raise _translated(paths, name, error) from None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from gpusvc import files
 from gpusvc.cli.arguments import SOME_NAMES, paths_of
 from gpusvc.cli.commands.lifecycle import choose, raise_all
 from gpusvc.errors import GpusvcError, PermissionDeniedError
@@ -52,9 +53,8 @@ def set_pin(paths: Paths, name: str) -> None:
     """Write the pin. Raises PermissionDeniedError, or GpusvcError if the file system refuses it."""
     file = paths.pin_file(name)
     with _translated(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.parent.chmod(0o755)  # independent of the umask
-        file.touch(mode=0o644)
+        files.make_directory(file.parent)
+        files.create(file, 0o644)  # the directory is the API's: a link there must not be followed
 
 
 def take_pin(paths: Paths, name: str) -> bool:
