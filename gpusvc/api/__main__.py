@@ -41,6 +41,9 @@ _FEED_SECONDS = 20.0
 # How long short responses may take when the service stops. Long ones wait for systemd, which continues.
 _GOODBYE_SECONDS = 2.0
 
+# How long a load is expected to take at most, before the first load of the model was seen.
+_LONG_LOAD_SECONDS = 300.0
+
 
 @asynccontextmanager
 async def service_of(paths: Paths) -> AsyncIterator[Service]:
@@ -55,7 +58,12 @@ async def service_of(paths: Paths) -> AsyncIterator[Service]:
     # The loop has a deadline of its own.
     bus = Bus(loop, partial(Manager, patience_seconds=0), on_end=job_ended)
     events = Events()
-    jobs = Jobs(paths, bus, journal.last_words, on_change=snapshots.forget)
+
+    def load_seconds(name: str) -> float:
+        known = events.loads.get(name)
+        return _LONG_LOAD_SECONDS if known is None or not known.count else 2 * known.last_seconds
+
+    jobs = Jobs(paths, bus, journal.last_words, on_change=snapshots.forget, load_seconds=load_seconds)
     streams = Streams()
     follower = asyncio.create_task(events.run())
     try:

@@ -26,10 +26,11 @@ from gpusvc.launcher.termination import TerminatedError
 from gpusvc.log import log
 from gpusvc.paths import Paths, is_user_instance
 from gpusvc.placement.admission import Admission
+from gpusvc.placement.patience import LastRun
 from gpusvc.quantity import shown
 from gpusvc.release.procedure import release
 from gpusvc.state import lease as leases
-from gpusvc.state import use
+from gpusvc.state import readiness, use
 from gpusvc.systemd.notify import Notifier
 
 if TYPE_CHECKING:
@@ -121,6 +122,9 @@ def _prove_last_run(run: Run) -> None:
 
 
 def _place(run: Run) -> None:
+    was_ready = readiness.since(run.paths, run.name) is not None
+    last_run = LastRun(was_ready, use.last_use(run.paths, run.name))
+    readiness.forget(run.paths, run.name)
     use.prepare(run.paths, run.name, _user_group())
     admitted = Admission(
         run.paths,
@@ -130,6 +134,8 @@ def _place(run: Run) -> None:
         user=run.user,
         on_wait=run.notifier.waiting,
         clears=run.is_second_try,
+        is_restart=lambda: _is_restart(run.name),
+        last_run=last_run,
     ).run()
     run.lease, run.gpus, run.is_guess = admitted.lease, admitted.gpus, admitted.is_guess
     evicted = f", after {', '.join(run.lease.evicting)} made room" if run.lease.evicting else ""
@@ -140,6 +146,15 @@ def _place(run: Run) -> None:
         gpu=[gpu.index for gpu in run.gpus],
         bytes=total(gpu.reserved_bytes for gpu in run.lease.gpus),
     )
+
+
+def _is_restart(name: str) -> bool:
+    """Whether systemd started the model by itself, because its last run failed."""
+    from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most starts find room and need not know
+
+    with Manager() as manager:
+        unit = manager.unit(names.service(name))
+        return unit is not None and manager.restarts(unit) > 0
 
 
 def _start_engine(run: Run) -> None:

@@ -14,6 +14,7 @@ from gpusvc.log import log
 from gpusvc.quantity import format_duration
 from gpusvc.record import replace
 from gpusvc.state import lease as leases
+from gpusvc.state import readiness as ready_since
 from gpusvc.state import use
 from gpusvc.systemd.notify import ROPE_SECONDS
 
@@ -55,6 +56,7 @@ class Supervision:
         self._sampler.sample()
         run.write_lease()
         use.touch(run.paths, run.name)
+        ready_since.mark(run.paths, run.name)
         run.notifier.set_watchdog(run.config.health_timeout_seconds)
         sentence = run.ready_sentence()
         run.notifier.ready(sentence)

@@ -102,11 +102,14 @@ class _Coming:
         self._line = line
         self.leaving = {name for wish in line for name in wish.victims}
         self._promised: dict[str, dict[str, int]] = {}
+        # Of an open claim it is not known how much will be taken, so that all of it may be free in the end.
+        self._open = [(claim.gpu_uuid, claim.bytes) for claim in claims if claim.is_open]
         for claim in claims:
-            if claim.loading:
+            if claim.loading and not claim.is_open:
                 promised = self._promised.setdefault(claim.model, {})
                 promised[claim.gpu_uuid] = promised.get(claim.gpu_uuid, 0) + claim.bytes
-        unknown = sorted(self._promised.keys() - {resident.model for resident in residents})
+        loading = {claim.model for claim in claims if claim.loading}
+        unknown = sorted(loading - {resident.model for resident in residents})
         strangers = [Resident(model, {}, 0, 0.0, busy=False, loading=True) for model in unknown]
         self._present = [*residents, *strangers]
         self._waiting = [_as_resident(wish) for wish in line]
@@ -139,6 +142,9 @@ class _Coming:
     def last(self) -> Room:
         """Return the room after all these changes, in which every model may be evicted that is not pinned or stuck."""
         walk = _Walk(self._offers, self._residents)
+        for uuid, size in self._open:
+            if uuid in walk.free:
+                walk.free[uuid] = plus(walk.free[uuid], size)
         staying = []
         for resident in self._present:
             whole = self._whole(resident)

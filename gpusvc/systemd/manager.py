@@ -197,6 +197,10 @@ class Manager:
             since=self._get(unit, b"org.freedesktop.systemd1.Unit", "StateChangeTimestamp", "t") / 1_000_000,
         )
 
+    def restarts(self, unit: Unit) -> int:
+        """Return how often systemd restarted the service ``unit`` by itself since somebody started it."""
+        return int(self._get(unit, b"org.freedesktop.systemd1.Service", "NRestarts", "u"))
+
     def _get(self, unit: Unit, interface: bytes, name: str, signature: str) -> Any:
         path = unit.path.encode()
         return patiently(

@@ -32,8 +32,8 @@ from gpusvc.errors import JobConflictError, NvmlUnavailableError, PermissionDeni
 from gpusvc.gpu.nvml import Nvml
 from gpusvc.journal.eventlog import Event
 from gpusvc.paths import Paths
+from gpusvc.state import demand, use
 from gpusvc.state import lease as leases
-from gpusvc.state import use
 from gpusvc.state.lease import Lease
 from gpusvc.systemd.jobs import EndedJob, JobResult
 from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
@@ -54,6 +54,7 @@ class Systemd:
         self.subs: dict[str, str] = {}
         self.texts: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
+        self.exit_statuses: dict[str, int] = {}
         self.jobs: dict[str, tuple[str, str]] = {}
         """Those that are queued: verb and path by unit."""
         self.connections: list[Connection] = []
@@ -109,8 +110,9 @@ class Systemd:
             leases.remove(self.paths, name)
         self.end(names.service(name))
 
-    def fail(self, name: str, text: str) -> None:
+    def fail(self, name: str, text: str, *, exit_status: int = 1) -> None:
         self.texts[names.service(name)] = text
+        self.exit_statuses[names.service(name)] = exit_status
         self.end(names.service(name), JobResult.FAILED)
 
 
@@ -149,7 +151,8 @@ class Connection:
         return [unit for unit in found if unit is not None and (unit.name in patterns or "model@*.service" in patterns)]
 
     def service_status(self, unit: Unit) -> ServiceStatus:
-        return ServiceStatus(self._systemd.texts.get(unit.name, ""), "success", 0, 0.0)
+        status = self._systemd.exit_statuses.get(unit.name, 0)
+        return ServiceStatus(self._systemd.texts.get(unit.name, ""), "success", status, 0.0)
 
     def listen(self) -> int:
         self._check()
@@ -431,6 +434,71 @@ def test_after_a_failure_requests_are_refused_for_a_while_and_a_person_is_not(ap
         await until(lambda: api.service.jobs.starting == {"qwen": 2})
         api.systemd.ready("qwen")
         assert [(await by_hand)[0], (await joined)[0]] == [200, 200]
+
+    api(scenario)
+
+
+def test_no_room_now_is_no_reason_to_refuse_the_next_request(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        api.model("qwen")
+        for _ in range(2):
+            start = api.begin("/gpusvc/models/qwen/start?wait=request")
+            await api.asked("Start", "qwen")
+            api.systemd.fail("qwen", "qwen needs 9.0 GiB.", exit_status=75)
+            status, value = await start
+            assert (status, value["error"]["code"]) == (503, "no_room")
+            assert value["error"]["message"] == "qwen did not start. qwen needs 9.0 GiB."
+
+    api(scenario)
+
+
+def test_the_launcher_sees_a_demand_as_long_as_requests_wait(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        api.model("qwen")
+        start = api.begin("/gpusvc/models/qwen/start?wait=request")
+        await api.asked("Start", "qwen")
+        assert demand.is_there(api.paths, "qwen")
+        api.systemd.ready("qwen")
+        assert (await start)[0] == 200
+        assert not demand.is_there(api.paths, "qwen")
+
+    api(scenario)
+
+
+def test_a_start_by_a_person_is_no_demand_of_requests(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        api.model("qwen")
+        start = api.begin("/gpusvc/models/qwen/start")
+        await api.asked("Start", "qwen")
+        assert not demand.is_there(api.paths, "qwen")
+        api.systemd.ready("qwen")
+        assert (await start)[0] == 200
+
+    api(scenario)
+
+
+def test_a_client_that_tries_again_after_its_start_was_given_up_finds_it_going_on(
+    api: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "ABANDONED_SECONDS", 0.01)
+
+    async def scenario(api: Api) -> None:
+        api.model("qwen")
+        first = api.begin("/gpusvc/models/qwen/start?wait=request")
+        await api.asked("Start", "qwen")
+        first.cancel()
+        await api.asked("Stop", "qwen")
+        api.systemd.stopped("qwen")
+        second = api.begin("/gpusvc/models/qwen/start?wait=request")
+        await api.asked("Start", "qwen")
+        second.cancel()
+        await until(lambda: api.service.jobs.starting == {"qwen": 0})
+        assert demand.is_there(api.paths, "qwen")
+        third = api.begin("/gpusvc/models/qwen/start?wait=request")
+        await until(lambda: api.service.jobs.starting == {"qwen": 1})
+        api.systemd.ready("qwen")
+        assert (await third)[0] == 200
+        assert api.systemd.asked.count(("Start", "model@qwen.service")) == 2
 
     api(scenario)
 

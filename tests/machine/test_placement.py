@@ -105,10 +105,10 @@ def test_a_refusal_is_what_gpusvc_start_says(machine: Host) -> None:
         assert f"GPU {index} (NVIDIA GeForce RTX 4090 (simulated)): 23.8 GiB free of 24.0 GiB" in result.stderr
 
 
-def test_a_refused_start_is_not_retried_by_systemd(machine: Host) -> None:
+def test_a_model_that_never_fits_is_not_retried_by_systemd(machine: Host) -> None:
     write(machine, "refused", "100GiB")
     machine.fail_to_start("refused")
-    assert machine.properties("model@refused.service", *RESULT) == REFUSED
+    assert machine.properties("model@refused.service", *RESULT) == REFUSED | {"ExecMainStatus": "78"}
 
 
 def test_a_refused_model_holds_nothing(machine: Host) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusvc.config.files import HostConfig, HostGpu, Placement
-from gpusvc.errors import PlacementError
+from gpusvc.errors import NeverFitsError, PlacementError
 from gpusvc.gpu.reading import Gpu
 from gpusvc.placement.plan import NoPlan, plan
 from gpusvc.placement.refusal import refuse
-from gpusvc.placement.request import Claim, Request, Resident, exclude_each_other
+from gpusvc.placement.request import Claim, Request, Resident, Wish, exclude_each_other
 from gpusvc.placement.search import Plan
+from gpusvc.placement.waitlist import rank
 from gpusvc.record import replace
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
@@ -595,3 +597,143 @@ def test_a_refusal_names_every_gpu_once_and_is_made_of_sentences(case: Case) -> 
     assert all(line.endswith(".") and not line.endswith("..") for line in lines)
     for gpu in case.gpus:
         assert sum(line.startswith(f"GPU {gpu.index} ") for line in lines) == 1
+
+
+# ---- the line ----
+
+
+def wish(model: str, size: int, *victims: str, **more: Any) -> Wish:
+    return Wish(model, {uuid_of(0): size * GIB}, victims, **more)
+
+
+SCARCE = {
+    "memory": ({}, HOST, 20),
+    "max_active": ({}, HOST.replace(max_active=1), 3),
+    "max_active of a GPU": ({}, HostConfig(gpu=HostGpu(max_active=1)), 3),
+    "an exclusive group": ({"exclusive": frozenset({"g"})}, HOST, 3),
+}
+
+
+@pytest.mark.parametrize("scarce", SCARCE)
+def test_a_third_model_waits_behind_one_that_waits_for_one_in_use(scarce: str) -> None:
+    more, host, size = SCARCE[scarce]
+    first = replace(resident("first", gpu0=size), busy=True, **more)
+    asked = replace(request(size * GIB), **more)
+    outcome = plan(asked, [a_gpu(uncounted=size * GIB)], [], [first], host, [wish("second", size, "first", **more)])
+    assert isinstance(outcome, NoPlan)
+    assert outcome.behind == ("second",)
+    assert outcome.in_line is not None
+    assert outcome.in_line.victims == ("second",)
+
+
+def test_what_fits_beside_all_that_comes_is_placed_at_once() -> None:
+    first = replace(resident("first", gpu0=20), busy=True)
+    line = [wish("second", 20, "first"), wish("third", 20, "second")]
+    gpus = [a_gpu(uncounted=20 * GIB)]
+    assert isinstance(plan(request(3 * GIB), gpus, [], [first], HOST, line), Plan)
+    assert isinstance(plan(request(4 * GIB), gpus, [], [first], HOST, line), NoPlan)
+
+
+def test_what_would_be_too_much_only_later_is_not_placed_now() -> None:
+    idle = resident("idle", gpu0=3)
+    outcome = plan(request(10 * GIB), [a_gpu(uncounted=3 * GIB)], [], [idle], HOST, [wish("next", 20, "idle")])
+    assert isinstance(outcome, NoPlan)
+    assert outcome.can_wait
+
+
+def test_behind_a_waiter_what_never_fits_is_refused() -> None:
+    first = replace(resident("first", gpu0=20), busy=True)
+    outcome = plan(request(40 * GIB), [a_gpu(uncounted=20 * GIB)], [], [first], HOST, [wish("second", 20, "first")])
+    assert isinstance(outcome, NoPlan)
+    assert not outcome.can_wait
+    assert isinstance(refuse(request(40 * GIB), outcome, HOST, {}), NeverFitsError)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_foreign_processes_hold_may_come_back(count: int) -> None:
+    gpus = [with_free(index, GIB) for index in range(count)]
+    assert not isinstance(refused(gpus, request(20 * GIB, count=count)), NeverFitsError)
+    assert isinstance(refused(gpus, request(20 * GIB, count=count + 1)), NeverFitsError)
+
+
+def test_a_lost_gpu_may_come_back() -> None:
+    assert not isinstance(refused([a_lost_gpu()], request(100 * GIB)), NeverFitsError)
+
+
+_SECOND = 10**9
+_BIRTHS = st.lists(st.tuples(st.integers(0, 300), st.integers(-2, 2)), min_size=2, max_size=8)
+
+
+@given(_BIRTHS)
+def test_priority_orders_the_line_within_a_minute_and_age_between_minutes(births: list[tuple[int, int]]) -> None:
+    ranks = [(rank(born * _SECOND, priority, str(n)), born, priority) for n, (born, priority) in enumerate(births)]
+    for one, born, priority in ranks:
+        for other, later, its_priority in ranks:
+            if born // 60 < later // 60 or (born // 60 == later // 60 and priority > its_priority):
+                assert one < other
+
+
+@dataclass
+class Machine:
+    """Starts that are placed with plan() as launchers do, one tick after the other; a model is used for two ticks."""
+
+    sizes: list[int]
+    host: HostConfig
+    waiting: list[tuple[tuple[Any, ...], str]]
+    wishes: dict[str, Wish]
+    running: dict[str, int]
+    served: dict[str, int]
+
+    def tick(self, now: int) -> None:
+        self.running = {name: max(0, used - 1) for name, used in self.running.items()}
+        for place, name in sorted(self.waiting):
+            line = [
+                self.wishes[other] for before, other in sorted(self.waiting) if before < place and other in self.wishes
+            ]
+            residents = [
+                Resident(
+                    other,
+                    {uuid_of(0): self.sizes[int(other)] * GIB},
+                    0,
+                    last_use=now - 1.0,
+                    busy=used > 0,
+                    leaving=any(other in one.victims for one in line),
+                )
+                for other, used in self.running.items()
+            ]
+            gpu = a_gpu(uncounted=sum(self.sizes[int(other)] for other in self.running) * GIB)
+            asked = replace(request(self.sizes[int(name)] * GIB), model=name)
+            outcome = plan(asked, [gpu], [], residents, self.host, line)
+            if isinstance(outcome, Plan):
+                for victim in outcome.victims:
+                    del self.running[victim]
+                self.running[name] = 2
+                self.served[name] = self.served.get(name, 0) + 1
+                self.waiting = [entry for entry in self.waiting if entry[1] != name]
+                self.wishes.pop(name, None)
+            else:
+                hoped = outcome.after_drain or outcome.in_line
+                assert hoped is not None, f"{name} is refused although its turn may come"
+                sizes = {one.uuid: self.sizes[int(name)] * GIB for one in hoped.gpus}
+                self.wishes[name] = Wish(name, sizes, hoped.victims)
+
+
+@given(st.lists(st.integers(2, 22), min_size=2, max_size=6), st.integers(0, 2), st.randoms(use_true_random=False))
+def test_nobody_starves_and_nobody_is_refused_whose_turn_comes(sizes: list[int], limit: int, chance: Random) -> None:
+    machine = Machine(sizes, HOST.replace(max_active=limit), [], {}, {}, {})
+    joined: dict[str, int] = {}
+    for now in range(120):
+        for number in range(len(sizes)):
+            name = str(number)
+            if name in machine.running:
+                if chance.random() < 0.3:
+                    machine.running[name] = 2  # it is used again, and its door is open unless a start waits for it
+                    if any(name in one.victims for one in machine.wishes.values()):
+                        machine.running[name] = 0
+            elif name not in joined:
+                joined[name] = now
+                machine.waiting.append((rank(now * _SECOND, chance.randint(-1, 1), name), name))
+        machine.tick(now)
+        for name in [name for name in joined if name in machine.running]:
+            assert now - joined.pop(name) <= 60 + 3 * len(sizes)
+    assert len(machine.served) == len(sizes)

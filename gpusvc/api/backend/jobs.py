@@ -7,6 +7,7 @@ up. Any other start is a person's word, and goes on whoever waits.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.placement import eviction
 from gpusvc.state import lease as leases
+from gpusvc.state.demand import Demand
 from gpusvc.status import inventory
 from gpusvc.status.inventory import ModelState
 from gpusvc.systemd.jobs import JobResult
@@ -29,6 +31,12 @@ from gpusvc.systemd.units import ActiveState, ServiceStatus
 
 # How long a start on request goes on when nobody waits for it any more: clients try again.
 ABANDONED_SECONDS = 5.0
+
+# A request within this time after its model's start was given up is taken for the same client, which tries again.
+_AGAIN_SECONDS = 300.0
+
+# The launcher's exit status where there is no room now (launcher/termination.py).
+_EX_TEMPFAIL = 75
 
 # A job that stands in the way tells when it ends; this is for the case that it ended unheard.
 _LOOK_AGAIN_SECONDS = 1.0
@@ -46,6 +54,12 @@ class StartError(EngineError):
         super().__init__(message, hint=hint)
         self.log = tuple(log)
         self.retry_after_seconds: int | None = None
+
+
+class NoRoomError(EngineError):
+    """There is no room for the model now. The model is not broken, so that the next request tries again at once."""
+
+    retry_after_seconds = 5
 
 
 class StoppedError(EngineError):
@@ -75,6 +89,13 @@ class _Start:
     """A person said so."""
     is_over: bool = False
     given_up: asyncio.TimerHandle | None = field(default=None, repr=False)
+    demand: Demand | None = None
+    """Tells the launcher that requests wait."""
+
+    def end_demand(self) -> None:
+        demand, self.demand = self.demand, None
+        if demand is not None:
+            demand.close()
 
 
 class Jobs:
@@ -85,16 +106,25 @@ class Jobs:
         bus: who does the work.
         read_log: for the reason of a failure.
         on_change: called whenever a model may have changed.
+        load_seconds: how long a model is expected to load at most.
     """
 
     def __init__(
-        self, paths: Paths, bus: Bus, read_log: LogReader, *, on_change: Callable[[], None] = lambda: None
+        self,
+        paths: Paths,
+        bus: Bus,
+        read_log: LogReader,
+        *,
+        on_change: Callable[[], None] = lambda: None,
+        load_seconds: Callable[[str], float] = lambda _: 0.0,
     ) -> None:
         self._paths = paths
         self._bus = bus
         self._read_log = read_log
         self._on_change = on_change
+        self._load_seconds = load_seconds
         self._starts: dict[str, _Start] = {}
+        self._given_up: dict[str, float] = {}
         self._cooldowns: dict[str, Cooldown] = {}
 
     @property
@@ -132,7 +162,24 @@ class Jobs:
             if cooldown is not None and not self._is_coming(name):
                 cooldown.check(name, time.monotonic(), self._version(name))
             self._start(name)
+        self._note_demand(name, self._starts[name])
         return await self._wait(name)
+
+    def _note_demand(self, name: str, start: _Start) -> None:
+        """Have the launcher wait for room as long as requests wait, or until the start is given up."""
+        if start.demand is None and not start.is_over:
+            try:
+                start.demand = Demand(self._paths, name)
+            except GpusvcError as error:
+                log(4, f"{name} waits for room no longer than an operator's start: {error}")
+
+    def _goes_on_seconds(self, name: str) -> float:
+        """Return how long a start goes on without a waiting request: clients try again.
+
+        If the last start was given up minutes ago, clients have less patience than a load takes: it goes on to its end.
+        """
+        is_again = time.monotonic() - self._given_up.get(name, -math.inf) < _AGAIN_SECONDS
+        return max(ABANDONED_SECONDS, self._load_seconds(name)) if is_again else ABANDONED_SECONDS
 
     async def restart(self, name: str) -> Ready:
         """Stop ``name``, have its release proven, and start it again.
@@ -172,12 +219,16 @@ class Jobs:
         finally:
             start.waiting -= 1
             if not start.waiting and not start.is_wanted and not start.is_over:
-                start.given_up = asyncio.get_running_loop().call_later(ABANDONED_SECONDS, self._give_up, name, start)
+                start.given_up = asyncio.get_running_loop().call_later(
+                    self._goes_on_seconds(name), self._give_up, name, start
+                )
 
     def _give_up(self, name: str, start: _Start) -> None:
         if start.waiting or start.is_wanted or start.is_over or start.task is None:
             return
         start.task.cancel()
+        start.end_demand()
+        self._given_up[name] = time.monotonic()
         del self._starts[name]  # whoever comes now begins anew
         if not start.is_ours:
             return
@@ -189,6 +240,7 @@ class Jobs:
 
     def _started(self, name: str, start: _Start, task: asyncio.Task[Ready]) -> None:
         start.is_over = True
+        start.end_demand()
         if self._starts.get(name) is start:
             del self._starts[name]
         self._on_change()
@@ -197,6 +249,7 @@ class Jobs:
         error = task.exception()
         if error is None:
             self._cooldowns.pop(name, None)
+            self._given_up.pop(name, None)
         elif isinstance(error, StartError):
             cooldown = self._cooldowns.setdefault(name, Cooldown())
             error.retry_after_seconds = cooldown.fail(error, time.monotonic(), self._version(name))
@@ -242,7 +295,7 @@ class Jobs:
             )
         return Ready(name, held.address, held.port)
 
-    async def _why_not(self, name: str, result: JobResult, began: float) -> StartError:
+    async def _why_not(self, name: str, result: JobResult, began: float) -> StartError | NoRoomError:
         service = names.service(name)
         if result is JobResult.DEPENDENCY:
             return StartError(
@@ -254,6 +307,10 @@ class Jobs:
             return None if unit is None else manager.service_status(unit)
 
         said = await patiently(lambda: self._bus.ask(ask))
+        if said is not None and said.exit_status == _EX_TEMPFAIL:
+            return NoRoomError(
+                f"{name} did not start. {said.text}".rstrip(), hint="`gpusvc gpus` shows which model holds what."
+            )
         lines = list(await self._read_log(name, _LOG_LINES, began))
         reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
         # The launcher wrote its reason to the journal, too, and may have said more there than fits a status.
