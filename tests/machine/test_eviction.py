@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -215,3 +217,70 @@ def test_a_start_gets_in_although_clients_overlap_on_the_other_for_ever(machine:
     start(machine, "next")
     assert up(machine) == ["next"]
     machine.run("systemctl", "stop", *(f"client-{number}.service" for number in range(clients)))
+
+
+# ---- starts for requests ----
+
+
+def request_start(machine: Host, name: str) -> subprocess.Popen[str]:
+    """A request that waits for a model, as the gateway asks the API for it; it ends with 0 once the model is ready."""
+    socket = "/run/gpusvc/api.sock"
+    url = f"http://api/gpusvc/models/{name}/start?wait=request"
+    return machine.popen("curl", "--silent", "--fail-with-body", "--unix-socket", socket, "--request", "POST", url)
+
+
+def says_that_it_waits(machine: Host, name: str) -> bool:
+    return machine.property(f"model@{name}.service", "StatusText").startswith("Waiting")
+
+
+@pytest.mark.parametrize(
+    ("scarce", "vram", "keys", "host"),
+    [
+        ("memory", "20GiB", "", ""),
+        ("max-active", "2GiB", "", "max_active = 1\n"),
+        ("gpu-max-active", "2GiB", "", "[gpu]\nmax_active = 1\n"),
+        ("exclusive", "2GiB", 'exclusive = ["big"]\n', ""),
+    ],
+)
+def test_requests_wait_in_line_for_longer_than_an_operator(
+    machine: Host, scarce: str, vram: str, keys: str, host: str
+) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", host + QUICK)
+    names = [f"{one}-{scarce}" for one in ("first", "second", "third")]
+    for name in names:
+        write(machine, name, vram, keys=keys)
+    start(machine, names[0])
+    occupy(machine, names[0], 60)
+    waiting = []
+    for name in names[1:]:
+        waiting.append(request_start(machine, name))
+        machine.wait_until(partial(says_that_it_waits, machine, name), f"{name} waits")
+    # An operator's start is refused after its retries; those for requests have waited for longer by then.
+    write(machine, f"fourth-{scarce}", vram, keys=keys)
+    assert start(machine, f"fourth-{scarce}", check=False) != 0
+    assert [one.poll() for one in waiting] == [None, None]
+    stop_using(machine, names[0])
+    assert [(one.communicate(timeout=60)[0], one.returncode)[1] for one in waiting] == [0, 0]
+    assert up(machine) == [names[2]]
+
+
+def test_a_broken_model_evicts_a_healthy_one_once_for_one_request(machine: Host) -> None:
+    write(machine, "good", "20GiB")
+    write(machine, "bad", "20GiB", arguments="--die-after-load")
+    start(machine, "good")
+    asked = request_start(machine, "bad")
+    assert "bad did not start" in asked.communicate(timeout=60)[0]
+    start(machine, "good")
+    machine.wait_for_state("model@bad.service", "failed", timeout=60)
+    assert up(machine) == ["good"]
+    evicted = machine.journal("model@good.service").count("good is evicted")
+    assert evicted == 1
+
+
+@pytest.mark.parametrize(("kind", "host", "keys"), [("a", "max_active = 1\n", ""), ("b", "", 'exclusive = ["one"]\n')])
+def test_models_with_one_port_run_one_after_the_other(machine: Host, kind: str, host: str, keys: str) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", host)
+    for name in (f"one-{kind}", f"other-{kind}"):
+        write(machine, name, "2GiB", keys=f"port = 9001\n{keys}")
+        start(machine, name)
+        assert up(machine) == [name]
