@@ -107,6 +107,8 @@ class HostEviction(Section):
     retries: int = integer("retries", default=30, minimum=0, maximum=1_000_000)
     interval_seconds: float = duration("interval", default=1.0, minimum=0.01)
     force_when_busy: bool = boolean("force_when_busy", default=False)
+    min_stay_seconds: float = duration("min_stay", default=0.0, zero=True)
+    """How long a model stays after it became ready, even if another needs its room; 0: until it is idle."""
 
 
 class HostWatchdog(Section):

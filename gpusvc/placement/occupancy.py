@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from gpusvc.placement.request import Claim, Resident, Wish
 from gpusvc.quantity import format_amount
 from gpusvc.record import Record
 from gpusvc.state import lease as leases
-from gpusvc.state import use
+from gpusvc.state import readiness, use
 from gpusvc.state.lease import BrokenLeaseError, Lease
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def residents(
     found = []
     for holding in held:
         lease = holding.lease
+        stays = holding.populated and _must_stay(paths, lease.model, host.eviction.min_stay_seconds)
         config = load_sound_model(paths, lease.model, host)
         given = {leased.uuid: by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid}
         found.append(
@@ -195,13 +197,19 @@ def residents(
                 # What cannot be looked at counts as in use.
                 busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
                 pinned=is_pinned(paths, lease.model, config),
-                loading=holding.loading or holding.ending,
+                # A start waits for the end of min_stay as it waits for a load: the door stays open.
+                loading=holding.loading or holding.ending or stays,
                 leaving=lease.model in leaving or holding.ending,
                 stuck=not (holding.populated or holding.loading or holding.ending),
                 exclusive=frozenset(config.exclusive) if config is not None else frozenset(),
             )
         )
     return found
+
+
+def _must_stay(paths: Paths, name: str, min_stay_seconds: float) -> bool:
+    since = readiness.since(paths, name) if min_stay_seconds else None
+    return since is not None and 0 <= time.time() - since < min_stay_seconds
 
 
 def is_pinned(paths: Paths, name: str, config: ModelConfig | None) -> bool:

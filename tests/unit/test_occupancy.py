@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from gpusvc.config.host import HostConfig, HostEviction
 from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
 from gpusvc.placement import occupancy
 from gpusvc.placement.occupancy import Holding, Scene, in_words
 from gpusvc.placement.request import Claim, Resident
 from gpusvc.record import replace
+from gpusvc.state import readiness
 from gpusvc.state.lease import Lease, LeasedGpu
 from tests.unit.readings import GIB, a_gpu, a_lost_gpu, uuid_of
 
@@ -162,3 +166,17 @@ def test_a_model_in_the_way_is_named_with_its_standing() -> None:
     assert held.holders([gpu], 1180.0) == {gpu.uuid: ["qwen 6.0 GiB (idle for 3min)"]}
     used = Scene(held=held.held, claims=(), residents=(replace(idle, busy=True, pinned=True),))
     assert used.holders([gpu], 1180.0) == {gpu.uuid: ["qwen 6.0 GiB (pinned, in use)"]}
+
+
+@pytest.mark.parametrize(("min_stay", "age", "stays"), [(60.0, 0, True), (60.0, 120, False), (0.0, 0, False)])
+def test_a_model_stays_for_min_stay_after_it_became_ready(
+    paths: Paths, min_stay: float, age: float, *, stays: bool
+) -> None:
+    file = paths.readiness_file("qwen")
+    file.parent.mkdir(parents=True)
+    readiness.mark(paths, "qwen")
+    since = file.stat().st_mtime - age
+    os.utime(file, (since, since))
+    host = HostConfig(eviction=HostEviction(min_stay_seconds=min_stay))
+    found = occupancy.scene(paths, host, [holding(ready=True)], [a_gpu()], []).residents
+    assert [resident.loading for resident in found] == [stays]
