@@ -121,6 +121,10 @@ class HostWatchdog(Section):
     """Without progress; 0: never."""
     busy_action: BusyAction = choice("busy_action", default=BusyAction.RESTART)
     pressure_time_seconds: float = duration("pressure_time", default=10.0, minimum=SHORTEST_SECONDS)
+    attached_timeout_seconds: float = duration("attached_timeout", default=900.0, minimum=SHORTEST_SECONDS, zero=True)
+    """Of a model whose only clients are quiet WebSockets; 0: never."""
+    failing_time_seconds: float = duration("failing_time", default=30.0, minimum=SHORTEST_SECONDS, zero=True)
+    """Of server errors without a success; 0: never."""
 
 
 class HostGateway(Section):

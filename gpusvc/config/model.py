@@ -13,6 +13,7 @@ from pathlib import Path
 from gpusvc import names
 from gpusvc.config import presets, resource_control
 from gpusvc.config.host import SHORTEST_SECONDS, BusyAction, HostConfig
+from gpusvc.config.presets import Probe
 from gpusvc.config.section import (
     Section,
     boolean,
@@ -133,6 +134,8 @@ class ModelConfig(Section, kw_only=True):
     env: Mapping[str, str] = custom("env", _read_env, default=dict)
     working_directory: Path = custom("working_directory", _read_working_directory, default=Path("/"))
     port: int = integer("port", default=0, minimum=0, maximum=65535)  # 0: any free one
+    probe: Probe | None = composed("probe", shown=False)
+    """The request for one token by which the watchdog tries an engine; None: it is not tried."""
     health: str = composed("health")  # a path; "": the open port is enough
     start_timeout_seconds: float = duration("start_timeout", default=600.0)  # without progress
     stop_timeout_seconds: float = duration("stop_timeout", default=10.0)
@@ -147,6 +150,14 @@ class ModelConfig(Section, kw_only=True):
         "busy_timeout", host="watchdog.busy_timeout", minimum=SHORTEST_SECONDS, zero=True, live=True
     )
     """In use without progress; 0: never."""
+    attached_timeout_seconds: float = duration(
+        "attached_timeout", host="watchdog.attached_timeout", minimum=SHORTEST_SECONDS, zero=True, live=True
+    )
+    """Without use, while clients keep quiet WebSockets open; 0: never."""
+    failing_time_seconds: float = duration(
+        "failing_time", host="watchdog.failing_time", minimum=SHORTEST_SECONDS, zero=True, live=True
+    )
+    """Of server errors without a success; 0: never."""
     busy_action: BusyAction = choice("busy_action", host="watchdog.busy_action", live=True)
     priority: int = integer("priority", default=0, minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY, live=True)
     """The lowest is evicted first."""
@@ -199,6 +210,7 @@ def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
         serving=serving,
         args=args,
         command=_read_command(table, preset, served, args),
+        probe=_read_probe(table, preset, served),
         health=_read_health(table, preset),
         caller=None,
         **values,
@@ -244,6 +256,29 @@ def _expand(
     except ValueError as error:
         table.problem("model", str(error))
     return preset.command(served) + args
+
+
+def _read_probe(table: Table, preset: presets.Preset | None, served: presets.Served | None) -> Probe | None:
+    """The probe of the file, or else the preset's; None if there is neither."""
+    values = table.json("probe")
+    if not table.has("probe"):
+        return None if preset is None or served is None else preset.probe(served)
+    path, body = values.get("path"), values.get("body", {})
+    for name in values.keys() - {"path", "body"}:
+        table.problem(f"probe.{name}", "There is no such key.", "A probe has a path and a body.")
+    if (
+        not isinstance(path, str)
+        or not path.startswith("/")
+        or not path.isascii()
+        or not path.isprintable()
+        or " " in path
+    ):
+        table.problem("probe.path", "It must be the path of a request for one token, such as /v1/completions.")
+        return None
+    if not isinstance(body, dict):
+        table.problem("probe.body", "It must be a table, which is sent as JSON.")
+        return None
+    return Probe(path, body)
 
 
 def _read_health(table: Table, preset: presets.Preset | None) -> str:

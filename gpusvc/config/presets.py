@@ -36,6 +36,13 @@ class Served(Record):
     gpus: int
 
 
+class Probe(Record):
+    """A request for one token: a POST of ``body`` as JSON to ``path``."""
+
+    path: str
+    body: Mapping[str, object]
+
+
 class Preset(Record):
     """An engine that gpusvc knows."""
 
@@ -46,6 +53,10 @@ class Preset(Record):
     """Raises ValueError, with one sentence, if a model cannot be called so; the files are not looked at."""
     require_files: Callable[[str], None]
     """Raises ValueError, with one sentence, if the model's files are missing or of another kind."""
+
+    def probe(self, served: Served) -> Probe:
+        """Return a request for one token of the model. All presets speak OpenAI's API."""
+        return Probe("/v1/completions", {"model": served.names[0], "prompt": "Hi", "max_tokens": 1})
 
 
 def _llama_server(served: Served) -> tuple[str, ...]:

@@ -42,6 +42,8 @@ class EventType(StrEnum):
     """Nobody used a model for its idle_timeout."""
     STUCK = "stuck"
     """A model is in use, and made no progress for its busy_timeout."""
+    FAILING = "failing"
+    """A model answered nothing but server errors for its failing_time, the watchdog's own request included."""
     PRESSURE = "pressure"
     """A GPU has had less free VRAM than its reserve for pressure_time."""
     EVICT = "evict"
@@ -62,6 +64,7 @@ MESSAGE_IDS = {
     EventType.REFUSAL: "1631cdb8c6a4475bbe7bba91d92f3e46",
     EventType.IDLE: "109137fcca7e4fec9989640bd3dcf1e0",
     EventType.STUCK: "0e5609f975394a19a938c17494921a11",
+    EventType.FAILING: "e374b49d1fc44dd491a6fac7e45f0d79",
     EventType.PRESSURE: "a96530b3374740f2accb6e96b9390ba3",
     EventType.EVICT: "4a6a2d5027294f079652f48cc49d870f",
     EventType.RELEASE: "82404427ed7740dc97582d2bb2ed7e4f",

@@ -50,8 +50,14 @@ _PROMPT_TOKENS = _DURATION + 1 + _BUCKETS
 _COMPLETION_TOKENS = _PROMPT_TOKENS + 1
 _RECEIVED = _COMPLETION_TOKENS + 1
 _SENT = _RECEIVED + 1
-_CELLS = struct.Struct(f"={_SENT + 1}d")
-_GAUGES = (_IN_FLIGHT, _WAITING)
+# Cells that version 0.1.0 does not have. Its records have zeros there, so new cells are only ever added at the end.
+_SUCCEEDED = _SENT + 1
+_FAILED = _SUCCEEDED + 1
+_SUCCEEDING = _FAILED + 1
+_ATTACHED = _SUCCEEDING + 1
+_CELLS = struct.Struct(f"={_ATTACHED + 1}d")
+_ANSWERS = struct.Struct(f"={_ATTACHED + 1 - _SUCCEEDED}d")
+_GAUGES = (_IN_FLIGHT, _WAITING, _SUCCEEDING, _ATTACHED)
 
 _LAST_CLASS = len(CLASSES) - 1
 _STATUS_END = 100 * len(CLASSES)  # engines may say what HTTP knows nothing of
@@ -102,6 +108,23 @@ class ModelCounters:
         cells[_REQUESTS + (status // 100 if status < _STATUS_END else _LAST_CLASS)] += 1.0
         cells[_DURATION] += seconds
         cells[_DURATION_BUCKETS + bisect_left(BOUNDS, seconds)] += 1.0
+
+    def response_began(self, status: int) -> None:
+        """The engine's response began, with this status. A 4xx is neither a success nor a failure."""
+        if status < 400:
+            self._cells[_SUCCEEDED] += 1.0
+            self._cells[_SUCCEEDING] += 1.0
+        elif status >= 500:
+            self._cells[_FAILED] += 1.0
+
+    def response_ended(self, status: int) -> None:
+        """A response for which response_began() was called ended."""
+        if status < 400:
+            self._cells[_SUCCEEDING] -= 1.0
+
+    def attached(self, change: int) -> None:
+        """The number of upgraded connections (WebSocket) without recent traffic changed by so many."""
+        self._cells[_ATTACHED] += change
 
     def tokens(self, prompt: int, completion: int) -> None:
         """An engine said that so many were read and written."""
@@ -245,6 +268,44 @@ class Totals:
             received_bytes=int(cells[_RECEIVED]),
             sent_bytes=int(cells[_SENT]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """How the engine of one model answered since the machine was started, as far as the watchdog needs it."""
+
+    succeeded: int
+    """The responses with a status below 400 that began."""
+    failed: int
+    """The responses with a status of 500 or above that began."""
+    succeeding: int
+    """The responses with a status below 400 that are not over."""
+    attached: int
+    """The upgraded connections that have no recent traffic."""
+
+
+NO_ANSWERS = Answers(0, 0, 0, 0)
+
+
+def answers(directory: Path) -> dict[str, Answers]:
+    """Return the answers that all workers counted, by model. Files that cannot be read are left out."""
+    sums: dict[str, list[int]] = {}
+    offset = _HEAD.size + 8 * _SUCCEEDED
+    for file in directory.glob("counters-*"):
+        try:
+            records, alive = _look(file)
+        except (OSError, ValueError):
+            continue
+        for begin in range(0, len(records) - _RECORD_BYTES + 1, _RECORD_BYTES):
+            magic, name = _HEAD.unpack_from(records, begin)
+            cells = _ANSWERS.unpack_from(records, begin + offset)
+            if magic != _MAGIC or not all(map(math.isfinite, cells)):
+                continue
+            found = sums.setdefault(name.rstrip(b"\0").decode(errors="replace"), [0] * len(cells))
+            # The gauges of a worker that is gone count no more.
+            for index, cell in enumerate(cells if alive else (*cells[:2], 0, 0)):
+                found[index] += int(cell)
+    return {name: Answers(*cells) for name, cells in sums.items()}
 
 
 def directory(paths: Paths) -> Path:

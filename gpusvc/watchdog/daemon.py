@@ -29,9 +29,11 @@ from gpusvc.watchdog.evictions import Evictions
 from gpusvc.watchdog.judge import Finding, History, Judgement, Pressure, judge
 from gpusvc.watchdog.leaks import Strays, Unattended
 from gpusvc.watchdog.observer import Observation, Observer
+from gpusvc.watchdog.probe import Probing
 
 if TYPE_CHECKING:
     from gpusvc.errors import ConfigError
+    from gpusvc.watchdog.judge import Verdict
 
 # Beside the tick: how often a model that leaves is looked at, as somebody may wait at its door; and how often systemd
 # hears that all is well, however long the tick is.
@@ -118,6 +120,8 @@ class Watchdog:
                 self._evict(seen, verdict.model, verdict.reason, partial(announcements.idle, seen, verdict))
             elif verdict.kind is Finding.STUCK:
                 self._evictions.unstick(seen.evidence[verdict.model], seen.leases[verdict.model], verdict)
+            elif verdict.kind is Finding.FAILING:
+                self._try_failing(seen, verdict)
         self._relieve(seen, judgement.pressures)
         self._tend(seen)
         if not self._evictions.models:
@@ -136,6 +140,16 @@ class Watchdog:
 
     def _evict(self, seen: Observation, name: str, reason: str, announce: Callable[[], None]) -> None:
         self._evictions.evict(seen.evidence[name], seen.leases[name], reason=reason, announce=announce)
+
+    def _try_failing(self, seen: Observation, verdict: Verdict) -> None:
+        """Ask a failing engine for one token; the evictions act on what comes of it."""
+        lease = seen.leases[verdict.model]
+        config = self._watched.models([verdict.model])[verdict.model]
+        probe = config.probe if config is not None else None
+        probing = None
+        if probe is not None and lease.port:
+            probing = Probing(lease.address or "127.0.0.1", lease.port, probe.path, probe.body)
+        self._evictions.unstick(seen.evidence[verdict.model], lease, verdict, probing)
 
     def _relieve(self, seen: Observation, pressures: Iterable[Pressure]) -> None:
         """Evict the victims; where there is none, that is said once for as long as it lasts."""

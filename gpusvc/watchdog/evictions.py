@@ -23,12 +23,15 @@ from gpusvc.log import log
 from gpusvc.placement import eviction
 from gpusvc.state import use
 from gpusvc.state.drain import Drain
+from gpusvc.watchdog.judge import Finding
+from gpusvc.watchdog.probe import Outcome
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
     from gpusvc.state.lease import Lease
     from gpusvc.systemd.connection import LoggingConnection
     from gpusvc.watchdog.judge import Evidence, Verdict
+    from gpusvc.watchdog.probe import Probing
 
 # A model that was to leave and is up by now is up because somebody else wanted that.
 _CHANGE_OF_MIND_SECONDS = 5.0
@@ -98,6 +101,11 @@ class _Stuck:
     lease: Lease
     verdict: Verdict
     words: _Words
+    probing: Probing | None
+
+    def is_ready(self) -> bool:
+        """Whether the last lines of the log and the outcome of the probe are there, or will not come."""
+        return self.words.are_there() and (self.probing is None or self.probing.outcome is not None)
 
 
 class Evictions:
@@ -138,14 +146,18 @@ class Evictions:
         self._refused.pop(name, None)
         self._leaving[name] = self._eviction_of(door, lease)
 
-    def unstick(self, evidence: Evidence, lease: Lease, verdict: Verdict) -> None:
-        """Have a stuck model's last words looked for; then it is restarted, stopped or left alone, as it should be."""
-        self._stuck[lease.model] = _Stuck(evidence, lease, verdict, _Words(lease.model))
+    def unstick(self, evidence: Evidence, lease: Lease, verdict: Verdict, probing: Probing | None = None) -> None:
+        """Read the last lines of a stuck or failing model; then restart it, stop it or leave it alone.
+
+        A failing model is only restarted or stopped if ``probing``, a request to its engine, fails too.
+        """
+        if lease.model not in self._stuck:
+            self._stuck[lease.model] = _Stuck(evidence, lease, verdict, _Words(lease.model), probing)
 
     def follow(self) -> None:
         """See how far they are."""
         for name, stuck in list(self._stuck.items()):
-            if stuck.words.are_there():
+            if stuck.is_ready():
                 del self._stuck[name]
                 self._unstick(stuck, stuck.words.take())
         if not self._leaving:
@@ -168,14 +180,24 @@ class Evictions:
     def _unstick(self, stuck: _Stuck, words: Sequence[str]) -> None:
         name, before = stuck.lease.model, stuck.evidence
         verb, sentence = _THEN[stuck.verdict.action or BusyAction.NONE]
-        if use.last_progress(self._paths, name) != before.last_progress or not use.is_used(self._paths, name):
+        kind, said_first = events.EventType.STUCK, ""
+        if stuck.verdict.kind is Finding.FAILING:
+            kind = events.EventType.FAILING
+            if stuck.probing is None:
+                verb, sentence = None, " The watchdog does nothing, because the model has no probe."
+            elif stuck.probing.outcome is not Outcome.FAILS:
+                log(6, f"{stuck.verdict.reason} The watchdog's own request {stuck.probing.reason}: it does nothing.")
+                return
+            else:
+                said_first = f" The watchdog's own request {stuck.probing.reason}."
+        elif use.last_progress(self._paths, name) != before.last_progress or not use.is_used(self._paths, name):
             return  # it moves
         if verb is not None and not self._is_up(name):
             return
         said = "\n".join(["Its last words:", *words]) if words else "It left no word."
         events.emit(
-            events.EventType.STUCK,
-            f"{stuck.verdict.reason}{sentence}\n{said}",
+            kind,
+            f"{stuck.verdict.reason}{said_first}{sentence}\n{said}",
             model=name,
             gpu=[gpu.index for gpu in stuck.lease.gpus],
             bytes=before.vram_bytes,

@@ -16,12 +16,16 @@ from enum import StrEnum
 
 from gpusvc.config.host import BusyAction
 from gpusvc.quantity import format_amount, format_duration, format_size
+from gpusvc.state.counters import Answers
 
 # One moment without work proves little: utilisation comes in samples, and a request has pauses.
 _LOOKS = 3
 
 # As in progress.py: a tenth of a core is work, what an idle server uses is far less.
 _CPU_SHARE = 0.1
+
+# One request may fail for its own reasons.
+_FAILURES = 2
 
 _LONGEST_GAP_TICKS = 10
 _LONGEST_GAP_SECONDS = 30.0
@@ -33,6 +37,7 @@ class Finding(StrEnum):
     NONE = "none"
     IDLE = "idle"
     STUCK = "stuck"
+    FAILING = "failing"
 
 
 class Source(StrEnum):
@@ -73,6 +78,12 @@ class Evidence:
     busy_timeout_seconds: float
     """0: never stuck."""
     busy_action: BusyAction
+    attached_timeout_seconds: float = 0.0
+    """The idle timeout while clients keep quiet WebSockets open; 0: never idle."""
+    failing_time_seconds: float = 0.0
+    """0: never failing."""
+    answers: Answers | None = None
+    """What the gateway counted of the engine's responses; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,11 @@ class Track:
     last_use: float | None
     last_progress: float | None
     cpu_seconds: float | None
+    answers: Answers | None = None
+    failures: int = 0
+    """The engine's server errors since its last success."""
+    failing_seconds: float = 0.0
+    """When the first of them was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +231,9 @@ def _judge_model(
     if verdict.kind is Finding.STUCK:
         # Said once, and again only if that did not help for as long.
         track = replace(track, still_seconds=now_seconds)
+    elif verdict.kind is Finding.FAILING:
+        # Only new failures can lead to this verdict again.
+        track = replace(track, failures=0)
     return track, verdict
 
 
@@ -236,6 +255,7 @@ def _begin(evidence: Evidence, now_seconds: float, unused_seconds: float) -> Tra
         last_use=evidence.last_use,
         last_progress=evidence.last_progress,
         cpu_seconds=evidence.cpu_seconds,
+        answers=evidence.answers,
     )
 
 
@@ -259,22 +279,41 @@ def _look(before: Track, evidence: Evidence, now_seconds: float) -> tuple[Track,
         last_progress=evidence.last_progress,
         cpu_seconds=evidence.cpu_seconds,
     )
-    return track, source
+    return _count_failures(track, evidence.answers, now_seconds), source
+
+
+def _count_failures(track: Track, now: Answers | None, now_seconds: float) -> Track:
+    """Return the Track with the failures that came since its last look; a success ends the row of failures."""
+    before = track.answers
+    if now is None or before is None or now.succeeded != before.succeeded or now.succeeding:
+        return replace(track, answers=now, failures=0)
+    more = now.failed - before.failed
+    if more <= 0:
+        return replace(track, answers=now, failures=track.failures if more == 0 else 0)
+    began = track.failing_seconds if track.failures else now_seconds
+    return replace(track, answers=now, failures=track.failures + more, failing_seconds=began)
 
 
 def _verdict(track: Track, evidence: Evidence, now_seconds: float, source: Source) -> Verdict:
     name = evidence.name
     if evidence.leaving:
         return Verdict(name, Finding.NONE, f"{name} is leaving.", source=source)
+    failing, limit = now_seconds - track.failing_seconds, evidence.failing_time_seconds
+    if limit and track.failures >= _FAILURES and failing >= limit:
+        reason = f"{name} answered {track.failures} requests in a row with a server error, in {_span(failing)}."
+        return Verdict(name, Finding.FAILING, reason, failing, source, evidence.busy_action)
     if evidence.in_use:
         still, limit = now_seconds - track.still_seconds, evidence.busy_timeout_seconds
         if limit and still >= limit:
             reason = f"{name} is in use, and for {_span(still)} made no progress: no output, no work of its processes."
             return Verdict(name, Finding.STUCK, reason, still, source, evidence.busy_action)
         return Verdict(name, Finding.NONE, f"{name} is in use.", still, source)
-    quiet, limit = now_seconds - track.quiet_seconds, evidence.idle_timeout_seconds
+    is_attached = evidence.answers is not None and evidence.answers.attached > 0
+    key = "attached_timeout" if is_attached else "idle_timeout"
+    limit = evidence.attached_timeout_seconds if is_attached else evidence.idle_timeout_seconds
+    quiet = now_seconds - track.quiet_seconds
     if evidence.pinned or not limit:
-        why = "is pinned" if evidence.pinned else "has no idle_timeout"
+        why = "is pinned" if evidence.pinned else f"has no {key}"
         return Verdict(name, Finding.NONE, f"{name} was not used for {_span(quiet)}, and {why}.", quiet, source)
     if quiet >= limit and track.quiet_looks >= _LOOKS:
         reason = f"{name} was not used for {_span(quiet)}, and its processes did no work, by their {_NOUN[source]}."

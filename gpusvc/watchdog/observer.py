@@ -18,8 +18,9 @@ from gpusvc.gpu.meter import Reading
 from gpusvc.gpu.reading import total
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
+from gpusvc.state import counters, use
 from gpusvc.state import lease as leases
-from gpusvc.state import use
+from gpusvc.state.counters import NO_ANSWERS
 from gpusvc.state.lease import BrokenLeaseError, Lease
 from gpusvc.watchdog.judge import Evidence, GpuEvidence
 from gpusvc.watchdog.leaks import Stray
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gpusvc.config.watched import Watched
     from gpusvc.gpu.meter import Meter
     from gpusvc.paths import Paths
+    from gpusvc.state.counters import Answers
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -105,6 +107,7 @@ class Observer:
         configs = self._watched.models(held)
         reading = self._read_gpus(now, wall, held)
         members = self._members(reading, held)
+        answers = counters.answers(counters.directory(self._paths)) if held else {}
         leaving = {*leaving, *_evicted(held, attended)}
         return Observation(
             now_seconds=now,
@@ -119,6 +122,7 @@ class Observer:
                     members.get(name, frozenset()),
                     now,
                     wall,
+                    answers.get(name, NO_ANSWERS),
                     leaving=name in leaving,
                 )
                 for name, lease in held.items()
@@ -203,6 +207,7 @@ class Observer:
         pids: frozenset[int],
         now: float,
         wall: float,
+        answers: Answers | None,
         *,
         leaving: bool,
     ) -> Evidence:
@@ -234,6 +239,9 @@ class Observer:
             idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None and not is_kept else 0.0,
             busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None and not is_frozen else 0.0,
             busy_action=policy.busy_action if policy is not None else BusyAction.NONE,
+            attached_timeout_seconds=policy.attached_timeout_seconds if policy is not None and not is_kept else 0.0,
+            failing_time_seconds=policy.failing_time_seconds if policy is not None and not is_frozen else 0.0,
+            answers=answers,
         )
 
     def _missing(

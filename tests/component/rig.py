@@ -27,7 +27,7 @@ from gpusvc.gateway.relay.shared import Shared
 from gpusvc.paths import Paths
 from gpusvc.state import counters, use
 from gpusvc.state import lease as leases
-from gpusvc.state.counters import Counters, Totals
+from gpusvc.state.counters import Answers, Counters, Totals
 from gpusvc.state.lease import Lease
 from tests.component.upstream import Upstream
 
@@ -205,6 +205,10 @@ class Rig:
     def totals(self, name: str = "qwen") -> Totals:
         """What was counted so far of a model that somebody asked for."""
         return counters.read(counters.directory(self.paths))[name]
+
+    def answers(self, name: str = "qwen") -> Answers:
+        """How the engine of the model answered so far."""
+        return counters.answers(counters.directory(self.paths))[name]
 
     async def eventually(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE_SECONDS):

@@ -51,12 +51,14 @@ def test_a_quiet_connection_does_not_keep_its_model_and_goes_on(run: Run) -> Non
         client = await upgraded(rig)
         for _ in range(2):
             await rig.eventually(lambda: not rig.is_used())
+            await rig.eventually(lambda: rig.answers().attached == 1)
             await client.say(b"more")
             assert await client.read(4) == b"more"
             await rig.eventually(lambda: rig.is_used() is True)
         await rig.eventually(lambda: not rig.is_used())
         client.reset()
         await rig.eventually(lambda: rig.totals().in_flight == 0)
+        assert rig.answers().attached == 0
         rig.engine.answer = whole(b"{}")
         assert (await (await rig.client()).ask()).status == 200
         await rig.eventually(lambda: not rig.is_used())

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -22,8 +26,10 @@ from gpusvc.gpu.meter import Meter
 from gpusvc.gpu.nvml import Nvml
 from gpusvc.journal import events
 from gpusvc.linux import cgroup
+from gpusvc.record import replace
+from gpusvc.state import counters, use
 from gpusvc.state import lease as leases
-from gpusvc.state import use
+from gpusvc.state.counters import Counters
 from gpusvc.watchdog import verdicts
 from gpusvc.watchdog.daemon import Watchdog
 from gpusvc.watchdog.judge import Finding, Judgement, Source
@@ -450,6 +456,96 @@ def test_one_that_moves_while_its_last_words_are_looked_for_is_left_alone(ticker
     assert ticker.told() == []
 
 
+# Failing
+
+
+class Engine(BaseHTTPRequestHandler):
+    """An engine that answers each POST with the same status."""
+
+    status = 500
+    asked: ClassVar[list[tuple[str, object]]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def engine() -> Iterator[HTTPServer]:
+    Engine.asked.clear()
+    with HTTPServer(("127.0.0.1", 0), Engine) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+PROBE = 'probe = {path = "/v1/completions", body = {max_tokens = 1}}'
+
+
+def fails(ticker: Ticker, engine: HTTPServer, text: str = PROBE) -> None:
+    """The engine of qwen answers three requests with 500, and then its failing_time passes."""
+    paths = ticker.fleet.paths
+    lease = ticker.fleet.add("qwen", text=text)
+    leases.write(paths, replace(lease, port=engine.server_port))
+    counters.directory(paths).mkdir(parents=True)
+    counted = Counters(counters.file_of(counters.directory(paths), 0))
+    ticker.tick()
+    for _ in range(3):
+        counted.of("qwen").response_began(500)
+    with used(ticker):
+        for _ in range(40):
+            if ticker.tick().verdicts[0].kind is Finding.FAILING:
+                break
+        assert eventually(lambda: bool(ticker.tick() and not ticker.watchdog._evictions._stuck))
+    counted.close()
+
+
+def test_a_failing_model_whose_probe_fails_is_restarted(
+    ticker: Ticker, engine: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "status", 500)
+    ticker.fleet.host("[watchdog]\nidle_timeout = 0\nbusy_timeout = 0\n")
+    fails(ticker, engine)
+    assert Engine.asked == [("/v1/completions", {"max_tokens": 1})]
+    assert ticker.jobs == [("Restart", "model@qwen.service")]
+    (told,) = ticker.told()
+    assert told == (
+        "failing qwen: qwen answered 3 requests in a row with a server error, in 30s. "
+        "The watchdog's own request was answered with status 500. It is restarted.\n"
+        "Its last words:\nfirst word\nlast word"
+    )
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_model_that_answers_the_probe_is_left_alone(
+    ticker: Ticker, engine: HTTPServer, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(Engine, "status", status)
+    ticker.fleet.host("[watchdog]\nidle_timeout = 0\nbusy_timeout = 0\n")
+    fails(ticker, engine)
+    assert len(Engine.asked) == 1
+    assert (ticker.jobs, ticker.told()) == ([], [])
+
+
+def test_a_failing_model_without_a_probe_is_only_named(ticker: Ticker, engine: HTTPServer) -> None:
+    ticker.fleet.host("[watchdog]\nidle_timeout = 0\nbusy_timeout = 0\n")
+    fails(ticker, engine, text="")
+    assert (Engine.asked, ticker.jobs, ticker.kinds()) == ([], [], ["failing qwen"])
+
+
+def test_busy_action_decides_on_a_failing_model_too(ticker: Ticker, engine: HTTPServer) -> None:
+    ticker.fleet.host("[watchdog]\nidle_timeout = 0\nbusy_timeout = 0\n")
+    fails(ticker, engine, text=f'{PROBE}\nbusy_action = "stop"')
+    assert ticker.jobs == [STOP]
+
+
 # Pressure
 
 
@@ -635,7 +731,10 @@ def test_a_stranger_is_nobodys_leak(ticker: Ticker) -> None:
 def test_it_ends_at_once_when_told_to_and_rereads_when_told_to(machine: Machine, tmp_path: Path) -> None:
     script = """
 import sys, time
+from gpusvc.record import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 from gpusvc.gpu.meter import Meter
 from gpusvc.systemd.notify import Notifier
 from gpusvc.watchdog.observer import Observer

@@ -647,11 +647,12 @@ TOML_VALUES = st.sampled_from(
 )
 TOML_KEYS = st.sampled_from(
     """
-    description command engine model args aliases user env working_directory port health start_timeout
+    description command engine model args aliases user env working_directory port health probe start_timeout
     stop_timeout release_timeout health_timeout idle_timeout busy_timeout busy_action priority pinned exclusive
     max_active gpu scope isolation gpu.placement gpu.max_active eviction eviction.retries eviction.interval
     eviction.force_when_busy watchdog watchdog.interval watchdog.idle_timeout watchdog.busy_timeout
-    watchdog.busy_action watchdog.pressure_time gateway gateway.workers gateway.hosts gateway.cors_origins
+    watchdog.busy_action watchdog.pressure_time watchdog.failing_time watchdog.attached_timeout failing_time
+    attached_timeout probe.path probe.body gateway gateway.workers gateway.hosts gateway.cors_origins
     gateway.tls_key gateway.max_body served_name concurrency keep filter filter.strip filter.set filter.set.a
     gpu.count gpu.devices gpu.vram gpu.reserve gpu.exclude
     scope.MemoryMax env.A what

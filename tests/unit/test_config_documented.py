@@ -94,7 +94,18 @@ def test_the_model_example_shows_the_defaults_where_it_does_not_say_example() ->
         if "An example:" in paragraph:
             examples |= set(re.findall(r"^#([a-z_]+) =", paragraph, flags=re.MULTILINE))
             examples |= set(re.findall(r"^\[(scope)\]", paragraph, flags=re.MULTILINE))
-    assert {"description", "engine", "model", "args", "aliases", "env", "served_name", "vram", "scope"} == examples
+    assert {
+        "description",
+        "engine",
+        "model",
+        "args",
+        "aliases",
+        "env",
+        "served_name",
+        "vram",
+        "scope",
+        "probe",
+    } == examples
     values = uncommented(MODEL_EXAMPLE)
     gpu = values["gpu"]
     assert isinstance(gpu, dict)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpusvc.errors import GpusvcError
-from gpusvc.state.counters import BOUNDS, Counters, file_of, read
+from gpusvc.state.counters import BOUNDS, Answers, Counters, answers, file_of, read
 
 
 @pytest.fixture
@@ -207,3 +207,31 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path
     file_of(tmp_path, 0).symlink_to("/dev/null")  # not even root follows it
     with pytest.raises(GpusvcError, match="cannot be read"):
         read(tmp_path)
+
+
+def test_the_answers_of_all_workers_are_added_up(counters: Counters, tmp_path: Path) -> None:
+    other = Counters(file_of(tmp_path, 1))
+    for worker in (counters, other):
+        worker.of("qwen").response_began(200)
+        worker.of("qwen").response_began(400)
+        worker.of("qwen").response_began(500)
+        worker.of("qwen").attached(+1)
+    counters.of("qwen").response_ended(200)
+    assert answers(tmp_path) == {"qwen": Answers(succeeded=2, failed=2, succeeding=1, attached=2)}
+    other.close()
+    assert answers(tmp_path) == {"qwen": Answers(succeeded=2, failed=2, succeeding=0, attached=1)}
+
+
+def test_a_file_of_the_first_version_has_its_totals_and_no_answers(tmp_path: Path) -> None:
+    """Version 0.1.0 wrote the same records, with zeros behind the bytes that were sent."""
+    import struct  # noqa: PLC0415
+
+    record = struct.pack("=Q248s48d", 0x67707573_76630001, b"qwen", *map(float, range(48)))
+    file_of(tmp_path, 0).write_bytes(record.ljust(64 * 1024, b"\0"))
+    assert read(tmp_path)["qwen"].sent_bytes == 47
+    assert answers(tmp_path) == {"qwen": Answers(0, 0, 0, 0)}
+    taken_over = Counters(file_of(tmp_path, 0))
+    taken_over.of("qwen").response_began(503)
+    assert read(tmp_path)["qwen"].sent_bytes == 47
+    assert answers(tmp_path) == {"qwen": Answers(0, 1, 0, 0)}
+    taken_over.close()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gpusvc.config.host import BusyAction
 from gpusvc.quantity import GIB, MIB
+from gpusvc.state.counters import Answers
 from gpusvc.watchdog.judge import Evidence, Finding, GpuEvidence, History, Judgement, Source, Track, Verdict, judge
 
 QWEN = Evidence(
@@ -379,3 +380,77 @@ def test_what_is_gone_is_forgotten() -> None:
     assert isinstance(watch.history.models["qwen"], Track)
     watch.tick()
     assert watch.history == History()
+
+
+# Failing
+
+
+def failed(failed: int, succeeded: int = 0, succeeding: int = 0) -> Evidence:
+    answers = Answers(succeeded=succeeded, failed=failed, succeeding=succeeding, attached=0)
+    return but(in_use=True, busy_timeout_seconds=0.0, failing_time_seconds=30.0, answers=answers)
+
+
+def test_server_errors_in_a_row_make_a_model_failing_after_its_time() -> None:
+    watch = Watch()
+    watch.tick(failed(0))
+    ticks, verdict = watch.until(Finding.FAILING, failed(3))
+    assert (ticks, verdict.action) == (31, BusyAction.RESTART)
+    assert verdict.reason == "qwen answered 3 requests in a row with a server error, in 30s."
+
+
+def test_one_failed_request_does_not_make_a_model_failing() -> None:
+    watch = Watch()
+    watch.tick(failed(7))
+    assert watch.never(failed(8), ticks=100)
+
+
+def test_failures_before_the_first_look_do_not_count() -> None:
+    assert Watch().never(failed(9), ticks=100)
+
+
+def test_a_success_ends_the_row_of_failures() -> None:
+    watch = Watch()
+    watch.tick(failed(0))
+    for _ in range(29):
+        assert watch.tick(failed(5)).verdicts[0].kind is Finding.NONE
+    assert watch.tick(failed(6, succeeded=1)).verdicts[0].kind is Finding.NONE
+    assert watch.never(failed(6, succeeded=1), ticks=100)
+
+
+def test_a_model_that_still_streams_an_answer_is_not_failing() -> None:
+    watch = Watch()
+    watch.tick(failed(0))
+    assert watch.never(failed(5, succeeding=1), ticks=100)
+
+
+def test_only_new_failures_lead_to_the_verdict_again() -> None:
+    watch = Watch()
+    watch.tick(failed(0))
+    watch.until(Finding.FAILING, failed(3))
+    assert watch.never(failed(3), ticks=100)
+    assert watch.until(Finding.FAILING, failed(6))[0] == 31
+
+
+def test_without_a_failing_time_no_model_is_failing() -> None:
+    watch = Watch()
+    watch.tick(replace(failed(0), failing_time_seconds=0.0))
+    assert watch.never(replace(failed(5), failing_time_seconds=0.0), ticks=100)
+
+
+# Attached
+
+
+ATTACHED = Answers(succeeded=0, failed=0, succeeding=0, attached=1)
+
+
+def test_quiet_websockets_keep_a_model_for_its_attached_timeout() -> None:
+    ticks, verdict = Watch().until(Finding.IDLE, but(answers=ATTACHED, attached_timeout_seconds=1200.0))
+    assert (ticks, verdict.seconds) == (1201, 1200.0)
+
+
+def test_without_an_attached_timeout_quiet_websockets_keep_a_model_for_ever() -> None:
+    assert Watch().never(but(answers=ATTACHED, attached_timeout_seconds=0.0))
+
+
+def test_a_quiet_websocket_is_no_use_that_can_be_stuck() -> None:
+    assert Watch().never(but(answers=ATTACHED, attached_timeout_seconds=0.0, busy_timeout_seconds=5.0), ticks=100)

@@ -11,13 +11,15 @@ from gpusvc.state.counters import Counters, ModelCounters
 class Account:
     """Of one request."""
 
-    __slots__ = ("_all", "_began_seconds", "_counters", "_is_waiting")
+    __slots__ = ("_all", "_began_seconds", "_counters", "_is_attached", "_is_waiting", "_status")
 
     def __init__(self, counters: Counters) -> None:
         self._all = counters
         self._began_seconds = time.monotonic()
         self._counters: ModelCounters | None = None
         self._is_waiting = False
+        self._is_attached = False
+        self._status = 0
 
     def open(self, model: str) -> None:
         """The request is for this model."""
@@ -36,17 +38,28 @@ class Account:
             self._is_waiting = False
             self._counters.waiting(-1)
 
-    def first_byte(self) -> None:
-        """The engine's response begins."""
+    def first_byte(self, status: int) -> None:
+        """The engine's response begins, with this status."""
         if self._counters is not None:
+            self._counters.response_began(status)
+            self._status = status
             self._counters.first_byte(time.monotonic() - self._began_seconds)
+
+    def set_attached(self, *, attached: bool) -> None:
+        """Count the request as an upgraded connection without recent traffic, or no more. Safe to call again."""
+        if self._counters is not None and attached is not self._is_attached:
+            self._is_attached = attached
+            self._counters.attached(1 if attached else -1)
 
     def close(self, response: Response, received_bytes: int) -> None:
         """The request is over."""
+        self.set_attached(attached=False)
         counters = self._counters
         if counters is None:
             counters = self._all.of("")
             counters.began()
+        elif self._status:
+            counters.response_ended(self._status)
         counters.ended(response.status, time.monotonic() - self._began_seconds)
         counters.sent(response.sent_bytes)
         counters.received(received_bytes)

@@ -113,6 +113,7 @@ class Forwarding:
         """
         if now - self._progressed_seconds > self._shared.limits.quiet_seconds and self._passage is not None:
             self._passage.rest()
+            self._account.set_attached(attached=True)
         limit = self._shared.settings().upstream_timeout_seconds
         upstream = self._upstream
         if limit and upstream is not None and upstream.is_awaited and now - upstream.heard > limit:
@@ -134,7 +135,7 @@ class Forwarding:
         if head.status < 200:
             self._response.interim(head)
         else:
-            self._account.first_byte()
+            self._account.first_byte(head.status)
             self._response.begin(head, has_body=has_body, is_engine=self._passage is not None)
 
     def on_upgrade(self, upstream: Upstream, head: ResponseHead, rest: bytes) -> None:
@@ -157,7 +158,8 @@ class Forwarding:
         )
 
     def on_body(self, data: bytes) -> None:
-        if self._passage is not None:
+        # The body of a server error is no progress.
+        if self._passage is not None and self._response.status < 500:
             self._passage.touch()
         self._response.add(data)
 
@@ -231,6 +233,7 @@ class Forwarding:
         self._progressed_seconds = self._shared.now
         if self._passage is not None:
             self._passage.wake()
+            self._account.set_attached(attached=False)
             self._passage.touch()
 
 
