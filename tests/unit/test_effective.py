@@ -56,12 +56,12 @@ def test_what_the_host_file_says_is_told_apart_from_defaults(paths: Paths) -> No
     assert found["watchdog.idle_timeout"].value == '"0s"'
 
 
-def test_a_model_has_every_key_but_those_that_make_its_command(paths: Paths) -> None:
+def test_a_model_has_every_key_but_args_and_the_probe(paths: Paths) -> None:
     paths.model_file("qwen").write_text(BARE)
     table = Table(paths.model_file("qwen"), {})
     read_model(table, "qwen", HostConfig())
     found = settings(paths, "qwen")
-    assert sorted(found) == sorted(set(table.known_keys()) - {"args"})
+    assert sorted(found) == sorted(set(table.known_keys()) - {"args", "probe"})
     assert {key for key, setting in found.items() if setting.source != DEFAULT} == {"command", "user"}
     assert {key for key, setting in found.items() if setting.value is None} == {
         "engine",
