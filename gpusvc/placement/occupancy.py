@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.paths import Paths
 
-# Where models come and go all the time, the last look has to do.
+# If models come and go all the time, the last reading is used.
 _LOOKS = 10
 
 
@@ -35,18 +35,18 @@ class Holding(Record):
     populated: bool
     """Whether any process is in its control group."""
     attended: bool
-    """Whether a launcher or a release is at it."""
+    """Whether a launcher or a release holds its lock."""
     ending: bool = False
-    """Whether its engine is dead, and its service still sees to the rest: what it leaves will be known in a moment."""
+    """Whether its engine is dead and its service still ends: its release will be proven, or not, in a moment."""
 
     @property
     def loading(self) -> bool:
         return self.attended and not self.lease.ready
 
     def claims(self, gpus: Sequence[Gpu]) -> list[Claim]:
-        """What it was promised and has not taken. A model that is ready has taken what it takes.
+        """Return what the model was promised and has not taken; a ready model has taken all.
 
-        One that ends keeps what came back already until its release is proven, and is worth waiting for.
+        A model that ends keeps its promise until its release is proven, and other starts wait for that.
         """
         if self.lease.ready and self.populated and not self.ending:
             return []
@@ -58,11 +58,11 @@ class Holding(Record):
                 continue
             promised = leased.reserved_bytes
             if promised is None and self.lease.ready:
-                promised = leased.used_bytes  # it did not say what it needs, but was seen to hold that
+                promised = leased.used_bytes  # its need was unknown, and this is what it was seen to hold
             if promised is not None:
                 outstanding = max(0, promised - (gpu.used_by(self.pids) or 0))
             else:
-                # It did not say what it needs, so that until it is loaded all that is free may be its.
+                # Its need is unknown: until it is loaded, it may take all that is free.
                 outstanding = (gpu.free_bytes or 0) if self.loading else 0
             if outstanding or self.loading:
                 waits = self.loading or self.ending
@@ -72,13 +72,13 @@ class Holding(Record):
 
 
 def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
-    """Every lease that can be read, but that of the model ``but``."""
+    """Return all leases that can be read, without that of the model ``but``."""
     found = []
     for name in leases.holders(paths):
         try:
             lease = leases.read(paths, name) if name != but else None
         except BrokenLeaseError:
-            continue  # its processes show up as foreign ones, and what it was promised is lost
+            continue  # its processes count as foreign, and its promise is lost
         if lease is None:
             continue
         inside = Cgroup(lease.cgroup).pids() if lease.cgroup is not None else ()
@@ -98,10 +98,9 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
 def look(
     paths: Paths, read_gpus: Callable[[], Sequence[Gpu]], *, but: str | None = None
 ) -> tuple[list[Holding], Sequence[Gpu]]:
-    """What models hold and what NVML says, of one moment.
+    """Return the leases and a reading of NVML, both of the same moment.
 
-    One that gets ready in between had taken less when NVML was read than it has, and has no claim any more; one that
-    dies in between has given its bytes back to NVML, and keeps them until its release is proven.
+    Both are read again if a model became ready or died in between: its claim and NVML's bytes would not fit together.
 
     Args:
         paths: where the leases are.
@@ -123,7 +122,7 @@ def _states(held: Sequence[Holding]) -> list[object]:
 
 
 class Scene(Record):
-    """All that a placement has to know of the others."""
+    """What a placement knows of the other models and starts."""
 
     held: tuple[Holding, ...]
     claims: tuple[Claim, ...]
@@ -146,15 +145,15 @@ def scene(
     *,
     drained: Collection[str] = (),
 ) -> Scene:
-    """What there is, under the placement lock.
+    """Return what a placement knows of the others. The caller holds the placement lock.
 
     Args:
         paths: where their files are.
         host: the policy.
         held: what models hold.
         gpus: a reading of NVML, of the same moment; see look().
-        ahead: what is promised to those who wait for longer.
-        drained: those whose doors the caller holds closed, with nobody inside.
+        ahead: the wishes of the starts that come first in the line.
+        drained: the models whose doors the caller holds closed, and that nobody uses.
     """
     claims = tuple(claim for holding in held for claim in holding.claims(gpus))
     leaving = frozenset(name for holding in held if holding.loading for name in holding.lease.evicting)
@@ -171,15 +170,15 @@ def residents(
     drained: Collection[str],
     leaving: Collection[str],
 ) -> list[Resident]:
-    """The models that hold something, as a placement sees them.
+    """Return the models that hold a lease, as a placement sees them.
 
     Args:
         paths: where their files are.
         host: the policy.
         held: what they hold.
         gpus: a reading of NVML.
-        drained: those whose doors the caller holds closed, with nobody inside.
-        leaving: those that somebody evicts already.
+        drained: the models whose doors the caller holds closed, and that nobody uses.
+        leaving: the models that another start evicts already.
     """
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     found = []
@@ -194,7 +193,7 @@ def residents(
                 gives={uuid: gpu.used_by(holding.pids) or 0 for uuid, gpu in given.items()},
                 priority=config.priority if config is not None else 0,
                 last_use=use.last_use(paths, lease.model) or lease.created,
-                # What cannot be looked at counts as in use.
+                # A model whose lock cannot be tried counts as in use.
                 busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
                 pinned=is_pinned(paths, lease.model, config),
                 # A start waits for the end of min_stay as it waits for a load: the door stays open.
@@ -213,7 +212,7 @@ def _must_stay(paths: Paths, name: str, min_stay_seconds: float) -> bool:
 
 
 def is_pinned(paths: Paths, name: str, config: ModelConfig | None) -> bool:
-    """Whether it is never evicted: its file says so, or an operator did until the next boot."""
+    """Whether the model is never evicted: by its file, or by `gpusvc pin` until the next boot."""
     return (config is not None and config.pinned) or paths.pin_file(name).exists()
 
 

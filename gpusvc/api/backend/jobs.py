@@ -1,4 +1,4 @@
-"""Starts, stops and evictions of models, each of them a job of systemd's that somebody waits for.
+"""Starts, stops and evictions of models: jobs of systemd that clients of the API wait for.
 
 A start *on request* is wanted by whoever waits for it and by nobody else: when the last of them is gone, it is given
 up. Any other start is a person's word, and goes on whoever waits.
