@@ -1,7 +1,7 @@
 """Starts, stops and evictions of models: jobs of systemd that clients of the API wait for.
 
-A start *on request* is wanted by whoever waits for it and by nobody else: when the last of them is gone, it is given
-up. Any other start is a person's word, and goes on whoever waits.
+A start *on request* is given up some time after the last waiting request is gone. A start by a person goes on in any
+case.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LogReader = Callable[[str, int, float], Awaitable[Sequence[str]]]
 
 
 class StartError(EngineError):
-    """A start that came to nothing; ``log`` is what the engine said last."""
+    """A start failed; ``log`` has the engine's last lines."""
 
     def __init__(self, message: str, *, hint: str | None = None, log: Sequence[str] = ()) -> None:
         super().__init__(message, hint=hint)
@@ -63,14 +63,14 @@ class NoRoomError(EngineError):
 
 
 class StoppedError(EngineError):
-    """Somebody stopped the model before it was ready. That is no failure of its."""
+    """Somebody stopped the model before it was ready. The model did not fail."""
 
     retry_after_seconds = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Where a model answers."""
+    """The address of a ready model."""
 
     name: str
     address: str
@@ -79,14 +79,14 @@ class Ready:
 
 @dataclass(slots=True)
 class _Start:
-    """One start under way, and who wants it."""
+    """One start in progress, and who waits for it."""
 
     task: asyncio.Task[Ready] | None = None
     waiting: int = 0
     is_ours: bool = False
-    """The model was down when this began it. What others began is theirs to end."""
+    """The API began the start. A start that others began is not given up."""
     is_wanted: bool = False
-    """A person said so."""
+    """A person asked for it."""
     is_over: bool = False
     given_up: asyncio.TimerHandle | None = field(default=None, repr=False)
     demand: Demand | None = None
@@ -99,7 +99,7 @@ class _Start:
 
 
 class Jobs:
-    """All of them. For the loop's thread alone.
+    """The jobs of all models. Use it in the loop's thread only.
 
     Args:
         paths: where the models' files are.
@@ -129,7 +129,7 @@ class Jobs:
 
     @property
     def starting(self) -> dict[str, int]:
-        """The models that are being started here, and how many wait for each."""
+        """The models that the API is starting, with the number of waiting clients."""
         return {name: start.waiting for name, start in self._starts.items()}
 
     # -- starts --
@@ -146,12 +146,12 @@ class Jobs:
         return await self._wait(name)
 
     def begin(self, name: str) -> None:
-        """The same, without waiting. What becomes of it is in the journal."""
+        """Begin start() without waiting. The journal has the result."""
         self._cooldowns.pop(name, None)
         self._start(name).is_wanted = True
 
     async def start_on_request(self, name: str) -> Ready:
-        """Start ``name`` for as long as somebody waits for it; cancelled: one less does.
+        """Start ``name`` for a request, and wait until it is ready. Cancelling it takes this request away.
 
         Raises:
             CooldownError: it failed a moment ago.
@@ -229,7 +229,7 @@ class Jobs:
         start.task.cancel()
         start.end_demand()
         self._given_up[name] = time.monotonic()
-        del self._starts[name]  # whoever comes now begins anew
+        del self._starts[name]  # the next request begins a new start
         if not start.is_ours:
             return
         log(6, f"{name} is stopped while it starts: nobody waits for it any more.")
@@ -277,7 +277,7 @@ class Jobs:
             return await self._outcome(name, result, began)
 
     async def _outcome(self, name: str, result: JobResult, began: float) -> Ready:
-        """What a start that ended with ``result`` means."""
+        """Return the ready model, or raise the reason why a start ended with ``result``."""
         if result is JobResult.DONE:
             return self._where(name)
         if result is JobResult.CANCELED:
@@ -320,7 +320,7 @@ class Jobs:
         )
 
     def _is_coming(self, name: str) -> bool:
-        """Whether it is up, or somebody starts it, so that waiting tries nothing; systemd's own tries don't count."""
+        """Whether it is up or being started, so that a request may wait. systemd's own restarts do not count."""
         unit = self._bus.ask(lambda manager: manager.unit(names.service(name)))
         return unit is not None and (
             unit.active in UP or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
