@@ -305,6 +305,8 @@ def models(
 ) -> list[ModelStatus]:
     """Every model that runs, failed or holds a lease, and those of ``more`` too, sorted by name.
 
+    A failed model without a lease whose file was removed is left out.
+
     NVML is asked once, and only if one of them holds a GPU.
 
     Args:
@@ -315,7 +317,8 @@ def models(
         standing: whether to look at their use, pins and footprints too.
     """
     loaded = units(manager)
-    shown = {*loaded, *more, *filter(names.is_name, leases.holders(paths))}
+    holders = {*more, *filter(names.is_name, leases.holders(paths))}
+    shown = holders | {name for name, unit in loaded.items() if unit.active != "failed" or not _is_gone(paths, name)}
     held = {name: _lease(paths, name) for name in shown}
     some_gpu = any(isinstance(lease, Lease) and lease.gpus for lease in held.values())
     readings = read_gpus() if some_gpu else None
@@ -401,6 +404,17 @@ def _pids(lease: Lease, readings: Sequence[Gpu] | None) -> frozenset[int]:
     listed = {process.pid for gpu in readings or () for process in gpu.processes or ()}
     own.update(pid for pid in listed if lease.owned(pid) is not None)
     return frozenset(own)
+
+
+def _is_gone(paths: Paths, name: str) -> bool:
+    """Whether the model has no file any more. A directory that the caller may not read does not say so."""
+    try:
+        paths.model_file(name).lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _aliases(paths: Paths, name: str) -> tuple[str, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime
+from fnmatch import fnmatch
 
 import pytest
 
 from gpusvc.gpu.reading import Gpu, GpuProcess
+from gpusvc.paths import Paths
 from gpusvc.record import replace
 from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
-from gpusvc.status.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, status_of, vram_of
+from gpusvc.status.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, models, status_of, vram_of
 from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
 GIB = 1 << 30
@@ -165,3 +167,31 @@ def test_vram_that_nvml_does_not_tell_is_unknown_and_not_zero(readings: list[Gpu
 
 def test_without_a_gpu_no_vram_is_held_whatever_nvml_says() -> None:
     assert vram_of(replace(LEASE, gpus=()), None, [10]) == 0
+
+
+class Units:
+    """The units that systemd has loaded."""
+
+    def __init__(self, **states: ActiveState) -> None:
+        self._units = {f"model@{name}.service": state for name, state in states.items()}
+
+    def unit(self, name: str) -> Unit | None:
+        return next(iter(self.units(name)), None)
+
+    def units(self, *patterns: str) -> list[Unit]:
+        return [
+            Unit(name, state, "", "/")
+            for name, state in self._units.items()
+            if any(fnmatch(name, pattern) for pattern in patterns)
+        ]
+
+    def service_status(self, unit: Unit) -> ServiceStatus:
+        return SAID
+
+
+def test_a_failed_model_whose_file_was_removed_is_forgotten(paths: Paths) -> None:
+    paths.models_directory.mkdir(parents=True, exist_ok=True)
+    paths.model_file("kept").write_text("")
+    loaded = Units(kept=ActiveState.FAILED, removed=ActiveState.FAILED, running=ActiveState.ACTIVE)
+    assert [model.name for model in models(paths, loaded, lambda: None)] == ["kept", "running"]
+    assert [model.name for model in models(paths, loaded, lambda: None, more=["removed"])][1] == "removed"
