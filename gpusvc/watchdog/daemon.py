@@ -147,8 +147,10 @@ class Watchdog:
         config = self._watched.models([verdict.model])[verdict.model]
         probe = config.probe if config is not None else None
         probing = None
-        if probe is not None and lease.port:
-            probing = Probing(lease.address or "127.0.0.1", lease.port, probe.path, probe.body)
+        address = lease.address or "127.0.0.1"
+        # The unit's IPAddressAllow= lets the watchdog reach no other address.
+        if probe is not None and lease.port and (address.startswith("127.") or address == "::1"):
+            probing = Probing(address, lease.port, probe.path, probe.body)
         self._evictions.unstick(seen.evidence[verdict.model], lease, verdict, probing)
 
     def _relieve(self, seen: Observation, pressures: Iterable[Pressure]) -> None:

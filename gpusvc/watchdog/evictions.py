@@ -184,7 +184,7 @@ class Evictions:
         if stuck.verdict.kind is Finding.FAILING:
             kind = events.EventType.FAILING
             if stuck.probing is None:
-                verb, sentence = None, " The watchdog does nothing, because the model has no probe."
+                verb, sentence = None, " The watchdog does nothing, because it has no probe that it can send."
             elif stuck.probing.outcome is not Outcome.FAILS:
                 log(6, f"{stuck.verdict.reason} The watchdog's own request {stuck.probing.reason}: it does nothing.")
                 return
