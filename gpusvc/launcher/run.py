@@ -50,7 +50,7 @@ class Run:
         self.is_second_try = is_second_try
         self.host = load_host(paths)
         self.config = load_startable_model(paths, name, self.host)
-        self.user = _engine_user(self.config.user, self.host)
+        self.user = _engine_user(self.config.user, self.host, has_caller=self.config.caller is not None)
         self.began_seconds = time.monotonic()
         self.began_at = time.time()
         self.lease = Lease(model=name, port=0, gpus=(), created=self.began_at)
@@ -106,12 +106,17 @@ class Run:
         return f"{sentence}.{fence}"
 
 
-def _engine_user(name: str, host: HostConfig) -> User:
-    """Raises ConfigError if there is no such user, or if an engine must not run as that user."""
+def _engine_user(name: str, host: HostConfig, *, has_caller: bool) -> User:
+    """Return the engine's user.
+
+    Raises:
+        ConfigError: there is no such user, or an engine must not run as that user. Root may run a program as root with
+            `gpusvc run` (``has_caller``), as without gpusvc.
+    """
     user = User.named(name)
     if is_user_instance():
         return user
-    if user.uid == 0 and not host.allow_root_engines:
+    if user.uid == 0 and not (has_caller or host.allow_root_engines):
         raise ConfigError(
             f"The engine would run as {name}: root can ask systemd over D-Bus for everything, without any capability.",
             hint="Name another user in the model's file, or set `allow_root_engines = true` in gpusvc.toml.",

@@ -88,7 +88,10 @@ def test_files_of_another_version_are_set_aside_with_a_message(upgrade: Upgrade)
     held = json.loads(machine.read(lease))
     machine.write(lease, json.dumps({**held, "version": 0}))
     machine.write(footprint, json.dumps({"version": 0, "peaks": {}}))
-    machine.stop("qwen")
+    # A launcher that is asked to stop writes its lease once more; one that is killed cannot.
+    machine.override("qwen", "Restart=no")
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "model@qwen.service")
+    machine.wait_for_state("model@qwen.service", "failed")
     assert machine.remains("qwen") == []
     assert f"The lease {lease} cannot be read (ValueError: version 0)" in machine.messages("qwen")
     machine.run("test", "-e", lease.replace(".json", ".broken"))
