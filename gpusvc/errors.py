@@ -1,25 +1,25 @@
-"""Everything that can go wrong, as one small tree; it knows nothing of where an error is shown.
+"""The errors of gpusvc, as one tree. This module does not know where an error is shown.
 
-Each error carries a sentence for a person, a hint on what to do about it, and how each boundary reports it:
+Each error has a sentence for a person, a hint on what to do, and the exit code and HTTP status that report it:
 
     GpusvcError                 exit 1, HTTP 500
-    ├── UsageError              exit 2, HTTP 400   the caller asked for something that makes no sense
+    ├── UsageError              exit 2, HTTP 400   the request makes no sense
     ├── UnknownModelError       exit 3, HTTP 404   permanent
     ├── PermissionDeniedError   exit 4, HTTP 403   permanent
-    ├── ConfigError             exit 1, HTTP 500   permanent; a file or key that cannot be right
+    ├── ConfigError             exit 1, HTTP 500   permanent; a file or key is wrong
     ├── PlacementError          exit 1, HTTP 503   no GPU fits the model now
-    │   ├── BusyError                              one would, if others were not in use
-    │   └── NeverFitsError                         permanent; none would, even if nothing else ran
+    │   ├── BusyError                              one would, but other models are in use
+    │   └── NeverFitsError                         permanent; no GPU would fit it, even if nothing else ran
     ├── IsolationError          exit 1, HTTP 500   permanent; the kernel does not keep the model off other GPUs
-    ├── EngineError             exit 1, HTTP 503   the engine could not be started, or ended
-    ├── NvmlError               exit 1, HTTP 503   NVML failed: what it would have said is unknown
+    ├── EngineError             exit 1, HTTP 503   the engine could not be started, or it ended
+    ├── NvmlError               exit 1, HTTP 503   NVML failed, so that its reading is unknown
     │   └── NvmlUnavailableError                   there is no library or no driver
     ├── SystemdError            exit 1, HTTP 502   the service manager refused, or could not be reached
-    │   ├── UnansweredError                        nobody answered: it executes itself anew, or the bus restarts
-    │   └── JobConflictError                       a job of the other kind is queued, and was not to be cancelled
+    │   ├── UnansweredError                        no answer: the manager re-executes, or the bus restarts
+    │   └── JobConflictError                       a job of the other kind is queued, and may not be cancelled
     └── UnreleasedError         exit 1, HTTP 503   a model's VRAM could not be proven free
 
-``permanent`` says that trying again cannot help until somebody changes something; systemd does not retry such a start.
+``permanent``: another try fails too, until somebody changes something. systemd does not retry such a start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import re
 
 
 class GpusvcError(Exception):
-    """One sentence for a person, and optionally a hint on what to do next."""
+    """An error with one sentence for a person, and optionally a hint on what to do next."""
 
     exit_code = 1
     http_status = 500
@@ -41,7 +41,7 @@ class GpusvcError(Exception):
 
     @classmethod
     def word(cls) -> str:
-        """A word for programs: ``unknown_model`` of UnknownModelError."""
+        """Return the error's word for programs, such as ``unknown_model`` for UnknownModelError."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__.strip("_").removesuffix("Error")).lower()
 
     def __str__(self) -> str:

@@ -6,5 +6,5 @@ import sys
 
 
 def log(level: int, message: str) -> None:
-    """Write ``message`` at a ``level`` of syslog(3), put before each line as sd-daemon(3) wants it."""
+    """Write ``message`` to stderr, each line with the prefix of sd-daemon(3) for ``level``, which is of syslog(3)."""
     print("\n".join(f"<{level}>{line}" for line in message.splitlines()), file=sys.stderr, flush=True)  # noqa: T201

@@ -1,6 +1,6 @@
-"""Names of models and of the units that belong to them; a model's name is its unit's instance, verbatim.
+"""Names of models and of their units. A model's name is its unit's instance, verbatim.
 
-Nothing is ever escaped, so that what a person types, what systemd shows and what the files are called is one string.
+Names are never escaped: a person types the same string that systemd shows and that the files are called by.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_.-]*")
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` can name a model."""
+    """Return whether ``text`` can name a model."""
     return len(text) <= MAX_LENGTH and _NAME.fullmatch(text) is not None
 
 
 def parse_name(text: str) -> str:
-    """``text`` itself if it can name a model, also when given as ``model@NAME`` or ``model@NAME.service``.
+    """Return the model's name in ``text``, which may be ``NAME``, ``model@NAME`` or ``model@NAME.service``.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot name a model.
     """
     name = text.removeprefix("model@").removesuffix(".service") if text.startswith("model@") else text
     if is_name(name):
@@ -39,27 +39,27 @@ def parse_name(text: str) -> str:
 
 
 def service(name: str) -> str:
-    """The unit that a person starts and stops."""
+    """Return the name of the service, which a person starts and stops."""
     return f"model@{name}.service"
 
 
 def scope(name: str) -> str:
-    """The transient unit that holds the engine's processes."""
+    """Return the name of the scope, the transient unit that holds the engine's processes."""
     return f"model-{name}.scope"
 
 
 def proof(name: str) -> str:
-    """The unit that has the release of a model proven, when nobody else does."""
+    """Return the name of the unit that proves a release where the model's own service does not."""
     return f"gpusvc-release@{name}.service"
 
 
 def of_service(unit: str) -> str | None:
-    """The model's name out of a service's name; None if ``unit`` is no model's."""
+    """Return the model's name in the name of its service; None if ``unit`` does not belong to a model."""
     return _between("model@", unit, ".service")
 
 
 def of_scope(unit: str) -> str | None:
-    """The model's name out of a scope's name; None if ``unit`` is no model's."""
+    """Return the model's name in the name of its scope; None if ``unit`` does not belong to a model."""
     return _between("model-", unit, ".scope")
 
 

@@ -1,7 +1,7 @@
-"""Where gpusvc's files are; the only place that spells a directory of ours.
+"""The paths of gpusvc's files. Only this module names gpusvc's directories.
 
-There may be several instances on a machine: the system's, and one of each user who runs his own under his service
-manager (`systemctl --user`). They share no file. Which one a process belongs to is in its environment.
+A machine may have several instances: the system's, and one for each user who runs gpusvc under a service manager of
+their own (`systemctl --user`). They share no file. The environment of a process says to which instance it belongs.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from pathlib import Path
 
 from gpusvc.record import Record
 
-# "1" in the environment of all that belongs to a user's instance, by Environment= of its units or `gpusvc --user`.
+# "1" in the environment of every process of a user's instance, set by Environment= of its units or `gpusvc --user`.
 USER_INSTANCE = "GPUSVC_USER"
 
 
 def is_user_instance() -> bool:
-    """Whether this process belongs to a user's instance of gpusvc; else it is one of the system's."""
+    """Return whether this process belongs to a user's instance of gpusvc and not to the system's."""
     return os.environ.get(USER_INSTANCE) == "1"
 
 
 class Paths(Record):
-    """The three roots, and what stands in them; and where systemd has what is ours."""
+    """The three root directories of an instance, the files in them, and where systemd keeps the instance's units."""
 
     config: Path
     runtime: Path
     state: Path
     control_group: str = "/gpusvc.slice"
-    """Of all services and scopes, as in cgroup.Cgroup, unless an administrator moved them."""
+    """The control group above all services and scopes, as in cgroup.Cgroup, unless an administrator moved them."""
     unit_directory: Path = Path("/run/systemd/system")
-    """For units and drop-ins that end with the service manager."""
+    """The directory for units and drop-ins that exist until the service manager ends."""
 
     @classmethod
     def here(cls) -> Paths:
-        """Those of the instance that this process belongs to."""
+        """Return the paths of the instance that this process belongs to."""
         return cls.user(os.environ) if is_user_instance() else cls.system()
 
     @classmethod
@@ -44,7 +44,7 @@ class Paths(Record):
 
     @classmethod
     def user(cls, environment: Mapping[str, str]) -> Paths:
-        """Those of whoever runs this process, by the XDG base directory specification."""
+        """Return the paths of this process's user, by the XDG base directory specification."""
         uid = os.getuid()
         home = Path(environment.get("HOME") or pwd.getpwuid(uid).pw_dir)
         # su(1) and sudo(8) set no XDG_RUNTIME_DIR; pam_systemd(8) always puts it there.
@@ -105,4 +105,4 @@ class Paths(Record):
 
 def _directory(environment: Mapping[str, str], variable: str, default: Path) -> Path:
     value = environment.get(variable, "")
-    return Path(value) if value.startswith("/") else default  # a relative one is to be ignored, says the specification
+    return Path(value) if value.startswith("/") else default  # the specification says to ignore relative paths

@@ -1,8 +1,8 @@
-"""Durations and sizes as people write them; it knows nothing of what they are for.
+"""Durations and sizes as people write them.
 
 Durations follow systemd.time(7): ``10s``, ``15min``, ``2h30m``, ``1h 30min``, ``500ms``; a bare number is seconds.
 Sizes follow systemd and nvidia-smi: ``9GiB``, ``512M``, ``9.5G``; every unit is a power of 1024, also ``KB``, ``MB``
-and ``GB``, because that is what a "24 GB" card has; a bare number is bytes.
+and ``GB``, because a "24 GB" card has 24 GiB; a bare number is bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)[ \t]*([A-Za-zµμ]*)[ \t]*")
 
 
 def parse_duration(value: str | float) -> float:
-    """Seconds, from a text such as ``2h30m``, or from a number of seconds.
+    """Return seconds, from a text such as ``2h30m``, or from a number of seconds.
 
     Raises:
         ValueError: one sentence on what is wrong.
@@ -70,7 +70,7 @@ def _duration_of_text(text: str) -> float:
 
 
 def parse_size(value: str | int) -> int:
-    """Bytes, from a text such as ``9.5G``, or from a number of bytes.
+    """Return bytes, from a text such as ``9.5G``, or from a number of bytes.
 
     Raises:
         ValueError: one sentence on what is wrong.
@@ -90,12 +90,12 @@ def _size_of_text(text: str) -> int | float:
     if factor is None:
         raise ValueError(f"{shown(text)} is not a size: {shown(unit)} is no unit of bytes.")
     approximate = float(number) * factor
-    # Whole numbers stay exact; an absurdly long one is refused by its magnitude, as int() would not take it.
+    # Whole numbers stay exact. Very long ones stay floats and are refused as too large: int() raises for them.
     return approximate if "." in number or approximate > MAX_SIZE_BYTES else int(number) * factor
 
 
 def format_duration(seconds: float) -> str:
-    """``250ms``, ``1.2s``, ``1h 30min``: to the millisecond below a minute, to the second above; never negative."""
+    """Return ``250ms``, ``1.2s``, ``1h 30min``: milliseconds below a minute, seconds above; never negative."""
     milliseconds = max(0, round(seconds * 1000))
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"
@@ -111,7 +111,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_size(size: int) -> str:
-    """``9.0 GiB``, ``512.0 MiB``, ``17 B``: one decimal, in the largest unit that leaves a number of 1 or more."""
+    """Return ``9.0 GiB``, ``512.0 MiB``, ``17 B``: one decimal, in the largest unit that gives 1 or more."""
     if abs(size) < KIB:
         return f"{size} B"
     value = float(size)
@@ -123,12 +123,12 @@ def format_size(size: int) -> str:
 
 
 def format_amount(size: int | None) -> str:
-    """As format_size(), of what may be unknown."""
+    """As format_size(), with a phrase for None (unknown)."""
     return "an unknown amount" if size is None else format_size(size)
 
 
 def shown(value: object) -> str:
-    """``value`` as a message quotes it: its repr, cut where it gets long."""
+    """Return ``value`` as a message quotes it: its repr, at most 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer beyond Python's limit of digits

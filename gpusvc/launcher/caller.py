@@ -1,8 +1,8 @@
-"""Who says ``gpusvc run``, from the side of the program that is run: its standard files, its environment, its presence.
+"""The link between ``gpusvc run`` (the caller) and the program that it runs: standard files, environment, end.
 
-The caller listens on a socket for as long as it is there. The launcher holds one connection to it: when that ends, so
-does the program. The process that becomes the program makes another, and gets what it would have inherited from the
-caller, had the caller forked it itself.
+The caller listens on a socket as long as it runs. The launcher holds one connection to it, and ends the program when
+this connection ends. The process that becomes the program opens a second connection, and receives the standard files
+and the environment that a child of the caller would have inherited.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _LOAN = b"L"
 _STANDARD_FILES = (0, 1, 2)
 _PIECE = 65536
 
-# connect(2) to a socket whose owner does nothing but accept.
+# For connect(2) and for each message. The caller accepts connections as soon as it can.
 _TIMEOUT_SECONDS = 10.0
 
 
 class Caller:
-    """The caller's side: serves both connections from one poll loop, whose files are ``fds()``."""
+    """The caller's side: serves both connections from one poll loop. ``fds()`` are the descriptors to poll."""
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         self._path = path
         self._environment = json.dumps(dict(environment)).encode()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        # Only root may ask for the files of whoever ran this.
+        # Only the caller's user and root may connect and get the standard files.
         umask = os.umask(0o177)
         try:
             self._listener.bind(str(path))
@@ -42,17 +42,17 @@ class Caller:
         self._listener.setblocking(False)
         self._launcher: socket.socket | None = None
         self.has_lent = False
-        """The program has the caller's files."""
+        """The program has received the caller's standard files."""
         self.is_over = False
-        """The launcher was there, and is not any more."""
+        """The launcher had connected, and its connection has ended."""
         self.status: int | None = None
-        """How the program ended, as os.waitstatus_to_exitcode() has it; None: it has not, or was stopped."""
+        """How the program ended, as os.waitstatus_to_exitcode() returns it; None: it has not ended or was stopped."""
 
     def fds(self) -> list[int]:
         return [self._listener.fileno(), *([] if self._launcher is None else [self._launcher.fileno()])]
 
     def serve(self) -> None:
-        """Do what can be done without waiting."""
+        """Accept connections and read messages, without waiting."""
         while True:
             try:
                 connection, _ = self._listener.accept()
@@ -76,7 +76,7 @@ class Caller:
                 for start in range(0, len(self._environment), _PIECE):
                     connection.send(self._environment[start : start + _PIECE])
         except OSError:
-            pass  # it was killed meanwhile; the launcher's end tells
+            pass  # the other process was killed; the end of the launcher's connection reports it
         connection.close()
 
     def _hear(self, launcher: socket.socket) -> None:
@@ -100,25 +100,25 @@ class Caller:
 
 
 def attend(path: Path) -> socket.socket:
-    """A connection that can be read when the caller is gone.
+    """Return a connection that becomes readable when the caller ends.
 
     Raises:
-        EngineError: it is gone already.
+        EngineError: the caller has ended already.
     """
     return _connect(path, _PRESENCE)
 
 
 def tell(launcher: socket.socket, ended: int) -> None:
-    """Let the caller know how the program ended; it may be gone itself."""
+    """Send the caller how the program ended. Does nothing if the caller has ended."""
     with contextlib.suppress(OSError):
         launcher.send(str(ended).encode())
 
 
 def borrow(path: Path) -> dict[str, str]:
-    """Take over the caller's standard files in this process; its environment.
+    """Take over the caller's standard files in this process, and return the caller's environment.
 
     Raises:
-        EngineError: it is gone.
+        EngineError: the caller has ended.
     """
     with _connect(path, _LOAN) as connection:
         try:
@@ -153,4 +153,4 @@ def _connect(path: Path, wish: bytes) -> socket.socket:
 
 
 def _gone() -> EngineError:
-    return EngineError("Who wanted this program to run is gone.")
+    return EngineError("The `gpusvc run` that started this program has ended.")

@@ -1,6 +1,6 @@
-"""The kernel's OOM killer among the processes of a control group: whether it came, and for whose limit.
+"""Whether the kernel's OOM killer killed a process of a control group, and which memory limit was reached.
 
-Of the machine's memory; what a GPU has is no business of the kernel's.
+This is about the machine's memory. The kernel's OOM killer does not manage VRAM.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 
 def account(events: Mapping[str, int], limit: str | None) -> str | None:
-    """What to say of a group whose processes the kernel killed for want of memory; None if it killed none.
+    """Return a phrase about the processes of a group that the kernel killed to free memory; None if it killed none.
 
     Args:
-        events: the group's memory.events, which count since it was made: ``oom``, that a limit of its own was
-            reached, and ``oom_kill``, that one of its processes was killed, for whatever limit.
+        events: the group's memory.events, counted since the group was made. ``oom``: a limit of the group itself was
+            reached. ``oom_kill``: one of its processes was killed, whichever limit was reached.
         limit: the MemoryMax= that its model file sets.
     """
     if not events.get("oom_kill"):

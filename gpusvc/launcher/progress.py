@@ -1,18 +1,18 @@
-"""Whether a loading engine gets anywhere; it compares readings and looks at no clock."""
+"""Whether a loading engine makes progress. This module compares two readings and reads no clock."""
 
 from __future__ import annotations
 
 from gpusvc.quantity import MIB
 from gpusvc.record import Record
 
-# A tenth of one core. What waits for a lock or a network that never answers uses far less, what loads uses far more.
+# A tenth of one core. An engine that waits for a lock or a network uses far less, an engine that loads far more.
 _CPU_SHARE = 0.1
 _IO_BYTES = 1 * MIB
 _VRAM_BYTES = 1 * MIB
 
 
 class Reading(Record):
-    """What an engine had used up at one moment. None: unknown."""
+    """What an engine has used up to one moment. None: unknown."""
 
     at_seconds: float
     cpu_seconds: float | None
@@ -21,7 +21,7 @@ class Reading(Record):
 
 
 def moved(before: Reading, after: Reading) -> bool:
-    """Whether CPU, I/O or VRAM moved between the two by more than an idle process moves them."""
+    """Return whether CPU time, I/O or VRAM changed between the readings by more than they do in an idle process."""
     elapsed = after.at_seconds - before.at_seconds
     if after.io_bytes - before.io_bytes >= _IO_BYTES:
         return True

@@ -1,4 +1,4 @@
-"""Whether an engine serves: its own socket listens on its port, and its health path answers.
+"""The check that an engine serves: its own socket listens on its port, and its health path answers.
 
 Any program that listens on the port may answer 200. Only a socket of a process in the model's control group counts, and
 no socket of another process may receive what is sent to it.
@@ -48,7 +48,7 @@ def listener(cgroup: Cgroup, port: int, user: User) -> Listener | None:
 
 
 def settled_listener(cgroup: Cgroup, port: int, user: User, pidfd: int) -> Listener | None:
-    """As listener(), for an engine that may just be ending; None also if the process of ``pidfd`` ended."""
+    """As listener(), for an engine that may be ending. Return None also if the process of ``pidfd`` has ended."""
     try:
         return listener(cgroup, port, user)
     except EngineError:
@@ -58,7 +58,7 @@ def settled_listener(cgroup: Cgroup, port: int, user: User, pidfd: int) -> Liste
 
 
 def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
-    """Whether the health ``path`` answers with a status of 2xx or 3xx; for an empty path, whether a connection opens.
+    """Return whether the health ``path`` answers with 2xx or 3xx; for an empty path, whether a connection opens.
 
     http.client would cost each launcher 5 MB, and only the status line counts.
     """

@@ -1,1 +1,1 @@
-"""What the kernel shows as files and calls: control groups, processes, sockets, users."""
+"""Control groups, processes, sockets and users, as the kernel shows them."""

@@ -1,4 +1,4 @@
-"""Whether a user may read a file, by owners and modes; where access lists or namespaces have a say, that is unknown."""
+"""Whether a user may read a file, by owners and modes. Access lists and namespaces are not evaluated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ACCESS_LIST = "system.posix_acl_access"
 
 
 def obstacle(path: Path, user: str) -> Path | None:
-    """What keeps ``user`` from reading ``path``: it, or a directory on the way; None: nothing, or nobody can tell."""
+    """Return the file or directory of ``path`` that ``user`` may not read or pass; None: there is none, or unknown."""
     try:
         entry = pwd.getpwnam(user)
         groups = {*os.getgrouplist(user, entry.pw_gid)}
@@ -32,7 +32,7 @@ def obstacle(path: Path, user: str) -> Path | None:
 
 
 def _granted(status: os.stat_result, wanted: int, uid: int, groups: set[int]) -> bool:
-    """By the first class that fits, as the kernel does."""
+    """Return whether the first class that fits (owner, group, others) has the permission. The kernel does the same."""
     shift = 6 if status.st_uid == uid else 3 if status.st_gid in groups else 0
     return bool(status.st_mode >> shift & wanted)
 

@@ -1,4 +1,4 @@
-"""A control group of the unified hierarchy, as cgroupfs shows it; it does not know which unit it belongs to.
+"""A control group of the unified hierarchy, as cgroupfs shows it. This module knows nothing of units.
 
 Interface: Documentation/admin-guide/cgroup-v2.rst of the kernel.
 """
@@ -17,7 +17,7 @@ from gpusvc.record import Record
 
 ROOT = Path("/sys/fs/cgroup")
 
-# More than what is read whole ever has: a path is 4 KiB at most, once for each hierarchy.
+# More than any file that is read whole has: a path is 4 KiB at most, and is listed once for each hierarchy.
 _MOST_BYTES = 1 << 16
 
 
@@ -28,7 +28,7 @@ class Cgroup(Record):
 
     @classmethod
     def of_process(cls, pid: int) -> Self | None:
-        """The group that ``pid`` is in; None if it is gone."""
+        """Return the group that ``pid`` is in; None if the process has ended."""
         try:
             lines = _read(f"/proc/{pid}/cgroup").splitlines()
         except OSError:
@@ -41,21 +41,21 @@ class Cgroup(Record):
         return ROOT / self.path.lstrip("/")
 
     def populated(self) -> bool:
-        """Whether any live process is in it or below; a group that is gone is not populated."""
+        """Return whether a live process is in the group or below it. A removed group is not populated."""
         try:
             return "populated 1" in _read(f"{ROOT}{self.path}/cgroup.events")
         except OSError as error:
-            return not _is_gone(error)  # too many open files, say: unknown is not empty
+            return not _is_gone(error)  # such as too many open files: unknown does not count as empty
 
     def frozen(self) -> bool:
-        """Whether all that is in it stands still, by `systemctl freeze` of it or of a slice above."""
+        """Return whether its processes are frozen, by `systemctl freeze` of the group or of a slice above it."""
         try:
             return "frozen 1" in _read(f"{ROOT}{self.path}/cgroup.events")
         except OSError:
             return False
 
     def wait_empty(self, timeout_seconds: float) -> bool:
-        """Wait until no process is left; whether that came about in time."""
+        """Wait until no process is left. Return False if one is left after the timeout."""
         deadline = time.monotonic() + timeout_seconds
         try:
             events = os.open(self.directory / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
@@ -66,7 +66,7 @@ class Cgroup(Record):
         try:
             poll = select.poll()
             poll.register(events, select.POLLPRI)
-            # Reading is what arms the next notification; it fails once the group is removed.
+            # Each read arms the next notification. Reads fail once the group is removed.
             while b"populated 1" in os.pread(events, 4096, 0):
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
@@ -79,7 +79,7 @@ class Cgroup(Record):
             os.close(events)
 
     def pids(self) -> tuple[int, ...]:
-        """The processes in it and below; a zombie is in no group any more."""
+        """Return the processes in the group and below it. Zombies are not listed."""
         found: list[int] = []
         for directory in (self.directory, *self._children()):
             try:
@@ -89,7 +89,7 @@ class Cgroup(Record):
         return tuple(found)
 
     def children(self) -> frozenset[str]:
-        """The names of the groups directly below; none if it is gone."""
+        """Return the names of the groups directly below; empty if the group is removed."""
         try:
             with os.scandir(self.directory) as entries:
                 return frozenset(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -97,7 +97,7 @@ class Cgroup(Record):
             return frozenset()
 
     def cpu_seconds(self) -> float | None:
-        """CPU time used so far by all that ever ran in it; None if that is unknown."""
+        """Return the CPU time that all processes of the group, also ended ones, have used; None if unknown."""
         try:
             for line in _read(f"{ROOT}{self.path}/cpu.stat").splitlines():
                 if line.startswith("usage_usec "):
@@ -107,7 +107,7 @@ class Cgroup(Record):
         return None
 
     def memory_events(self) -> Mapping[str, int]:
-        """What became of its memory so far, by the names of memory.events; empty if that is unknown."""
+        """Return the counters of memory.events by their names; empty if they are unknown."""
         try:
             rows = [line.split() for line in _read(f"{ROOT}{self.path}/memory.events").splitlines()]
         except OSError:
@@ -115,10 +115,10 @@ class Cgroup(Record):
         return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal()}
 
     def kill(self) -> None:
-        """SIGKILL every process in it and below, in one step of the kernel's.
+        """Send SIGKILL to every process in the group and below it, atomically.
 
         Raises:
-            OSError: it may not be written, or is gone.
+            OSError: the caller may not write cgroup.kill, or the group is removed.
         """
         (self.directory / "cgroup.kill").write_text("1")
 
@@ -130,7 +130,7 @@ class Cgroup(Record):
 
 
 def _read(file: str) -> str:
-    """A file of the kernel's, whole. The watchdog reads hundreds in a second: pathlib would take most of its time."""
+    """Return a whole file of the kernel. The watchdog reads hundreds a second; pathlib is too slow for that."""
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, _MOST_BYTES).decode(errors="replace")

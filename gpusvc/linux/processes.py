@@ -25,7 +25,7 @@ class Process(NamedTuple):
 
 
 class Trace(Record):
-    """Why a process might still be there: its command, its state (proc_pid_stat(5)), and where in the kernel it is."""
+    """Why a process may still exist: its command, its state (proc_pid_stat(5)) and its kernel stack."""
 
     pid: int
     command: str
@@ -36,7 +36,7 @@ class Trace(Record):
 class Portrait(Record):
     """What a person needs to recognise a process. ``ancestors`` are (PID, name), the parent first, PID 1 last.
 
-    ``leads_session`` is what setsid(2) makes: the main process of a service does, what a server forked mostly does not.
+    ``leads_session``: it called setsid(2). The main process of a service does, most children of servers do not.
     """
 
     process: Process
@@ -48,18 +48,18 @@ class Portrait(Record):
 
 
 def identify(pid: int) -> Process | None:
-    """The process that has ``pid`` now; None if there is none."""
+    """Return the process that has ``pid`` now; None if there is none."""
     fields = _stat(pid)
     return Process(pid, int(fields[19])) if fields else None
 
 
 def identify_all(pids: Iterable[int]) -> frozenset[Process]:
-    """Those of ``pids`` that exist."""
+    """Return the processes of ``pids`` that exist."""
     return frozenset(process for process in map(identify, pids) if process is not None)
 
 
 def command(pid: int) -> str | None:
-    """Its command line made printable, or its name in brackets where it has none; None if it is gone."""
+    """Return its command line, made printable, or its name in brackets if that is empty; None if it has ended."""
     psutil = _psutil()
     try:
         process = psutil.Process(pid)
@@ -71,7 +71,7 @@ def command(pid: int) -> str | None:
 
 
 def portrait(pid: int) -> Portrait | None:
-    """The process that has ``pid`` now; None if it is gone."""
+    """Return the portrait of the process that has ``pid`` now; None if it has ended."""
     psutil = _psutil()
     who = identify(pid)
     try:
@@ -86,7 +86,7 @@ def portrait(pid: int) -> Portrait | None:
 
 
 def named(*names: str) -> list[Process]:
-    """The processes whose name is one of ``names``."""
+    """Return the processes whose name is one of ``names``."""
     psutil = _psutil()
     pids = [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] in names]
     return sorted(identify_all(pids))
@@ -94,11 +94,11 @@ def named(*names: str) -> list[Process]:
 
 @contextlib.contextmanager
 def acting_as(uid: int, gid: int) -> Iterator[None]:
-    """Look at processes with the eyes of their own user, who may see their files and I/O.
+    """Take the effective user and group of the processes to look at, which may see their files and I/O.
 
-    Root may too, but only with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, which open all processes and files there are.
+    Root may see them too, but only with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, which allow access to everything.
     The real user stays root, so that a process of that user may neither signal nor trace this one (credentials(7)).
-    Not for use with threads. Without the right to change, nothing changes.
+    Not for use with threads. If the caller is not root, nothing changes.
     """
     before = os.geteuid(), os.getegid()
     if before[0] != 0:
@@ -114,7 +114,7 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
 
 
 def io_bytes(pids: Iterable[int]) -> int:
-    """Bytes that ``pids`` read and wrote so far, the page cache included; those that cannot be read count nothing."""
+    """Return the bytes that ``pids`` read and wrote, the page cache included. Unreadable processes count as 0."""
     psutil = _psutil()
     total = 0
     for pid in pids:
@@ -125,7 +125,7 @@ def io_bytes(pids: Iterable[int]) -> int:
 
 
 def trace(pid: int) -> Trace:
-    """What can be said of a process that will not go."""
+    """Return what is known of a process that does not end."""
     fields = _stat(pid)
     try:
         stack: str | None = Path(f"/proc/{pid}/stack").read_text().strip()
@@ -135,18 +135,18 @@ def trace(pid: int) -> Trace:
 
 
 def _psutil() -> ModuleType:
-    # 20 ms to load, and most starts are over before anybody asks what only it knows.
+    # It takes 20 ms to load, and most starts do not need it.
     import psutil  # noqa: PLC0415
 
     return psutil
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third (the state) on; empty if the process is gone."""
+    """Return the fields of /proc/PID/stat from the third (the state) on; empty if the process has ended."""
     try:
-        # A name is bytes, and cut off after 15 of them.
+        # A name is any 15 bytes, and may be cut within a character.
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return []
-    # The second field is the name in parentheses, and may hold anything, ") " included.
+    # The second field is the name in parentheses. It may contain ") ".
     return text[text.rindex(")") + 2 :].split()

@@ -1,7 +1,7 @@
-"""Listening TCP sockets and who owns them, as the kernel shows them.
+"""Listening TCP sockets and the processes that own them, as the kernel shows them.
 
-A port that answers proves nothing: an orphan of yesterday may be the one that answers. Only the owner's control group
-tells whose port it is.
+A port that answers does not prove that the engine serves: an orphan of an earlier run may answer. Only the control
+group of the socket's owner proves it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, where an IPv6 socket has an 
 
 
 class Listener(NamedTuple):
-    """A TCP socket in the state LISTEN. ``address`` is what it is bound to, a wildcard included."""
+    """A TCP socket in the state LISTEN. ``address`` is the address that it is bound to, which may be a wildcard."""
 
     address: str
     port: int
@@ -49,11 +49,11 @@ class Listener(NamedTuple):
 
     @property
     def reachable_at(self) -> str:
-        """An address under which this machine reaches it: the loopback one for a wildcard."""
+        """An address at which this machine reaches it: the loopback address for a wildcard."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # noqa: S104
 
     def may_receive_for(self, other: Listener) -> bool:
-        """Whether the kernel may give this socket a connection that is meant for ``other``.
+        """Return whether the kernel may give this socket a connection that is meant for ``other``.
 
         It does so if both are bound to the same address (SO_REUSEPORT). A socket at the exact address comes before one
         at a wildcard address, which in turn gets the connections as soon as the first one is closed.
@@ -69,7 +69,7 @@ class Listener(NamedTuple):
 
 
 def listeners() -> list[Listener]:
-    """All of them, in this network namespace."""
+    """Return all listening TCP sockets of this network namespace."""
     try:
         return [found for family in _FAMILIES.values() for found in _ask(family)]
     except OSError:
@@ -77,12 +77,12 @@ def listeners() -> list[Listener]:
 
 
 def owned_by(pids: Iterable[int]) -> set[int]:
-    """Inodes of the sockets that ``pids`` hold open, as far as the caller may see that (processes.acting_as())."""
+    """Return the inodes of the sockets that ``pids`` hold open and the caller may see (processes.acting_as())."""
     inodes: set[int] = set()
     for pid in pids:
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             for entry in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError):  # closed meanwhile, as busy programs do all the time
+                with contextlib.suppress(OSError):  # the file was closed meanwhile, as happens often in busy programs
                     link = str(entry.readlink())
                     if link.startswith("socket:["):
                         inodes.add(int(link[len("socket:[") : -1]))
@@ -90,13 +90,13 @@ def owned_by(pids: Iterable[int]) -> set[int]:
 
 
 def owner(inode: int) -> int | None:
-    """A PID that holds the socket open; None if none is to be seen."""
+    """Return a PID that holds the socket open; None if the caller sees none."""
     everybody = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return next((pid for pid in everybody if inode in owned_by([pid])), None)
 
 
 def _ask(family: int) -> Iterator[Listener]:
-    """As sock_diag(7) tells: of those that listen alone. The tables of /proc/net take milliseconds to read."""
+    """Yield the listening sockets by sock_diag(7), which is faster than /proc/net: its tables hold all sockets."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
         size = _HEADER.size + _REQUEST.size
         request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN)
@@ -127,7 +127,7 @@ def _is_only_ipv6(attributes: bytes) -> bool:
 
 
 def _read_tables() -> Iterator[Listener]:
-    """As /proc/net tells (Documentation/networking/proc_net_tcp.rst of the kernel), out of all sockets there are."""
+    """Yield the listening sockets by /proc/net (Documentation/networking/proc_net_tcp.rst of the kernel)."""
     for table in _FAMILIES:
         try:
             rows = Path("/proc/net", table).read_text().splitlines()[1:]
@@ -137,7 +137,7 @@ def _read_tables() -> Iterator[Listener]:
             fields = row.split()
             if int(fields[3], 16) == _LISTEN:
                 address, port = fields[1].split(":")
-                # Words of 32 bits, each printed as a number of this machine's byte order.
+                # Words of 32 bits, each printed as a number in this machine's byte order.
                 words = struct.unpack(f"!{len(address) // 8}I", bytes.fromhex(address))
                 raw = struct.pack(f"={len(words)}I", *words)
                 yield Listener(_text(raw), int(port, 16), int(fields[9]), int(fields[7]))
@@ -149,7 +149,7 @@ def _text(address: bytes) -> str:
 
 
 def holder(stranger: Listener) -> str:
-    """Who has this socket open, in words."""
+    """Return a phrase that names the process or the user who has this socket open."""
     try:
         user = pwd.getpwuid(stranger.uid)
     except KeyError:

@@ -1,4 +1,4 @@
-"""Users of the machine, as the user database has them (getpwnam(3))."""
+"""Users of the machine, from the user database (getpwnam(3))."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpusvc.record import Record, replace
 
 
 class User(Record):
-    """Who the engine runs as."""
+    """A user that an engine runs as."""
 
     name: str
     uid: int
@@ -22,7 +22,7 @@ class User(Record):
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """Raises ConfigError if there is no such user."""
+        """Return the user of this name. Raises ConfigError if there is none."""
         try:
             entry = pwd.getpwnam(name)
         except KeyError:
@@ -31,7 +31,7 @@ class User(Record):
         return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir, entry.pw_shell)
 
     def without_group(self, name: str) -> Self:
-        """This user without the supplementary group ``name``.
+        """Return this user without the supplementary group ``name``.
 
         Raises:
             ConfigError: it is the user's primary group.
