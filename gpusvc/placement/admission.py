@@ -1,7 +1,8 @@
 """The admission of a start: it gets a plan, and room is made for it.
 
 Decisions are taken one at a time, under a lock, and written down as a lease at once. Evictions and waits happen outside
-of the lock. A start that has to wait holds a ticket, so that later starts do not take what it waits for.
+of the lock, and so does the search for the need, which may read files of other users on slow disks. A start that
+has to wait holds a ticket, so that later starts do not take what it waits for.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 _PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 0.2
+
+# By the GPU's UUID: its type and its bytes, which decide about the need.
+_Types = dict[str, tuple[str, "int | None"]]
 
 
 class Admitted(Record):
@@ -96,7 +100,7 @@ class Admission:
         self._is_behind_waiters = False
         self._next_try = 0.0
         self._pause_seconds = _PAUSE_SECONDS
-        self._needs: tuple[dict[str, str], Need] | None = None
+        self._needs: tuple[_Types, Need] | None = None
 
     def run(self) -> Admitted:
         """Wait until there is room, and make it where policy allows.
@@ -111,6 +115,7 @@ class Admission:
         with ExitStack() as stack:
             stack.enter_context(self._doors)
             while True:
+                self._find_need()
                 with waitlist.placement_lock(self._paths):
                     outcome, admitted = self._decide(stack)
                 if admitted is not None and isinstance(outcome, Plan):
@@ -120,13 +125,16 @@ class Admission:
                 elif isinstance(outcome, NoPlan):
                     self._wait(outcome)
 
-    def _decide(self, stack: ExitStack) -> tuple[Plan | NoPlan, Admitted | None]:
-        """Plan with what is true at this moment, and write the plan down."""
+    def _decide(self, stack: ExitStack) -> tuple[Plan | NoPlan | None, Admitted | None]:
+        """Plan with what is true at this moment, and write the plan down. None: there are other GPUs than before."""
         held, gpus = occupancy.look(self._paths, self._read_gpus, but=self._config.name)
+        if self._needs is None or self._needs[0] != _types(gpus):
+            self._needs = None
+            return None, None
+        needs = self._needs[1]
         line = waitlist.ahead(self._paths, self._ticket, self._config.priority)
         scene = occupancy.scene(self._paths, self._host, held, gpus, line, drained=self._doors.drained)
         self._is_behind_waiters = bool(line)
-        needs = self._need(gpus)
         request = self._request(needs.bytes)
         outcome = self._plan(request, gpus, scene)
         if isinstance(outcome, NoPlan):
@@ -249,12 +257,11 @@ class Admission:
     def _users(self, names: Sequence[str]) -> list[str]:
         return sorted(set(names) - self._doors.drained) or list(names)
 
-    def _need(self, gpus: Sequence[Gpu]) -> Need:
-        """Return the need; it is found once for the same GPUs, as an estimate reads the headers of many files."""
-        types = {gpu.uuid: gpu.name for gpu in gpus}
-        if self._needs is None or self._needs[0] != types:
-            self._needs = (types, need.of(self._paths, self._config, self._digest, self._user, gpus))
-        return self._needs[1]
+    def _find_need(self) -> None:
+        """Find the need, once for the same GPUs."""
+        if self._needs is None:
+            gpus = self._read_gpus()
+            self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus))
 
     def _request(self, needs: Mapping[str, int]) -> Request:
         config = self._config
@@ -289,3 +296,7 @@ class Admission:
             release_timeout_seconds=config.release_timeout_seconds,
             evicting=chosen.victims,
         )
+
+
+def _types(gpus: Sequence[Gpu]) -> _Types:
+    return {gpu.uuid: (gpu.name, gpu.total_bytes) for gpu in gpus}
