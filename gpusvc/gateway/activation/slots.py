@@ -1,7 +1,7 @@
-"""How many requests a model serves at a time, where its file says ``concurrency``: a slot for each of them.
+"""The slots of a model with ``concurrency``: each request that the model serves holds one.
 
-With one worker that is a number. Several workers share a file in which each slot is a byte that its taker has locked:
-the kernel gives back the slots of whoever dies.
+With one worker the slots are a counter. Several workers share a file in which each slot is a byte that its holder has
+locked: the kernel releases the slots of a worker that dies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpusvc.paths import Paths
 # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid (which has to be 0 here).
 _FLOCK = struct.Struct("@hhqqi0q")
 
-# Beyond every slot. Who waits for one has this byte locked shared.
+# A byte beyond every slot. Workers with waiting requests hold a shared lock on it.
 _WISH = 1 << 32
 
 
@@ -26,23 +26,23 @@ class Slots(Protocol):
     """The slots of one model, as one worker sees them."""
 
     def take(self, limit: int) -> int | None:
-        """A slot, if fewer than ``limit`` are taken; None: there is none now."""
+        """Take a slot and return its number, if fewer than ``limit`` are taken; None: no slot is free."""
 
     def give(self, slot: int) -> None:
-        """Have ``slot`` no longer."""
+        """Release ``slot``."""
 
     def wish(self, *, wishing: bool) -> None:
-        """Say whether somebody waits here."""
+        """Note whether requests of this worker wait for a slot."""
 
     def is_wished(self) -> bool:
-        """Whether somebody waits in another worker."""
+        """Return whether requests of another worker wait for a slot."""
 
     def close(self) -> None:
-        """Give back all of them."""
+        """Release all slots of this worker."""
 
 
 class OwnSlots:
-    """Those of the only worker."""
+    """The slots of a gateway with one worker."""
 
     def __init__(self) -> None:
         self._taken = 0
@@ -67,7 +67,7 @@ class OwnSlots:
 
 
 class SharedSlots:
-    """Those that several workers share, by locks of the open file (F_OFD_SETLK of fcntl(2))."""
+    """The slots that several workers share, by open file description locks (F_OFD_SETLK of fcntl(2))."""
 
     def __init__(self, paths: Paths, name: str) -> None:
         """
@@ -87,7 +87,7 @@ class SharedSlots:
         if len(self._own) >= limit:
             return None
         for slot in range(limit):
-            # One's own lock is never in one's way, so that the kernel cannot tell which are taken here.
+            # The kernel grants a lock that this worker holds already, so that self._own must tell which are taken.
             if slot not in self._own and self._lock(fcntl.F_WRLCK, slot):
                 self._own.add(slot)
                 return slot

@@ -33,7 +33,7 @@ from gpusvc.gateway.http.request_head import RequestHead
 
 
 class Body(Protocol):
-    """See above."""
+    """A request's body. The module's docstring describes each member."""
 
     @property
     def model(self) -> str | None: ...
@@ -81,17 +81,17 @@ class Body(Protocol):
 
 
 def body_of(head: RequestHead, whole: bytes | None, *, limit_bytes: int, names_model: bool, budget: Budget) -> Body:
-    """The body of a request.
+    """Return the body of a request.
 
     Args:
-        head: of the request.
+        head: the request's head.
         whole: the body, if all of it came with the head; None: feed() and end() follow.
-        limit_bytes: how long it may be.
-        names_model: the model may be named in it.
-        budget: for the memory of all bodies that come in pieces.
+        limit_bytes: the length that a body may have.
+        names_model: whether the body may name the model.
+        budget: the memory for all bodies that come in pieces.
 
     Raises:
-        HttpError: 413, it is longer.
+        HttpError: 413, the body is longer.
     """
     if whole is None:
         return StreamedBody(head.content_type, head.content_length, limit_bytes=limit_bytes, budget=budget)

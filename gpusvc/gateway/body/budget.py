@@ -1,4 +1,4 @@
-"""How much memory the bodies of all requests of one worker take together."""
+"""The memory that the request bodies of one worker take together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 class Budget:
-    """Bytes that may be held in memory. What is over it goes to a file."""
+    """The number of bytes that may be held in memory. Bodies beyond it go to files."""
 
     __slots__ = ("_limit_bytes", "held_bytes")
 
@@ -15,5 +15,5 @@ class Budget:
         self.held_bytes = 0
 
     def has_room(self, size: int) -> bool:
-        """Whether so many more bytes are within the budget."""
+        """Return whether ``size`` more bytes are within the budget."""
         return self.held_bytes + size <= self._limit_bytes

@@ -1,6 +1,6 @@
-"""What a model's configuration changes in a request's body, as cuts: everything else passes byte for byte.
+"""The changes that a model's configuration makes to a request's body, as cuts. All other bytes pass unchanged.
 
-It decides on offsets and values; it reads no body.
+This module computes offsets and values; it reads no body.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gpusvc.gateway.body.fields import Member
 
 
 class Cut(NamedTuple):
-    """``new`` goes where the bytes from ``start`` to before ``end`` stood; as offsets from the start of the body."""
+    """Replaces the bytes from ``start`` up to before ``end`` by ``new``. Offsets from the start of the body."""
 
     start: int
     end: int
@@ -22,41 +22,41 @@ class Cut(NamedTuple):
 
     @property
     def growth(self) -> int:
-        """By how many bytes the body becomes longer."""
+        """The number of bytes by which the body becomes longer."""
         return len(self.new) - (self.end - self.start)
 
 
 def filters(serving: Serving) -> bool:
-    """Whether members of the body are stripped or set: for that all of it has to be known."""
+    """Return whether members of the body are stripped or set. That needs the whole body."""
     return bool(serving.strip or serving.set)
 
 
 def edits(serving: Serving) -> bool:
-    """Whether a request for this model is changed at all."""
+    """Return whether requests for this model are changed at all."""
     return serving.served_name is not None or bool(serving.strip or serving.set)
 
 
 def rename_cut(member: Member, served_name: str) -> Cut:
-    """The value of "model", as the engine knows it."""
+    """Return the cut that replaces the value of "model" by the name that the engine knows."""
     return Cut(member.value_start, member.end, _json(served_name))
 
 
 def object_cuts(members: Sequence[Member], closed: int, serving: Serving) -> tuple[Cut, ...]:
-    """All changes to a JSON object, in order.
+    """Return all changes to a JSON object, in order.
 
-    A name that stands there more than once is stripped, set or renamed each time, whichever of them the engine reads.
+    If a name occurs more than once, each occurrence is stripped, set or renamed: engines differ in which one they read.
 
     Args:
-        members: all of the object's members.
-        closed: where its closing brace stands.
-        serving: ``set`` wins over ``strip``.
+        members: all members of the object.
+        closed: the offset of its closing brace.
+        serving: the model's configuration. ``set`` overrides ``strip``.
     """
     values = dict(serving.set)
     if serving.served_name is not None:
         values["model"] = serving.served_name
     cuts: list[Cut] = []
     last_kept: Member | None = None
-    stripped: Member | None = None  # the first of those after last_kept
+    stripped: Member | None = None  # the first stripped member after last_kept
     for member in members:
         if member.name in serving.strip and member.name not in values:
             stripped = stripped or member
@@ -77,9 +77,10 @@ def object_cuts(members: Sequence[Member], closed: int, serving: Serving) -> tup
 
 
 def spliced(data: bytes, offset: int, cuts: Sequence[Cut]) -> bytes:
-    """A piece of the body, which stands at ``offset``, as the cuts leave it; they are in order and do not overlap.
+    """Return the piece ``data`` of the body, which begins at ``offset``, with the cuts applied.
 
-    The pieces of a body may be cut anywhere: what is new comes with the piece in which its cut begins.
+    The cuts must be in order and not overlap. The body may be divided into pieces anywhere: the new bytes of a cut come
+    with the piece in which the cut begins.
     """
     parts: list[bytes] = []
     position, end = offset, offset + len(data)

@@ -1,11 +1,11 @@
 """The top level of a JSON object, read piece by piece: the model's name, and where each member stands.
 
-It validates only what it needs to find its way: strings, brackets and the object's own members. What stands inside a
-value is the engine's to judge. Nothing is kept but short names, whatever the size of the body, and nothing recurses,
-whatever its depth; long strings and arrays of numbers are passed over by the C of ``bytes`` and ``re``.
+The scanner validates strings, brackets and the object's own members only. The engine validates the values. The scanner
+holds only short names, whatever the size of the body, and does not recurse, whatever its depth. The C code of ``bytes``
+and ``re`` skips long strings and arrays of numbers.
 
-No pattern here repeats a group possessively: Python before 3.11.5 gets that wrong (gh-106052). Single characters are
-repeated so, and each group can match in one way only, so that no input makes a pattern try others for long.
+No pattern here repeats a group possessively: Python before 3.11.5 gets that wrong (gh-106052). Patterns repeat single
+characters possessively, and each group can match in one way only, so that no input causes long backtracking.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 LONGEST_NAME_BYTES: Final = 4096
-"""Of a key, or a model's name, as it stands in the body. Longer keys are nobody's, longer names are refused."""
+"""Of a key or a model's name, with its escapes. Longer keys are ignored, longer names refused."""
 
 MOST_MEMBERS: Final = 1024
-"""Of an object; engines know some fifty."""
+"""Of an object. Engines know about fifty."""
 
 _BLANK: Final = rb"[ \t\r\n]*+"
-# A quote after one backslash, or after three as in JSON within JSON, is escaped. Other numbers are rare, and left to
-# Python. Looking back at each quote is several times as fast as looking forward at each backslash.
+# A quote after one backslash, or after three as in JSON within JSON, is escaped. Python code handles other numbers of
+# backslashes, which are rare. Looking back at each quote is several times as fast as looking forward at each backslash.
 _ESCAPED: Final = rb'(?:(?<=[^\\]\\")|(?<=[^\\]\\\\\\"))'
 _STRING: Final = rb'"[^"]*+"(?:' + _ESCAPED + rb'[^"]*+")*(?<!\\")'
-# An array or object with neither strings nor others in it.
+# An array or object without strings, arrays and objects in it.
 _FLAT: Final = rb'[\[{][^"\[\]{}]*+[\]}]'
-# What may be a name as it stands.
+# A string that needs no decoding and may be a name.
 _PLAIN: Final = rb'[^"\\\x00-\x1f]{0,%d}+' % LONGEST_NAME_BYTES
 _SCALAR: Final = rb"[-+.0-9A-Za-z]++"
 
 _blank = re.compile(_BLANK).match
-# The bytes of a byte order mark too, which some clients on Windows write.
+# Skips the byte order mark too, which some clients on Windows write.
 _opening = re.compile(rb"[\xef\xbb\xbf \t\r\n]*+").match
 _scalar = re.compile(_SCALAR).match
 # Up to a quote that may end the string, or to the end of the data.
@@ -55,14 +55,14 @@ class Member(NamedTuple):
     """A member of the object. Offsets are in bytes from the start of the body; ends are exclusive."""
 
     name: str | None
-    """None: too long or too odd to be anybody's."""
+    """None: too long, or not valid JSON text."""
     start: int
     value_start: int
     end: int
 
 
 def find_model(body: bytes) -> str | None:
-    """The model's name in a whole body, quickly; None: that takes a scanner, which also knows why there is none."""
+    """Return the model's name in a whole body by a quick search; None: only a scanner can tell."""
     span = find_model_span(body)
     if span is None:
         return None
@@ -73,7 +73,7 @@ def find_model(body: bytes) -> str | None:
 
 
 def find_model_span(body: bytes) -> tuple[int, int] | None:
-    """Where the model's name stands in a whole body, without its quotes; None as for find_model()."""
+    """Return start and end of the model's name in a whole body, without its quotes; None as in find_model()."""
     match = _model_first(body)
     if match is None:
         return None
@@ -94,7 +94,7 @@ def find_model_span(body: bytes) -> tuple[int, int] | None:
 
 
 def _closing(data: bytes, position: int) -> int:
-    """The offset after the bracket that closes the one before ``position``; the end if that is too hard to find."""
+    """Return the offset after the bracket that closes the one before ``position``; the end if it is not found."""
     depth, size = 1, len(data)
     while depth:
         position = _to_bracket(data, position).end()  # type: ignore[union-attr]
@@ -112,14 +112,14 @@ class FieldScanner:
     """Reads the bytes of one body, in pieces cut anywhere, in time linear in their number.
 
     Attributes:
-        model: the value of the first "model"; None as long as it was not seen.
-        model_member: where that stands.
+        model: the value of the first "model"; None until it was read.
+        model_member: the member of that value.
         stream: the value of the first "stream" that is true or false.
-        problem: a sentence that says why the scanner cannot read on; None: it can.
-        members: the object's members, each when its value has ended.
-        closed: where the object's closing brace stands; None as long as it was not seen.
-        opened: the body has begun as an object.
-        offset: how many bytes were read.
+        problem: a sentence that says why the scanner cannot read on; None if it can.
+        members: the object's members whose values have ended.
+        closed: the offset of the object's closing brace; None until it was read.
+        opened: whether the body begins as an object.
+        offset: the number of bytes read.
     """
 
     __slots__ = (
@@ -150,27 +150,27 @@ class FieldScanner:
         self.closed: int | None = None
         self.opened = False
         self.offset = 0
-        # What reads the next byte: given the data and where in it, it returns how far it came, and sets its successor.
+        # The state: a method that reads the data from a position on, returns the new position, sets the next state.
         self._read: Callable[[bytes, int], int] = self._start
         self._depth = 0
         self._escaped = False  # the last byte was the backslash that escapes the next one
-        self._kept = bytearray()  # of the key or value that is being read
-        self._room = 0  # how much more of it is kept
+        self._kept = bytearray()  # the key or value that is being read
+        self._room = 0  # the number of bytes that may still be added to it; negative: it is too long, or not wanted
         self._key: str | None = None
         self._key_start = self._value_start = 0
 
     @property
     def done(self) -> bool:
-        """Nothing more is to be learned."""
+        """Whether more bytes change nothing."""
         return self.problem is not None or self.closed is not None
 
     @property
     def settled(self) -> bool:
-        """The model's name is known, or it is known that there is none."""
+        """Whether the model's name is known, or it is known that there is none."""
         return self.model is not None or self.problem is not None or self.closed is not None
 
     def feed(self, data: bytes, *, past_model: bool = False) -> None:
-        """Read on, as far as ``offset`` then says: after the model's name only with ``past_model``."""
+        """Read on, and set ``offset`` to where it stopped: without ``past_model`` it stops after the model's name."""
         position, size, start = 0, len(data), self.offset
         while position < size and not (self.done or (self.model is not None and not past_model)):
             position = self._read(data, position)
@@ -178,7 +178,8 @@ class FieldScanner:
         if self.done:
             self.offset = start + size
 
-    # Each of these reads one thing, ``position`` being inside the data. ``offset`` is that of ``position`` meanwhile.
+    # Each of these methods is a state and reads one thing. On entry ``position`` is inside the data, and ``offset`` is
+    # the same place in the body.
 
     def _start(self, data: bytes, position: int) -> int:
         position, byte = self._skip(data, position, _opening)
@@ -325,7 +326,7 @@ class FieldScanner:
         self._read = self._after_value
 
     def _string(self, data: bytes, position: int) -> int:
-        """The offset after the quote that ends the string inside which ``position`` is; -1: not in this data."""
+        """Return the offset after the quote that ends the string around ``position``; -1 if it is not in this data."""
         start, size = position, len(data)
         if self._escaped:
             self._escaped = False
@@ -355,7 +356,7 @@ class FieldScanner:
     def _skip(
         self, data: bytes, position: int, blank: Callable[[bytes, int], re.Match[bytes] | None] = _blank
     ) -> tuple[int, int | None]:
-        """The byte after what is blank, and the offset after that; None: the data ended before."""
+        """Skip blanks. Return the offset after the next byte, and that byte; None: the data ended before."""
         position = blank(data, position).end()  # type: ignore[union-attr]
         return (position + 1, data[position]) if position < len(data) else (position, None)
 
@@ -363,16 +364,16 @@ class FieldScanner:
         self.problem = f"The request's body is not valid JSON: {expected} should stand at byte {self.offset + ahead}."
 
     def _wrong_model(self, kind: str) -> None:
-        self.problem = f'The member "model" has to be a string, and is {kind}.'
+        self.problem = f'The member "model" must be a string, but is {kind}.'
 
 
 def _odd(text: bytes) -> bool:
-    """Whether an odd number of backslashes stands at the end."""
+    """Return whether ``text`` ends with an odd number of backslashes."""
     return (len(text) - len(text.rstrip(b"\\"))) % 2 == 1
 
 
 def _text(raw: bytearray) -> str | None:
-    """What stands between the quotes of a JSON string; None if no text can be meant: bad escapes, half a surrogate."""
+    """Decode the part between the quotes of a JSON string; None if it has bad escapes or half a surrogate pair."""
     try:
         text: str = json.loads(b'"%b"' % bytes(raw)) if raw else ""
         text.encode()

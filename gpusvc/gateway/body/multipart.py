@@ -1,6 +1,6 @@
-"""A form (multipart/form-data, RFC 7578), read piece by piece: the value of its field ``model``.
+"""Finds the fields ``model`` and ``stream`` of a form (multipart/form-data, RFC 7578), reading it piece by piece.
 
-It passes over the other parts, be they audio of any length, and keeps no more than a part's head and a short value.
+It skips all other parts, of any length, and holds no more than one part's head and one short value.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import re
 from typing import Final
 
 LONGEST_HEAD_BYTES: Final = 8192
-"""Of one part; those of clients have two lines."""
+"""Of one part. Clients send two lines."""
 
 LONGEST_VALUE_BYTES: Final = 4096
 
 _boundary = re.compile(rb';\s*boundary\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.IGNORECASE).search
 _content_type = re.compile(rb"\s*multipart/form-data\s*(?:;|$)", re.IGNORECASE).match
-# What follows a delimiter on its line: two dashes after the last part, else nothing but blanks.
+# The rest of a delimiter's line: two dashes after the last part, else only blanks.
 _rest_of_line = re.compile(rb"(--)|[ \t]*+\r\n").match
 _disposition = re.compile(rb"(?im)^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$").search
 _parameters = re.compile(rb';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))').findall
@@ -27,7 +27,7 @@ def is_form(content_type: bytes | None) -> bool:
 
 
 def boundary_of(content_type: bytes) -> bytes | None:
-    """The boundary of a form; None: there is none, or none that RFC 2046 allows."""
+    """Return the boundary of a form; None if there is none or RFC 2046 does not allow it."""
     match = _boundary(content_type)
     if match is None:
         return None
@@ -39,12 +39,12 @@ class FormScanner:
     """Reads the bytes of one form, in pieces cut anywhere.
 
     Attributes:
-        model: the value of the first field of that name; None as long as it was not seen.
-        stream: whether the form's field ``stream`` says so; None as long as it was not seen.
-        problem: a sentence that says why the scanner cannot read on; None: it can.
-        model_span: where the value stands, in bytes from the start of the body; the end is exclusive.
-        closed: the last part has ended.
-        offset: how many bytes were read.
+        model: the value of the first field ``model``; None until it was read.
+        stream: whether the field ``stream`` is true; None until it was read.
+        problem: a sentence that says why the scanner cannot read on; None if it can.
+        model_span: start and end of the model's value, in bytes from the start of the body; the end is exclusive.
+        closed: whether the last part has ended.
+        offset: the number of bytes read.
     """
 
     __slots__ = (
@@ -60,26 +60,26 @@ class FormScanner:
         self.closed = False
         self.offset = 0
         self._delimiter = b"\r\n--" + (boundary or b"")
-        # What was read and cannot be judged yet, and its offset. The first delimiter lacks the end of a line before it;
-        # with that in place it is like all others.
+        # Bytes that were read and need those that follow, and their offset. The first delimiter has no end of line
+        # before it; adding one makes it like the others.
         self._rest = b"\r\n"
         self._base = -2
         self._in_head = False
-        self._field: str | None = None  # the part that is being read, if it is one of ours
+        self._field: str | None = None  # the name of the field being read, if it is "model" or "stream"
         self._value_start = 0
 
     @property
     def done(self) -> bool:
-        """Nothing more is to be learned."""
+        """Whether more bytes change nothing."""
         return self.problem is not None or self.closed
 
     @property
     def settled(self) -> bool:
-        """The model's name is known, or it is known that there is none."""
+        """Whether the model's name is known, or it is known that there is none."""
         return self.model is not None or self.done
 
     def feed(self, data: bytes, *, past_model: bool = False) -> None:  # noqa: ARG002 - as that of FieldScanner
-        """Read all of it."""
+        """Read ``data``, which follows what was read before. ``past_model`` has no effect."""
         self.offset += len(data)
         if self.done:
             return
@@ -95,7 +95,7 @@ class FormScanner:
         self._rest = b"" if self.done else data[keep:]
 
     def _head(self, data: bytes, position: int) -> int | None:
-        """Read a part's head, which begins with the end of the delimiter's line; None: it is not all there."""
+        """Read a part's head, from the end of the delimiter's line on. Return where it ends; None: it is incomplete."""
         end = data.find(b"\r\n\r\n", position)
         if end > position + LONGEST_HEAD_BYTES or (end < 0 and len(data) - position > LONGEST_HEAD_BYTES):
             self.problem = f"The head of a part of the form is longer than {LONGEST_HEAD_BYTES} bytes."
@@ -111,7 +111,7 @@ class FormScanner:
         return end + 2
 
     def _content(self, data: bytes, position: int) -> int | None:
-        """Pass over a part's content and the delimiter after it; None: that is not all there."""
+        """Skip a part's content and the delimiter after it. Return where to go on; None: they are incomplete."""
         found = data.find(self._delimiter, position)
         if found < 0:
             self._bound(self._base + len(data) - len(self._delimiter))
@@ -151,7 +151,7 @@ class FormScanner:
             self.problem = f"The form's field {self._field!r} is longer than {LONGEST_VALUE_BYTES} bytes."
 
     def _unjudged(self, data: bytes, position: int) -> int:
-        """From where on data is needed with what follows: a head, a value of ours, what may begin a delimiter."""
+        """Return the offset from which ``data`` must be kept: a head, a wanted value, or part of a delimiter."""
         if self._in_head:
             return position
         if self._field is not None:
@@ -161,7 +161,7 @@ class FormScanner:
 
 
 def _field_name(head: bytes) -> str | None:
-    """The name of the field that a part's head announces; None for files, and for what is not a field."""
+    """Return the field name in a part's head; None for files and for parts that are not fields."""
     line = _disposition(re.sub(rb"\r\n[ \t]+", b" ", head).replace(b"\r\n", b"\n"))
     if line is None:
         return None

@@ -1,4 +1,4 @@
-"""What a scanner's findings mean for a request: which bytes of its body change, and why it names no model."""
+"""What follows from a scanner's results: the bytes of the body that change, and the error if there is no model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _CUT_OFF: Final = "The request's body is not valid JSON: it ends too early."
 
 
 def make_scanner(content_type: bytes | None) -> FieldScanner | FormScanner:
-    """A scanner for the body. Any body that is not a form is tried as JSON: many clients send it under another type."""
+    """Return a scanner for the body. Bodies that are not forms are read as JSON: many clients send a wrong type."""
     if content_type is not None and is_form(content_type):
         return FormScanner(boundary_of(content_type))
     return FieldScanner()
 
 
 def cuts(scanner: FieldScanner | FormScanner, serving: Serving, *, is_ended: bool) -> tuple[Cut, ...] | None:
-    """What changes in a body; None: more of it must be read to know.
+    """Return the changes to a body; None: the scanner must read more first.
 
     Raises:
-        HttpError: 400, it is to be filtered, and is not JSON.
+        HttpError: 400, the model's filter applies, but the body is not valid JSON.
     """
     is_settled = is_ended or scanner.settled
     if isinstance(scanner, FormScanner):
@@ -50,7 +50,7 @@ def cuts(scanner: FieldScanner | FormScanner, serving: Serving, *, is_ended: boo
 
 
 def no_model(scanner: FieldScanner | FormScanner, content_type: bytes | None) -> HttpError:
-    """Why a body names no model, once that is settled."""
+    """Return the error for a body that names no model. Call it when the scanner is settled."""
     if isinstance(scanner, FormScanner):
         message = scanner.problem or "The request's form names no model."
         return HttpError(400, message, hint='Give its name in a field "model".', param="model")

@@ -1,6 +1,6 @@
-"""A queue of bytes: in memory while they are few and all queues are within their budget, else in an unnamed file.
+"""A queue of bytes: in memory while it is short and all queues are within their budget, else in an unnamed file.
 
-It knows nothing of what the bytes mean, nor how many there may be.
+The queue has no limit of its own.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Final
 from gpusvc.gateway.body.budget import Budget
 
 IN_MEMORY_BYTES: Final = 1 << 20
-"""More than that goes to the file, and so does all that follows."""
+"""A longer queue moves to the file, and all later bytes go there too."""
 
 KEPT_BYTES: Final = 256 << 10
-"""What was read from memory is kept up to here, so that it can be read again."""
+"""Bytes read from memory are kept up to this position, so that they can be read again."""
 
 _PIECE_BYTES: Final = 256 << 10
 
-# Pieces are joined up to here: a client that sends single bytes must not cost fifty times as much memory.
+# Pieces are joined up to this size. Unjoined, single bytes would take fifty times as much memory.
 _SMALL_BYTES: Final = 4096
 
 
 class Spool:
-    """A queue of bytes that can be read from the start again as long as nothing of it was dropped.
+    """A queue of bytes that can be read from the start again until some of it is dropped.
 
     Attributes:
-        size: bytes that came in.
-        position: bytes that were read.
+        size: the number of bytes appended.
+        position: the number of bytes read.
     """
 
     __slots__ = ("_budget", "_chunks", "_dropped", "_fd", "_first", "_held_bytes", "position", "size")
@@ -40,15 +40,15 @@ class Spool:
         self.size = 0
         self.position = 0
         self._chunks: list[bytes] = []
-        self._first = 0  # the chunk that is read next
+        self._first = 0  # index of the next chunk to read
         self._dropped = False
         self._fd = -1
 
     def append(self, data: bytes) -> None:
-        """Take more.
+        """Add ``data`` at the end.
 
         Raises:
-            OSError: they have to go to the file, and it cannot be made or has no room.
+            OSError: it must go to the file, which cannot be made or has no room.
         """
         if self._fd < 0 and not self._dropped:
             is_large = self.size - self.position + len(data) > IN_MEMORY_BYTES
@@ -66,7 +66,7 @@ class Spool:
         self.size += len(data)
 
     def read(self) -> bytes:
-        """The next piece; empty: there is nothing now."""
+        """Return the next piece; empty if there is none now."""
         if self._fd >= 0:
             piece = os.pread(self._fd, min(_PIECE_BYTES, self.size - self.position), self.position)
             if not piece and self.position < self.size:
@@ -86,7 +86,7 @@ class Spool:
         return piece
 
     def pieces(self, offset: int) -> Iterator[bytes]:
-        """What came in from ``offset`` on, without reading it off; nothing may have been dropped."""
+        """Yield the bytes from ``offset`` on and leave ``position`` as it is. Nothing may have been dropped."""
         if self._fd >= 0:
             while offset < self.size:
                 piece = os.pread(self._fd, min(_PIECE_BYTES, self.size - offset), offset)
@@ -99,14 +99,14 @@ class Spool:
             offset -= len(chunk)
 
     def rewind(self) -> bool:
-        """Read from the start again; False: that is not all here any more."""
+        """Go back to the start; return False if the first bytes were dropped."""
         if self._dropped:
             return False
         self.position = self._first = 0
         return True
 
     def close(self) -> None:
-        """Give back memory and file; nothing can be read any more."""
+        """Free the memory and close the file. After that nothing can be read."""
         self._chunks.clear()
         self._hold(-self._held_bytes)
         self._first = 0
@@ -117,7 +117,7 @@ class Spool:
             os.close(fd)
 
     def _spill(self) -> None:
-        """Put what is held, which is all that came in, into a file."""
+        """Move all chunks, which are everything that was appended, to a file."""
         with tempfile.TemporaryFile(prefix="gpusvc-body-", buffering=0) as file:  # in $TMPDIR
             self._fd = os.dup(file.fileno())
         held, self._chunks, self._first = self._chunks, [], 0

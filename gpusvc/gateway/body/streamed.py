@@ -1,6 +1,6 @@
-"""A request's body that comes in pieces: read for the model's name, held back until that is known, edited, sent.
+"""A request's body that comes in pieces: it is scanned for the model's name, held until that is known, and edited.
 
-It knows nothing of connections: their owner feeds what came and takes what may go.
+It handles no connections: the caller feeds the client's bytes and takes the bytes for the engine.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gpusvc.gateway.body.spool import Spool
 from gpusvc.gateway.http.replies import HttpError
 
 FULL_BYTES: Final = 256 << 10
-"""How much waits to be taken before the client has to wait too."""
+"""If so much waits to be taken, the caller should stop reading from the client."""
 
 
 class StreamedBody:
-    """As Body."""
+    """A Body whose bytes come after the head."""
 
     __slots__ = (
         "_begun",
@@ -46,13 +46,13 @@ class StreamedBody:
     ) -> None:
         """
         Args:
-            content_type: as the client's head has it.
-            content_length: None: the body comes in chunks.
-            limit_bytes: how long it may be.
-            budget: for the memory that it takes; None: one of its own, without a limit.
+            content_type: the client's Content-Type.
+            content_length: in bytes; None: the body is chunked.
+            limit_bytes: the length that the body may have.
+            budget: the memory that it may take together with others; None: without a limit.
 
         Raises:
-            HttpError: 413, it is longer.
+            HttpError: 413, the body is longer.
         """
         if content_length is not None and content_length > limit_bytes:
             raise too_large(limit_bytes)
@@ -80,50 +80,50 @@ class StreamedBody:
 
     @property
     def stream(self) -> bool:
-        """Whether the client asks for its answer as a stream, by what has come up to now."""
+        """Whether the client asks for its response as a stream, by the bytes received up to now."""
         if self._spool.position == 0:
             self._catch_up(past_model=True)
         return bool(self._scanner.stream)
 
     @property
     def length(self) -> int | None:
-        """How many bytes go to the engine, once ``ready``; None: not known, send them chunked."""
+        """The number of bytes that go to the engine, once ``ready``; None: not known, send the body chunked."""
         length = self._spool.size if self._ended else self._content_length
         return None if length is None else length + sum(cut.growth for cut in self._cuts)
 
     @property
     def full(self) -> bool:
-        """Whether so much waits to be taken that the client should wait too; look again after begin() and take()."""
+        """Whether the caller should stop reading from the client. Ask again after begin() and take()."""
         if not (self.ready if self._begun else self._scanner.settled):
-            return False  # only more bytes can help
+            return False  # nothing can be taken before more bytes come
         return self._spool.size - self._spool.position >= FULL_BYTES
 
     @property
     def complete(self) -> bool:
-        """Whether all of it came."""
+        """Whether all of the body was received."""
         return self._ended
 
     @property
     def finished(self) -> bool:
-        """Whether all of it came and was taken."""
+        """Whether all of the body was received and taken."""
         return self._ended and self.ready and self._spool.position == self._spool.size
 
     @property
     def awaited(self) -> bool:
-        """Whether the rest of it should come before the request takes a slot of its model: it is short, or may be."""
+        """Whether the request should wait for the rest of the body before it takes a slot: it is short, or may be."""
         is_short = self._content_length is None or self._content_length <= FULL_BYTES
         return is_short and not self._ended and self._spool.size < FULL_BYTES
 
     def no_model(self) -> HttpError:
-        """Why there is no model, once ``settled``."""
+        """Return the error that says why there is no model. Call it when ``settled``."""
         return no_model(self._scanner, self._content_type)
 
     def feed(self, data: bytes) -> None:
-        """Take what came from the client.
+        """Add bytes from the client.
 
         Raises:
-            HttpError: 413, the body is too large; 507, it has to be held back and there is no room; 400, it is to be
-                filtered and is no JSON.
+            HttpError: 413, the body is too large; 507, the disk has no room to hold it; 500, it cannot be held for
+                another reason; 400, the model's filter applies, but the body is not valid JSON.
         """
         self.received_bytes += len(data)
         before = self._spool.size
@@ -134,30 +134,30 @@ class StreamedBody:
         except OSError as error:
             raise _no_room(error) from error
         scanner = self._scanner
-        # One that has stopped earlier has learned what is wanted of it, and goes on only if that becomes more.
+        # A scanner that stopped before the end knows what it was asked for; _catch_up() has it go on if more is needed.
         if not self.ready and scanner.offset == before:
             scanner.feed(data, past_model=self._filters)
         if self._begun and not self.ready:
             self._judge()
 
     def end(self) -> None:
-        """All of it has come.
+        """Note that the body is complete.
 
         Raises:
-            HttpError: 400, it is to be filtered and is no JSON.
+            HttpError: 400, the model's filter applies, but the body is not valid JSON.
         """
         self._ended = True
         if self._begun and not self.ready:
             self._judge()
 
     def begin(self, serving: Serving | None) -> None:
-        """The model is chosen. Nothing may be taken before, and a model that is chosen stays.
+        """Note that the model is chosen, for good. Bytes can be taken only after this.
 
         Args:
-            serving: says what is to be changed; None: nothing.
+            serving: the model's changes to the body; None: no changes.
 
         Raises:
-            HttpError: 400, it is to be filtered and is no JSON.
+            HttpError: 400, the model's filter applies, but the body is not valid JSON.
         """
         self._begun = True
         self._serving = serving if serving is not None and edits(serving) else None
@@ -166,10 +166,10 @@ class StreamedBody:
         self._judge()
 
     def take(self) -> bytes:
-        """The next bytes for the engine; empty: nothing now.
+        """Return the next bytes for the engine; empty if there are none now.
 
         Raises:
-            HttpError: 500, what was held back cannot be read.
+            HttpError: 500, the held bytes cannot be read.
         """
         if not self.ready:
             return b""
@@ -187,11 +187,11 @@ class StreamedBody:
                 return data
 
     def rewind(self) -> bool:
-        """Have take() begin anew, for another connection; False: the first bytes are not held any more."""
+        """Let take() start again, for another connection. Return False if the first bytes are no longer held."""
         return self._spool.rewind()
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Free the memory and the file. Safe to call twice."""
         self._spool.close()
 
     @property
@@ -199,7 +199,7 @@ class StreamedBody:
         return self._serving is not None and filters(self._serving)
 
     def _catch_up(self, *, past_model: bool) -> None:
-        """Have the scanner read what is held and it has not seen."""
+        """Let the scanner read the held bytes that it has not read yet."""
         scanner = self._scanner
         if scanner.done or (scanner.settled and not past_model):
             return
@@ -207,7 +207,7 @@ class StreamedBody:
             scanner.feed(piece, past_model=past_model)
 
     def _judge(self) -> None:
-        """See whether it is known by now what is to be changed."""
+        """Become ready if the changes to the body are known now."""
         if self._serving is not None:
             found = cuts(self._scanner, self._serving, is_ended=self._ended)
             if found is None:

@@ -1,4 +1,4 @@
-"""A request's body that came in one piece with its head, as nearly all do: it needs no spool, and mostly no scanner."""
+"""A request's body that came in one piece with its head, as nearly all do. It needs no spool, and rarely a scanner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpusvc.gateway.http.replies import HttpError
 
 
 class WholeBody:
-    """As Body; complete from the beginning."""
+    """A Body that is complete from the start."""
 
     __slots__ = ("_content_type", "_data", "_is_taken", "_scanner", "model", "received_bytes")
 
@@ -49,18 +49,18 @@ class WholeBody:
         return self._is_taken or not self._data
 
     def no_model(self) -> HttpError | None:
-        """Why the body names no model; None: there is no body."""
+        """Return the error that says why the body names no model; None if no scanner searched it."""
         return None if self._scanner is None else no_model(self._scanner, self._content_type)
 
     def feed(self, data: bytes) -> None:
-        """Not for a body that is complete."""
+        """Refuse: the body is complete."""
         raise NotImplementedError(f"{len(data)} bytes after the end of a whole body")
 
     def end(self) -> None:
-        """It has ended already."""
+        """Do nothing: the body is complete."""
 
     def begin(self, serving: Serving | None) -> None:
-        """Raises HttpError 400: the body is to be filtered, and is not JSON."""
+        """Apply the model's changes. Raises HttpError 400 if its filter applies, but the body is not valid JSON."""
         if serving is not None and self._data and edits(serving):
             self._data = edited(self._content_type, self._data, serving)
 
@@ -79,14 +79,14 @@ class WholeBody:
 
 
 def find_model(content_type: bytes | None, data: bytes) -> str | None:
-    """The name of the model in a whole body, found quickly; None: only a scanner can tell."""
+    """Return the name of the model in a whole body by a quick search; None: only a scanner can tell."""
     if content_type != JSON and is_form(content_type):
         return None
     return fields.find_model(data)
 
 
 def edited(content_type: bytes | None, data: bytes, serving: Serving) -> bytes:
-    """A whole body as the model's engine gets it.
+    """Return a whole body with the model's changes.
 
     Raises:
         HttpError: 400, it cannot be filtered.
@@ -101,7 +101,7 @@ def edited(content_type: bytes | None, data: bytes, serving: Serving) -> bytes:
 
 
 def wants_stream(content_type: bytes | None, data: bytes) -> bool:
-    """Whether the client asks for its response as a stream, by a whole body."""
+    """Return whether a whole body asks for the response as a stream."""
     scanner = make_scanner(content_type)
     scanner.feed(data, past_model=True)
     return bool(scanner.stream)

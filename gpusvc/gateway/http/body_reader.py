@@ -1,4 +1,4 @@
-"""Where the body of one message ends: by Content-Length, or by its chunks. It knows no connection."""
+"""Finds the end of one message's body, by Content-Length or by its chunks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class BodyReader:
     """Reads one body from the bytes of a connection.
 
     Attributes:
-        ended: the body is complete.
-        left: what was fed beyond its end.
+        ended: whether the body is complete.
+        left: the bytes that were fed beyond its end.
     """
 
     __slots__ = ("_chunks", "_missing", "ended", "left")
@@ -23,10 +23,10 @@ class BodyReader:
         self.left = b""
 
     def feed(self, data: bytes) -> bytes:
-        """The part of the body in ``data``, which may be empty.
+        """Return the part of the body in ``data``, which may be empty.
 
         Raises:
-            BadChunkError: it is not valid.
+            BadChunkError: the chunks are not valid.
         """
         chunks = self._chunks
         if chunks is not None:

@@ -1,4 +1,4 @@
-"""The chunked transfer coding (RFC 9112, 7.1), read strictly and piece by piece. It knows no message around it."""
+"""The chunked transfer coding (RFC 9112, 7.1), read strictly and piece by piece."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LAST = b"0\r\n\r\n"
 _TRAILER_BYTES = 8192
 _LINE_BYTES = 1024
 
-# Extensions are read over: nobody uses them. No control characters in them, above all no bare line feed, which some
+# Extensions are skipped: nobody uses them. They may hold no control characters, above all no bare line feed, which some
 # programs take for the end of the line.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*")
@@ -20,26 +20,26 @@ class BadChunkError(Exception):
 
 
 class Chunks:
-    """One body as it comes in."""
+    """Reads one chunked body."""
 
     __slots__ = ("_in_trailers", "_missing", "_rest", "ended", "left", "trailers")
 
     def __init__(self) -> None:
         self.ended = False
-        """The last chunk and the trailer section were read."""
+        """Whether the last chunk and the trailer section were read."""
         self.left = b""
-        """What was fed beyond the end."""
+        """The bytes that were fed beyond the end."""
         self.trailers: list[bytes] = []
-        """Lines, without their ends."""
-        self._missing = 0  # bytes of the present chunk, with the line end behind it
-        self._rest = b""  # of a line that was not complete
+        """The lines of the trailer section, without their line ends."""
+        self._missing = 0  # bytes of the current chunk still to come, including its line end
+        self._rest = b""  # the beginning of an incomplete line
         self._in_trailers = False
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in ``data``, which may be nothing.
+        """Return the payload in ``data``, which may be empty.
 
         Raises:
-            BadChunkError: it is not what it should be.
+            BadChunkError: the chunks are not valid.
         """
         if self._rest:
             data, self._rest = self._rest + data, b""
@@ -66,7 +66,7 @@ class Chunks:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
-        """As much of the present chunk as is there; where it ends."""
+        """Append to ``pieces`` what ``data`` has of the current chunk. Return the offset where that ends."""
         end = at + self._missing
         payload_end = min(end - 2, len(data))
         if payload_end > at:
@@ -82,7 +82,7 @@ class Chunks:
         return len(data)
 
     def _expect_line(self, data: bytes, at: int) -> None:
-        """Keep the beginning of a line that says a chunk's size, if it can be that."""
+        """Keep the beginning of a chunk's size line. Raises BadChunkError if it cannot be one."""
         rest = data[at:]
         if b"\n" in rest or len(rest) > _LINE_BYTES or (rest and rest[0] not in b"0123456789abcdefABCDEF"):
             raise BadChunkError("the size of a chunk is not a number")
@@ -110,5 +110,5 @@ class Chunks:
 
 
 def encode(payload: bytes) -> bytes:
-    """One chunk; ``payload`` is not empty."""
+    """Return ``payload`` as one chunk. It must not be empty."""
     return b"%x\r\n%b\r\n" % (len(payload), payload)

@@ -1,10 +1,10 @@
-"""The fields of HTTP/1 heads, parsed strictly: what two programs could read differently is refused (RFC 9112, 11.2).
+"""The fields of HTTP/1 heads, parsed strictly: a head that two programs could read differently is refused.
 
-A grammar of our own runs before httptools, whose older parser accepts folded lines, bare line feeds and other things
-that nobody should send: a head that either of them refuses is refused. Bodies are not fed to httptools.
+See RFC 9112, 11.2. A grammar of our own runs before httptools, whose older parser accepts folded lines, bare line feeds
+and other deviations. A head that either of them refuses is refused. Bodies are not fed to httptools.
 
-Most lines of a client's head are the same as in its last head. A line from a head that was valid is remembered, and a
-head that consists of remembered lines is assembled without parsing, in a third of the time.
+Most lines of a client's head are the same as in its last head. The lines of valid heads are remembered, and a head of
+remembered lines is assembled without parsing, in a third of the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_BODY = frozenset({204, 304})
 MODEL_HEADER = b"x-model"
 """The header, in lower case, that names the model of a request whose body and query do not."""
 OWNED_PREFIX = b"access-control-"
-"""Only the gateway sets these response headers: an engine's own would let in any origin."""
+"""Only the gateway sets these response headers: those of engines could allow any origin."""
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 VALUE = rb"[\t -~\x80-\xff]*"
@@ -49,13 +49,13 @@ class MalformedError(Exception):
 
 
 class Head:
-    """What both kinds have."""
+    """The fields that the heads of requests and responses share."""
 
     __slots__ = ("chunked", "connection", "content_length", "content_type", "kept")
 
     def __init__(self) -> None:
         self.kept: list[bytes] = []
-        """The lines that are passed on, without their ends."""
+        """The lines that are passed on, without their line ends."""
         self.connection: set[bytes] | None = None
         """The options in ``Connection``, in lower case."""
         self.content_length: int | None = None
@@ -84,7 +84,7 @@ class Head:
         return b"close" not in options and (otherwise or b"keep-alive" in options)
 
     def drop_named(self, options: set[bytes]) -> None:
-        """What ``Connection`` names is for this hop alone (RFC 9110, 7.6.1)."""
+        """Drop the fields that ``Connection`` names: they are for this hop only (RFC 9110, 7.6.1)."""
         if not _COMMON_OPTIONS.issuperset(options):
             self.kept = [line for line in self.kept if line.partition(b":")[0].lower() not in options]
 
@@ -97,30 +97,30 @@ def _usual(name: bytes) -> bytes:
 
 
 class KnownLines(Generic[H]):
-    """Fields of one kind of head: what becomes of each, and the lines that are known to be right."""
+    """How each field of one kind of head is handled, and the lines of earlier valid heads."""
 
     def __init__(
         self, noted: dict[bytes, Callable[[H, bytes], None]], dropped: tuple[bytes, ...], volatile: bytes
     ) -> None:
         """
         Args:
-            noted: names in lower case of fields that are not simply passed on, and what is done instead.
-            dropped: what the names of further fields begin with that are not passed on.
-            volatile: a pattern of names whose lines are not to be known: they differ each time, or are secrets.
+            noted: for fields that are not simply passed on, the name in lower case and the function to call.
+            dropped: prefixes of the names of further fields that are not passed on.
+            volatile: a pattern of names whose lines are not remembered: they differ each time, or are secrets.
         """
-        # Also under the usual spelling, which saves volatile lines a conversion.
+        # Also under the usual spelling, so that volatile lines need no conversion.
         self._noted: dict[bytes, Callable[[H, bytes], None]] = noted | {_usual(name): noted[name] for name in noted}
         self.dropped = dropped
         self._volatile = re.compile(rb"(" + volatile + rb"):(" + VALUE + rb")", re.IGNORECASE)
-        # What to do with such a line, and the value for that; or None, and the line as it is passed on.
+        # For each remembered line: the function to call and its value, or None and the line to pass on.
         self._known: dict[bytes, tuple[Callable[[H, bytes], None] | None, bytes]] = {}
 
     def names(self, name: bytes) -> bool:
-        """Whether a field of this name, in lower case, is more than passed on."""
+        """Return whether a field of this name, in lower case, is not simply passed on."""
         return name in self._noted or name.startswith(self.dropped)
 
     def put_together(self, head: H, lines: Iterable[bytes]) -> bool:
-        """Fill ``head`` from lines that are known; False: one is not."""
+        """Fill ``head`` from remembered and volatile lines. Return False if another line is among them."""
         known, kept = self._known, head.kept
         for line in lines:
             found = known.get(line)
@@ -151,7 +151,7 @@ class KnownLines(Generic[H]):
             head.kept.append(name + b": " + value.strip(b" \t"))
 
     def learn(self, lines: Iterable[bytes]) -> None:
-        """These were in a head that is right."""
+        """Remember ``lines``, which must be of a valid head."""
         for line in lines:
             if len(line) > _LONGEST_KNOWN_BYTES or self._volatile.fullmatch(line) is not None:
                 continue
@@ -165,7 +165,7 @@ class KnownLines(Generic[H]):
 
 
 class _Fields(Generic[H]):
-    """What httptools calls for one head."""
+    """The callbacks of httptools for one head."""
 
     def __init__(self, lines: KnownLines[H], head: H) -> None:
         self._lines: KnownLines[H] = lines
@@ -176,18 +176,18 @@ class _Fields(Generic[H]):
         try:
             self._lines.take(self._head, name, value)
         except (HttpError, MalformedError) as error:
-            self.error = self.error or error  # which httptools would wrap up
+            self.error = self.error or error  # not raised here: httptools would wrap it
 
 
 def parse(parser: Callable[[Any], Any], line: bytes, fields: bytes, lines: KnownLines[H], head: H) -> None:
-    """Fill ``head`` from its fields, with the empty line. ``line`` stands for the first one, which was looked at."""
+    """Fill ``head`` from ``fields``, which end with the empty line. ``line`` replaces the first line."""
     if _FIELDS.fullmatch(fields) is None:
         raise MalformedError(NOT_HTTP)
     taken = _Fields(lines, head)
     try:
         parser(taken).feed_data(line + fields)
     except httptools.HttpParserUpgrade:
-        pass  # says where the head ends, which is known
+        pass  # it only says where the head ends, which is known
     finally:
         if taken.error is not None:
             raise taken.error

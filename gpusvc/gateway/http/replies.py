@@ -1,7 +1,7 @@
-"""What the gateway says itself: whole answers, and the errors of each API in the form that its clients read.
+"""The gateway's own responses, and its errors in the form of each API.
 
-It knows no request and no connection. The forms are those of the OpenAI and the Anthropic API, whose clients show the
-message to a person, and decide by status, ``Retry-After`` and code whether they try again.
+The forms are those of the OpenAI and the Anthropic API. Their clients show the message to a person, and decide by
+status, ``Retry-After`` and code whether to try again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 
 class Dialect(StrEnum):
-    """Whose API a request speaks."""
+    """The API of a request."""
 
-    OPENAI = "openai"  # also what has no form of its own, as the paths of llama.cpp
+    OPENAI = "openai"  # also for paths of APIs without an error form of their own, such as llama.cpp's
     ANTHROPIC = "anthropic"
 
 
@@ -41,17 +41,17 @@ class HttpError(GpusvcError):
     ) -> None:
         """
         Args:
-            status: of HTTP.
+            status: the HTTP status.
             message: a sentence for a person.
-            hint: another, on what to do about it.
-            kind: OpenAI's ``type``; None is the usual one of the status. Anthropic's always follows from the status.
+            hint: a sentence that says what to do about it.
+            kind: OpenAI's ``type``; None: the usual one of the status. Anthropic's always follows from the status.
             code: OpenAI's ``code``, for programs.
             param: OpenAI's ``param``, the member of the request that is wrong.
-            retry_after_seconds: when to try again; None: that is left to the client.
-            close: nothing more can be read from this connection.
-            headers: more for the answer, with names in lower case.
-            brief: a sentence for whoever may not know of all models, instead of message and hint; None: they say
-                nothing of others.
+            retry_after_seconds: when to try again; None: the client decides.
+            close: whether the connection must close, because nothing more can be read from it.
+            headers: further response headers, with names in lower case.
+            brief: replaces message and hint for a client that may not know of all models; None: message and hint
+                name no other models.
         """
         super().__init__(message, hint=hint)
         self.status = status
@@ -64,7 +64,7 @@ class HttpError(GpusvcError):
         self.brief = brief
 
     def in_brief(self) -> HttpError:
-        """The same for whoever may not know of all models."""
+        """Return the error for a client that may not know of all models."""
         if self.brief is None:
             return self
         return HttpError(
@@ -79,13 +79,13 @@ class HttpError(GpusvcError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer, without what frames it: ``Content-Length``, ``Date`` and ``Connection`` are for who sends it."""
+    """A whole response. The sender adds ``Content-Length``, ``Date`` and ``Connection``."""
 
     status: int
     headers: Headers  # names in lower case
     body: bytes
     close: bool = False
-    """The connection ends with it."""
+    """Whether the connection closes after it."""
 
 
 def reply_json(status: int, value: object, headers: Headers = ()) -> Reply:
@@ -93,7 +93,7 @@ def reply_json(status: int, value: object, headers: Headers = ()) -> Reply:
 
 
 def error_reply(dialect: Dialect, error: HttpError) -> Reply:
-    """An error as the whole answer."""
+    """Return an error as a whole response."""
     headers = error.headers
     if error.retry_after_seconds is not None:
         headers += ((b"retry-after", b"%d" % error.retry_after_seconds),)
@@ -104,14 +104,14 @@ def error_reply(dialect: Dialect, error: HttpError) -> Reply:
 
 
 def error_event(dialect: Dialect, error: HttpError) -> bytes:
-    """An error as an event of a stream that has begun: where no other event is half sent."""
+    """Return an error as an event for a stream that has begun. Send it only between two events."""
     data = b"data: " + _encode(_error(dialect, error)) + b"\n\n"
-    # Clients of OpenAI tell an error by its member ``error``, and some of them take no event with a name.
+    # Clients of OpenAI recognise an error by its member ``error``, and some of them accept no named events.
     return b"event: error\n" + data if dialect is Dialect.ANTHROPIC else data
 
 
 def loading_comment(text: str) -> bytes:
-    """A comment of a stream of events: every client reads over it, and it keeps timeouts from running out."""
+    """Return a comment for a stream of events. Clients ignore it, and it keeps their timeouts from running out."""
     return b": " + " ".join(text.split()).encode(errors="replace") + b"\n\n"
 
 
@@ -142,7 +142,7 @@ def _error(dialect: Dialect, error: HttpError) -> dict[str, object]:
         kind = _ANTHROPIC_TYPES.get(error.status, _general(error.status, "api_error"))
         return {"type": "error", "error": {"type": kind, "message": str(error)}}
     kind = error.kind or _OPENAI_TYPES.get(error.status, _general(error.status, "server_error"))
-    # All four members are always there: the typed clients of OpenAI want them.
+    # All four members are always there: typed clients of OpenAI need them.
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
@@ -151,5 +151,5 @@ def _general(status: int, of_server: str) -> str:
 
 
 def _encode(value: object) -> bytes:
-    # ASCII, so that nothing depends on a charset; a lone surrogate out of a path cannot fail it either.
+    # ASCII, so that nothing depends on a charset, and a lone surrogate from a path cannot make the encoding fail.
     return json.dumps(value, separators=(",", ":")).encode()

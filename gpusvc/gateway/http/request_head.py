@@ -1,4 +1,4 @@
-"""Heads of requests: parsed strictly, and never passed on but written anew."""
+"""Request heads: parsed strictly. The gateway writes a new head for the engine and never passes one on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LETTERS = re.compile(TOKEN)
 
 
 class RequestHead(Head):
-    """What a request says before its body. ``target`` is a path, or ``*``."""
+    """The head of a request. ``target`` is a path, or ``*``."""
 
     __slots__ = (
         "authorization",
@@ -63,7 +63,7 @@ class RequestHead(Head):
         self.keeps_alive = not is_http10
         self.expects_continue = self.takes_trailers = False
         self.upgrade: bytes | None = None
-        """The protocols that the client would rather go on with."""
+        """The protocols that the client asks to switch to."""
         self.host: bytes | None = None
         self.model: bytes | None = None
         self.authorization: bytes | None = None
@@ -82,7 +82,7 @@ class RequestHead(Head):
         return self.chunked or bool(self.content_length)
 
     def finish(self) -> None:
-        """Judge what only the whole shows. Raises HttpError and MalformedError."""
+        """Check the fields against each other. Raises HttpError and MalformedError."""
         if self.chunked:
             if self.content_length is not None:
                 raise MalformedError("there are both Content-Length and Transfer-Encoding")
@@ -98,8 +98,8 @@ class RequestHead(Head):
             self.upgrade = None
             return
         self.keeps_alive = self.keeps_alive_by(options, otherwise=self.keeps_alive)
-        # A cleartext upgrade to HTTP/2 would hide from us all that follows. One of a request with a body is not worth
-        # knowing where that ends and the other protocol begins. Both can be answered as what they are without it.
+        # After a cleartext upgrade to HTTP/2 the gateway could not read the requests. With a body the gateway would
+        # have to find where the body ends and the other protocol begins. Both requests work without the upgrade.
         if self.upgrade is not None and (
             b"upgrade" not in options or self.is_http10 or self.has_body or b"h2c" in self.upgrade.lower()
         ):
@@ -122,7 +122,7 @@ class RequestHead(Head):
         self.note_type(value)
 
     def refuse_coding(self) -> None:
-        """Have the engine answer as it is, whatever the client could unpack."""
+        """Drop Accept-Encoding, so that the engine does not compress its response."""
         self.kept = [line for line in self.kept if not line.lower().startswith(b"accept-encoding:")]
 
     def note_te(self, value: bytes) -> None:
@@ -136,14 +136,14 @@ class RequestHead(Head):
 
 
 def read_request(block: bytes, limits: Limits) -> RequestHead:
-    """The head of a request.
+    """Parse the head of a request.
 
     Args:
-        block: from its first byte to its empty line.
-        limits: ``target_bytes`` and ``fields``.
+        block: the head, with its empty line.
+        limits: ``target_bytes`` and ``fields`` apply.
 
     Raises:
-        HttpError: 400, 405, 414, 417, 431, 505; where the request ends is not known then, and the connection ends.
+        HttpError: 400, 405, 414, 417, 431, 505; the connection must close, as it is unknown where the request ends.
     """
     first, *lines = block.split(b"\r\n")
     method, target, is_http10 = _read_request_line(first)
@@ -170,13 +170,13 @@ def read_request(block: bytes, limits: Limits) -> RequestHead:
 
 
 def check_beginning(partial: bytes, limits: Limits) -> None:
-    """Whether a head of which only the beginning is there may still become one.
+    """Check the beginning of a head that is not complete.
 
     Raises:
-        HttpError: 400, 414 or 431, it cannot.
+        HttpError: 400, 414 or 431, it cannot become a valid head.
     """
     if _LETTERS.match(partial) is None:
-        raise malformed(NOT_HTTP)  # at once, for those who try TLS here
+        raise malformed(NOT_HTTP)  # at once, so that a client that tries TLS here does not wait
     if len(partial) > limits.target_bytes:
         target = _TARGET.match(partial)
         if target is not None and len(target[1]) > limits.target_bytes:
@@ -206,7 +206,7 @@ def too_long_target(limits: Limits) -> HttpError:
 
 @lru_cache(maxsize=256)
 def _read_request_line(line: bytes) -> tuple[bytes, bytes, bool]:
-    """Method, target, and whether it is of HTTP/1.0. Raises HttpError."""
+    """Return the method, the target, and whether it is HTTP/1.0. Raises HttpError."""
     parts = _REQUEST_LINE.fullmatch(line)
     if parts is None:
         raise malformed(NOT_HTTP)
@@ -239,7 +239,7 @@ _OF_REQUESTS: KnownLines[RequestHead] = KnownLines(
         MODEL_HEADER: RequestHead.note_model,
         b"x-forwarded-for": RequestHead.note_forwarded_for,
         b"x-forwarded-proto": _note("forwarded_proto"),
-        # Judged here, and dropped: to an engine, which goes by its own address, all of them would look wrong.
+        # The gateway checks these and drops them: an engine would compare them with its own address and refuse them.
         b"origin": _note("origin"),
         b"sec-fetch-site": _note("fetch_site"),
         b"sec-fetch-mode": _note("fetch_mode"),
@@ -247,11 +247,11 @@ _OF_REQUESTS: KnownLines[RequestHead] = KnownLines(
         b"access-control-request-headers": _note("request_headers"),
         b"access-control-request-private-network": _note("private_network"),
     },
-    dropped=(b"x-gpusvc-",),  # for us to say
+    dropped=(b"x-gpusvc-",),  # only the gateway sets these
     volatile=rb"content-length|authorization|x-api-key|cookie",
 )
 
 
 def is_interpreted(name: bytes) -> bool:
-    """Whether a request field of this name, in lower case, is more than passed on."""
+    """Return whether a request field of this name, in lower case, is not simply passed on."""
     return _OF_REQUESTS.names(name)

@@ -1,4 +1,4 @@
-"""Heads of responses: parsed strictly, and never passed on but written anew."""
+"""Response heads: parsed strictly. The gateway writes a new head for the client and never passes one on."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class BadResponseError(Exception):
-    """What an engine sent is not an HTTP response; the message says why, without a period."""
+    """An engine's bytes are not a valid HTTP response; the message says why, without a period."""
 
 
 class ResponseHead(Head):
-    """What an answer says before its body."""
+    """The head of a response."""
 
     __slots__ = ("cookies", "has_date", "keeps_alive", "reason", "status", "upgrade")
 
@@ -50,11 +50,11 @@ class ResponseHead(Head):
 
     @property
     def is_stream(self) -> bool:
-        """Of events."""
+        """Whether the body is a stream of events."""
         return self.content_type is not None and self.content_type.lower().startswith(b"text/event-stream")
 
     def finish(self) -> None:
-        """Judge what only the whole shows. Raises MalformedError."""
+        """Check the fields against each other. Raises MalformedError."""
         if self.chunked and self.content_length is not None:
             raise MalformedError("there are both Content-Length and Transfer-Encoding")
         if self.connection is not None:
@@ -73,10 +73,10 @@ class ResponseHead(Head):
 
 
 def read_response(block: bytes, limits: Limits) -> ResponseHead:
-    """The head of an answer, final or interim.
+    """Parse the head of a response, final or interim.
 
     Raises:
-        BadResponseError: it is none.
+        BadResponseError: it is not valid.
     """
     first, *lines = block.split(b"\r\n")
     status, reason, is_http10 = _read_status_line(first)
@@ -96,12 +96,12 @@ def read_response(block: bytes, limits: Limits) -> ResponseHead:
 
 
 def status_line(status: int, reason: bytes | None = None) -> bytes:
-    """Without its end."""
+    """Return a status line without its line end."""
     return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)
 
 
 def write_whole(reply: Reply, date: bytes) -> bytes:
-    """A whole response that closes its connection. ``date`` is a line."""
+    """Return the bytes of a whole response that closes its connection. ``date`` is the line of the Date field."""
     lines = [status_line(reply.status), date]
     lines += [name + b": " + value for name, value in reply.headers]
     lines += [b"Content-Length: %d" % len(reply.body), b"Connection: close"]
@@ -109,14 +109,13 @@ def write_whole(reply: Reply, date: bytes) -> bytes:
 
 
 def passed_on(trailers: Iterable[bytes]) -> list[bytes]:
-    """Of the lines of a trailer section those that may come so late: they frame, route and allow nothing (RFC 9110,
-    6.5.1)."""
+    """Return the lines of a trailer section that are passed on: no framing or permissions (RFC 9110, 6.5.1)."""
     return [line for line in trailers if _may_trail(line.partition(b":")[0].lower())]
 
 
 @lru_cache(maxsize=256)
 def _read_status_line(line: bytes) -> tuple[int, bytes, bool]:
-    """Status, reason, and whether it is of HTTP/1.0. Raises BadResponseError."""
+    """Return the status, the reason, and whether it is HTTP/1.0. Raises BadResponseError."""
     parts = _STATUS_LINE.fullmatch(line)
     if parts is None:
         raise BadResponseError(NOT_HTTP)

@@ -1,4 +1,4 @@
-"""Forms of a request target (RFC 9112, 3.2), and the errors for targets and methods that cannot be right."""
+"""The forms of a request target (RFC 9112, 3.2), and the errors for invalid targets and methods."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _ABSOLUTE = re.compile(rb"https?://([A-Za-z0-9_.:\[\]-]+)((?:[/?].*)?)", re.IGNO
 
 
 def in_origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
-    """Authority and path of a target that does not begin with a slash; RFC 9112, 3.2, has three forms of it.
+    """Return the authority and the path of a target that does not begin with a slash (RFC 9112, 3.2).
 
-    The authority stands for the Host of the request, also where origins are judged; None: there is none.
+    The authority replaces the request's Host, also in the check of origins; None: the target has none.
 
     Raises:
-        HttpError: 400 it is none of them, 405 it is for a proxy.
+        HttpError: 400, the target has no valid form; 405, the method is CONNECT.
     """
     if target == b"*":
         if method != b"OPTIONS":
@@ -34,7 +34,7 @@ def in_origin_form(method: bytes, target: bytes) -> tuple[bytes | None, bytes]:
 
 def unsupported_method(method: bytes) -> HttpError:
     shown = method[:20].decode("ascii", "replace")
-    if method in (b"CONNECT", b"TRACE"):  # no tunnel to anywhere, and no echo of a request's keys
+    if method in (b"CONNECT", b"TRACE"):  # the gateway opens no tunnels, and echoes no request with its keys
         allow = b", ".join(sorted(METHODS))
         return HttpError(
             405, f"The gateway does not support {shown}.", code="method_not_allowed", headers=((b"allow", allow),)

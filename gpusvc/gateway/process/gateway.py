@@ -1,4 +1,4 @@
-"""One worker's gateway: who is connected, and how it ends. It knows no process and no signal."""
+"""The gateway of one worker: its client connections, and how they are drained. It handles no processes and signals."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from gpusvc.gateway.relay.shared import Shared
 
 
 class Gateway:
-    """For one event loop; ``protocol`` is for its create_server()."""
+    """The client connections of one event loop. Pass ``protocol`` to the loop's create_server()."""
 
     def __init__(self, shared: Shared) -> None:
-        """``shared`` is what all of its connections have in common; its loop's thread alone may use this."""
+        """``shared`` is the state that all connections use. Use the gateway from its loop's thread only."""
         self._shared = shared
         self._connections: set[Client] = set()
         self._all_gone = asyncio.Event()
         self._timer = shared.loop.call_later(shared.limits.sweep_seconds, self._sweep)
 
     def protocol(self) -> Client:
-        """For one more connection."""
+        """Return the protocol for one more connection."""
         return Client(self._shared, on_open=self._connections.add, on_closed=self._forget)
 
     async def drain(self) -> None:
-        """Let those who are connected have the answers that they wait for, and nothing after that."""
+        """Finish the requests that the connections wait for, accept no others, and return when all have closed."""
         self._shared.is_draining = True
         for client in list(self._connections):
             client.drain()
@@ -31,7 +31,7 @@ class Gateway:
             await self._all_gone.wait()
 
     def close(self) -> None:
-        """Drop all connections, and with them what they wait for."""
+        """Abort all connections and their requests."""
         self._timer.cancel()
         for client in list(self._connections):
             client.abort()

@@ -1,6 +1,6 @@
-"""The sockets that clients come in by: those that systemd holds for the gateway, or one of its own without them.
+"""The sockets that the gateway listens on: those that systemd passes to it, or one of its own.
 
-systemd keeps its sockets when the gateway ends, so that a connection that was not taken yet is taken by the next one.
+systemd keeps its sockets open when the gateway ends, so that the next gateway accepts the connections that still wait.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from gpusvc.errors import ConfigError, GpusvcError
 from gpusvc.paths import is_user_instance
 
-# Where it listens by itself, without systemd: the system's gateway, and a user's.
+# Where the gateway listens without systemd's sockets: the system's gateway, and a user's.
 ADDRESS = ("127.0.0.1", 8484)
 USER_ADDRESS = ("127.0.0.1", 8485)
 
-# As gpusvc-gateway.socket has it: event loops call listen(2) again, and with that decide anew.
+# The same as in gpusvc-gateway.socket: event loops call listen(2) again, which replaces the socket unit's value.
 BACKLOG = 4096
 
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
 def take(environment: Mapping[str, str]) -> list[socket.socket]:
-    """All sockets to listen on, as sd_listen_fds(3) has them, or else a new one at 127.0.0.1:8484, a user's at 8485.
+    """Return all sockets to listen on: systemd's, by sd_listen_fds(3), or else a new one at 127.0.0.1.
+
+    The port of a new one is 8484, or 8485 for a user's gateway.
 
     Raises:
-        ConfigError: what systemd gave is nothing to listen on.
-        GpusvcError: there was nothing, and the address is taken.
+        ConfigError: systemd passed something that cannot be listened on.
+        GpusvcError: systemd passed nothing, and the address is in use.
     """
-    if environment.get("LISTEN_PID") != str(os.getpid()):  # meant for a parent of this process, or for nobody
+    if environment.get("LISTEN_PID") != str(os.getpid()):  # the sockets are not for this process
         return [_open()]
     return inherited(int(environment.get("LISTEN_FDS", "0")))
 
 
 def inherited(count: int) -> list[socket.socket]:
-    """The sockets that systemd left open at the first numbers there are; they are not passed on to children's programs.
+    """Return the ``count`` sockets that systemd passed, from file descriptor 3 on. Child programs do not get them.
 
     Raises:
-        ConfigError: one of them does not listen for connections.
+        ConfigError: one of them does not listen for connections, or there is none.
     """
     sockets = []
     for fd in range(_FIRST_FD, _FIRST_FD + count):
@@ -60,7 +62,7 @@ def inherited(count: int) -> list[socket.socket]:
 
 
 def shown(listener: socket.socket) -> str:
-    """Where it listens, as a person writes it."""
+    """Return the address of ``listener`` as a person writes it."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
@@ -70,15 +72,15 @@ def shown(listener: socket.socket) -> str:
 
 
 def reachable(listeners: Iterable[socket.socket]) -> list[socket.socket]:
-    """Those that others than this machine's own processes may reach."""
+    """Return the sockets that may be reached from other machines."""
     return [listener for listener in listeners if not _is_local(listener)]
 
 
 def guard(listeners: Sequence[socket.socket], *, needs_key: bool, allow_without_keys: bool) -> None:
-    """Refuse to serve everybody on the network, unless that was said twice.
+    """Refuse to serve other machines without keys, unless ``allow_without_keys`` is set.
 
     Raises:
-        ConfigError: a socket is reachable for others, and nothing is asked of them.
+        ConfigError: other machines can reach a socket, and neither keys nor ``allow_without_keys`` are there.
     """
     if needs_key or allow_without_keys:
         return
@@ -108,7 +110,7 @@ def _open() -> socket.socket:
 
 def _is_local(listener: socket.socket) -> bool:
     if listener.family == socket.AF_UNIX:
-        return True  # its mode says who may
+        return True  # the socket's file mode decides who may connect
     if listener.family not in {socket.AF_INET, socket.AF_INET6}:
         return False
     address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])

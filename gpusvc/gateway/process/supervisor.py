@@ -1,7 +1,7 @@
-"""Several processes that do the same work on the same sockets, and the one that keeps them going.
+"""Several worker processes that do the same work on the same sockets, and the supervisor that keeps them running.
 
-They share nothing but what the kernel holds for them. The supervisor starts one again that ended, kills one that hangs,
-and takes all with it when it ends, however it ends. What they work on it does not know.
+Workers share only what the kernel holds for them. The supervisor restarts a worker that ended and kills one that hangs.
+When the supervisor ends, however it ends, all workers end. It does not depend on what the workers do.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from gpusvc.backoff import Backoff
 from gpusvc.log import log
 from gpusvc.systemd.notify import Notifier
 
-# A worker says each second that it is there.
+# Workers report once a second that they are alive.
 _HUNG_SECONDS = 20.0
 _LOOK_SECONDS = 1.0
 
-# Whoever was well for so long failed by chance.
+# A worker that ran for so long is restarted without delay.
 _STEADY_SECONDS = 10.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 
-# Over what a worker takes to end by itself.
+# Added to the time that workers may take to end by themselves.
 _GRACE_SECONDS = 5.0
 
-# Blocked but when they are waited for. A worker sends SIGUSR1 when it is ready.
+# Blocked, except while the supervisor waits for them. A worker sends SIGUSR1 when it is ready.
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1}
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Superior(Protocol):
-    """Whom a process that serves reports to: systemd, or the supervisor of workers."""
+    """What a serving process reports to: systemd, or the supervisor of workers."""
 
     def ready(self) -> None:
-        """It takes connections."""
+        """Report that this process accepts connections."""
 
     def alive(self) -> None:
-        """It does not hang; said each second."""
+        """Report that this process does not hang. Called every second."""
 
     def reloading(self) -> None:
-        """It was asked to read its files again; ready() is said when that is done."""
+        """Report that this process reads its files again; ready() follows when that is done."""
 
     def stopping(self, seconds: float) -> None:
-        """It takes no more connections, and ends in so many seconds at the latest."""
+        """Report that this process accepts no more connections and ends within ``seconds``."""
 
 
 @dataclass(slots=True)
 class _Slot:
-    """One worker's place; whoever comes next in it takes over its number."""
+    """The place of one worker. A worker that replaces it gets the same number."""
 
     number: int
     pid: int | None = None
@@ -68,7 +68,7 @@ class _Slot:
 
 
 class Supervisor:
-    """The supervisor. It runs no event loop and no thread, so that it can fork at any time."""
+    """Runs and watches the workers. It has no event loop and no threads, so that it can fork at any time."""
 
     def __init__(
         self,
@@ -81,25 +81,25 @@ class Supervisor:
     ) -> None:
         """
         Args:
-            count: of processes.
-            work: what each of them does until SIGTERM: takes its number, from 0 on, and whom to report to; returns its
-                exit status.
-            notifier: the line to systemd.
-            where: at what they work, for `systemctl status`.
-            drain_seconds: how long they may take to end, asked when they are to.
+            count: the number of workers.
+            work: runs in each worker until SIGTERM. It gets the worker's number, from 0 on, and what to report to. It
+                returns the exit status.
+            notifier: reports to systemd.
+            where: the addresses that the workers serve, for `systemctl status`.
+            drain_seconds: returns how long workers may take to end. Called when they are told to end.
         """
         self._work = work
         self._notifier = notifier
         self._where = where
         self._drain_seconds = drain_seconds
         self._slots = [_Slot(number) for number in range(count)]
-        # Shared with all of them: when each was last heard of; below 0 until it is ready.
+        # Shared with the workers: the monotonic time of each worker's last report, negative until the worker is ready.
         self._beats = memoryview(mmap.mmap(-1, 8 * count)).cast("d")
         self._is_told_ready = False
         self._told = ""
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT; SIGHUP is passed on. The exit status."""
+        """Run until SIGTERM or SIGINT, and pass SIGHUP on to the workers. Return the exit status."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             while True:
@@ -131,9 +131,9 @@ class Supervisor:
     def _be_worker(self, number: int, supervisor: int) -> NoReturn:
         status = 1
         try:
-            # Nothing of a worker outlives the supervisor: the next one has workers of its own.
+            # No worker outlives the supervisor: the next supervisor starts workers of its own.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            # Ctrl-C reaches the whole group of processes; the supervisor passes it on as SIGTERM.
+            # Ctrl-C reaches the whole process group; the supervisor passes it on as SIGTERM.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             # SIGTERM and SIGHUP stay blocked until the work has handlers for them.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - {signal.SIGTERM, signal.SIGHUP})
@@ -147,7 +147,11 @@ class Supervisor:
             os._exit(status)
 
     def _reap(self) -> int | None:
-        """See who has ended. The status to end with: of a worker that could not even begin, while none ever did."""
+        """Note which workers have ended.
+
+        Return the exit status for the supervisor if a worker ended before it was ready and before systemd was told that
+        all are; else None.
+        """
         for slot in self._slots:
             if slot.pid is None:
                 continue
@@ -171,7 +175,7 @@ class Supervisor:
         return None
 
     def _look_after(self) -> None:
-        """Start who is missing, and end who hangs."""
+        """Start workers that are missing, and kill workers that hang."""
         now = time.monotonic()
         for slot in self._slots:
             if slot.pid is None:
@@ -180,10 +184,10 @@ class Supervisor:
             elif now - abs(self._beats[slot.number]) > _HUNG_SECONDS:
                 log(3, f"Worker {slot.number + 1} hangs, and is killed.")
                 os.kill(slot.pid, signal.SIGKILL)
-                self._beats[slot.number] = -now  # once
+                self._beats[slot.number] = -now  # so that the next look does not kill it again
 
     def _tell(self) -> None:
-        """Let systemd know that all is well, and what is not."""
+        """Tell systemd that the supervisor is alive, and which workers are missing."""
         missing = [str(slot.number + 1) for slot in self._slots if not slot.is_ready]
         sentence = f"Serving at {self._where} with {len(self._slots)} workers."
         if missing:
@@ -199,11 +203,11 @@ class Supervisor:
         self._notifier.feed_watchdog()
 
     def _rest(self) -> float:
-        """Until the next look; signals come before it."""
+        """Return the seconds until the next look. Signals end the wait earlier."""
         return _FIRST_PAUSE_SECONDS if any(slot.pid is None for slot in self._slots) else _LOOK_SECONDS
 
     def _reload(self) -> None:
-        """Have the workers read their files again. Those that are not ready yet are about to do that anyway."""
+        """Have the ready workers read their files again. Workers that are not ready yet will read them anyway."""
         if self._is_told_ready:
             self._notifier.reloading()
         for slot in self._slots:
@@ -213,7 +217,7 @@ class Supervisor:
             self._notifier.ready(self._told)
 
     def _end(self, status: int) -> int:
-        """Have all of them end, those that do not when their time is over included; then ``status``."""
+        """End all workers, and kill those that are not done in time. Return ``status``."""
         seconds = self._drain_seconds() + _GRACE_SECONDS
         self._notifier.stopping()
         self._notifier.extend_timeout(seconds + _GRACE_SECONDS)
@@ -226,13 +230,13 @@ class Supervisor:
                 _kill(left, signal.SIGKILL)
             received = signal.sigtimedwait(_SIGNALS, min(max(rest, 0.0), _LOOK_SECONDS))
             if received is not None and received.si_signo in {signal.SIGTERM, signal.SIGINT}:
-                deadline = 0.0  # asked twice
+                deadline = 0.0  # the second request to end kills at once
             left = {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0}
         return status
 
 
 class _Line:
-    """A worker's side: what it reports to the supervisor."""
+    """Reports from a worker to its supervisor."""
 
     def __init__(self, beats: memoryview[float], number: int, supervisor: int) -> None:
         self._beats = beats
@@ -248,13 +252,13 @@ class _Line:
         self._beats[self._number] = time.monotonic()
 
     def reloading(self) -> None:
-        """It was the supervisor who said so."""
+        """Do nothing: the supervisor itself asked for it."""
 
     def stopping(self, seconds: float) -> None:
-        """Likewise."""
+        """Do nothing: the supervisor itself asked for it."""
 
 
 def _kill(pids: Iterable[int], number: signal.Signals) -> None:
-    """Children that nobody waited for yet, so that no number can be another process by now."""
+    """Send a signal to children that were not waited for yet: their PIDs cannot belong to other processes."""
     for pid in pids:
         os.kill(pid, number)

@@ -1,6 +1,6 @@
-"""TLS by certificate files, which may change while the gateway runs: renewed ones hold for new connections.
+"""TLS with certificate files, which may change while the gateway runs: new connections use renewed files.
 
-Whoever has no files lets a proxy in front do it; docs/gateway.md has examples.
+Without certificate files, a proxy in front can do TLS; docs/gateway.md has examples.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ class Certificate:
         self._key = key
         self._seen = self._loaded = self._stamp()
         self.context = _load(_new_context(), certificate, key)
-        """For every server of this process. What refresh() loads holds for connections that are made after it."""
+        """The context for all servers of this process. Later connections use what refresh() loads."""
 
     def refresh(self, report: Callable[[ConfigError], None]) -> None:
-        """Load the files again if they have changed, and have not since the last look: a renewal replaces one by one.
+        """Load the files again if they have changed since they were loaded, but not since the last call.
 
-        ``report`` hears of files that are not right; then the old ones stay.
+        A renewal replaces one file after the other: a change in progress is not loaded. ``report`` is called
+        if the files are not valid; the old ones then stay in use.
         """
         stamp = self._stamp()
         is_settled, self._seen = stamp == self._seen, stamp
@@ -40,7 +41,7 @@ class Certificate:
             return
         self._loaded = stamp
         try:
-            # First where it harms nothing: a context keeps the half of a pair that it could load.
+            # Try the files in a new context first: a context keeps the certificate of a pair whose key fails to load.
             _load(_new_context(), self._certificate, self._key)
             _load(self.context, self._certificate, self._key)
         except ConfigError as error:
@@ -54,7 +55,7 @@ def _new_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    # A client that renegotiates has us work for it, and nobody needs it.
+    # Renegotiation costs the server work, and no client needs it.
     context.options |= ssl.OP_NO_RENEGOTIATION
     return context
 
@@ -65,13 +66,13 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path) -> ssl.SSLConte
             with file.open("rb") as stream:
                 stream.read(1)
         except OSError as error:
-            hint = "The user gpusvc-gateway has to be able to read it." if isinstance(error, PermissionError) else None
+            hint = "The user gpusvc-gateway needs read access to it." if isinstance(error, PermissionError) else None
             raise ConfigError(f"{name} {file} cannot be read: {os.strerror(error.errno or 0)}.", hint=hint) from None
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except _PasswordWantedError:
         raise ConfigError(
-            f"tls_key {key} is encrypted.", hint="The gateway has nobody to ask for a password."
+            f"tls_key {key} is encrypted.", hint="The gateway cannot ask for a password: use a key without one."
         ) from None
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
@@ -91,7 +92,7 @@ class _PasswordWantedError(Exception):
 
 
 def _no_password() -> str:
-    """Called for an encrypted key; without it OpenSSL would ask at the terminal."""
+    """Refuse to give a password for an encrypted key. Without this callback OpenSSL would ask at the terminal."""
     raise _PasswordWantedError
 
 
@@ -105,7 +106,7 @@ def _has_certificate(file: Path) -> bool:
 
 def _stamp(file: Path) -> tuple[int, int, int]:
     try:
-        status = file.stat()  # of what links lead to: that is what is replaced
+        status = file.stat()  # follows links: a renewal replaces their targets
     except OSError:
         return 0, 0, 0
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns

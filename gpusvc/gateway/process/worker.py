@@ -1,8 +1,7 @@
-"""One process that serves: from the configuration and the sockets to the last answer before it ends.
+"""One serving process: its configuration files, its signals, and its end.
 
-What it does for a request is for ``Gateway`` to know; here are the files it is made from and read again, its signals,
-and its end: connections that were not taken stay in the sockets, which systemd holds, and those that were get their
-answers.
+``Gateway`` handles the connections. At its end, the process finishes the requests on its connections.
+Connections that it did not accept stay in the sockets, which systemd holds.
 """
 
 from __future__ import annotations
@@ -32,25 +31,25 @@ from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.state.counters import Counters, directory, file_of
 
-# How often files are looked at, and whoever supervises hears that all is well.
+# How often the process looks for changed files, and reports that it is alive.
 _LOOK_SECONDS = 1.0
 
-# What it takes, after the sockets were closed, until all that was taken from them is a connection. A handshake is two
-# exchanges over the network and a signature.
+# After the sockets were closed, the loop's passes until each accepted socket is a connection, and the seconds for TLS
+# handshakes: two round trips and a signature.
 _ENTRY_PASSES = 5
 _ENTRY_SECONDS = 0.5
 
-# A client that has not finished its handshake by then is none.
+# A connection whose TLS handshake takes longer is closed.
 _HANDSHAKE_SECONDS = 15.0
 
 
 class Settings:
-    """What the files say now: the policy, the keys and the certificate. What turns wrong later changes nothing."""
+    """The current policy, keys and certificate. A file that becomes invalid later changes nothing."""
 
     def __init__(self, paths: Paths, environment: Mapping[str, str]) -> None:
         """
         Raises:
-            ConfigError: one of them is wrong.
+            ConfigError: one of the files is not valid.
         """
         self._complaints: list[ConfigError] = []
         self._watched = Watched(paths, self._complaints.append)
@@ -59,7 +58,7 @@ class Settings:
             raise self._complaints[0]
         self._first = self.gateway = host.gateway
         self.secret = os.urandom(32)
-        """For the sessions of engines' pages; made before workers are forked, so that it is the same in all."""
+        """Signs the sessions of engines' pages. Made before the workers are forked, so that all have the same one."""
         self.keys = keys.Keys.read(keys.files_of(paths, environment))
         self.certificate: Certificate | None = None
         if host.gateway.tls_certificate is not None and host.gateway.tls_key is not None:
@@ -67,7 +66,7 @@ class Settings:
         self._is_told = False
 
     def refresh(self) -> None:
-        """Read again what has changed; it costs some stat(2)."""
+        """Read the files again that have changed. Without changes it costs some calls of stat(2)."""
         host = self._watched.host()
         self.keys.refresh(self._complaints.append)
         if self.certificate is not None:
@@ -82,7 +81,7 @@ class Settings:
         self._complaints.clear()
 
     def reread(self) -> None:
-        """Read everything again, changed or not, and tell again what is wrong."""
+        """Read all files again, changed or not, and report their errors again."""
         self._watched.reread()
         self.refresh()
 
@@ -100,11 +99,11 @@ class Worker:
     ) -> None:
         """
         Args:
-            paths: where everything is.
-            settings: as they are now.
-            listeners: where clients come in. They are closed for this process when it is to end.
-            number: of this process among those that serve the same sockets, from 0 on.
-            superior: whom to report to.
+            paths: of this instance.
+            settings: the current ones.
+            listeners: the sockets to accept from. This process closes its copies when it is told to end.
+            number: of this worker, from 0 on.
+            superior: what to report to.
         """
         self._paths = paths
         self._settings = settings
@@ -115,7 +114,7 @@ class Worker:
         self._hurries = asyncio.Event()
 
     def run(self) -> int:
-        """Until SIGTERM, and then until those who are served have their answers, for ``drain_timeout`` at most."""
+        """Serve until SIGTERM, then finish the requests under way, for ``drain_timeout`` at most. Return 0."""
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
         return 0
@@ -124,7 +123,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_report)
         loop.add_signal_handler(signal.SIGTERM, self._ends.set)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for workers
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a supervisor's workers ignore it
             loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
@@ -159,7 +158,7 @@ class Worker:
             self._superior.ready()
             await self._ends.wait()
         finally:
-            # What stands in line in the sockets stays there, for the next process of ours.
+            # Connections that were not accepted stay in the sockets for the next process.
             for server in servers:
                 server.close()
         seconds = self._get_settings().drain_timeout_seconds
@@ -171,7 +170,7 @@ class Worker:
         await _cancel(hurry, drain, looks)
 
     async def _let_in(self) -> None:
-        """Have those who were accepted at the last moment be connected: by the loop, and by their handshakes."""
+        """Wait until sockets accepted at the last moment are connections: for the loop, and for their handshakes."""
         if self._settings.certificate is not None:
             await asyncio.sleep(_ENTRY_SECONDS)
         for _ in range(_ENTRY_PASSES):
@@ -182,7 +181,7 @@ class Worker:
     ) -> asyncio.AbstractServer:
         certificate = self._settings.certificate
         is_unix = listener.family == socket.AF_UNIX
-        # Who may open a socket of the file system is for its mode to say, and it leaves the machine by a proxy only.
+        # No TLS on a unix socket: its file mode controls access, and only a proxy can connect it to the network.
         tls = None if certificate is None or is_unix else certificate.context
         create = loop.create_unix_server if is_unix else loop.create_server
         return await create(
@@ -203,7 +202,7 @@ class Worker:
         return self._settings.gateway
 
     def _interrupt(self) -> None:
-        """Ctrl-C: the second one does not wait for anybody."""
+        """Handle Ctrl-C: the first one drains, the second one ends at once."""
         (self._hurries if self._ends.is_set() else self._ends).set()
 
     def _reload(self) -> None:
@@ -220,7 +219,7 @@ async def _cancel(*tasks: asyncio.Task[object]) -> None:
 
 
 def _report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody caught: a bug of ours. It concerns one request, and the others go on."""
+    """Log an exception that nothing caught, which is a bug. It concerns one request; the others go on."""
     error = context.get("exception")
     lines = [str(context.get("message"))]
     lines += [] if error is None else traceback.format_exception(error)
