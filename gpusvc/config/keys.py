@@ -53,7 +53,7 @@ _HEAD = """\
 
 
 class Right(StrEnum):
-    """What a key may be for."""
+    """What a key allows."""
 
     USE = "use"  # its models
     METRICS = "metrics"  # GET /metrics
@@ -83,10 +83,10 @@ class Key:
 
 
 class Keys:
-    """The keys of some files, as a server sees them.
+    """The keys in some files, for a server.
 
-    It fails closed: a file that vanishes, or turns out wrong, changes nothing until the server is started again. One
-    that comes and is wrong lets nobody in.
+    It fails closed: if a file vanishes or becomes invalid, its last valid keys count until the server restarts. A new
+    file that is invalid lets nobody in.
     """
 
     def __init__(self, files: Sequence[Path], keys: Mapping[Path, tuple[Key, ...]]) -> None:

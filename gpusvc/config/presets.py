@@ -1,4 +1,4 @@
-"""What is known of the engines: how a preset turns a model into a command, and how a program is found.
+"""The presets of engines: how each turns a model into a command, and how its program is found.
 
 A preset binds the engine to the loopback address and to ``{port}``, tells it the names that clients may use, and splits
 the model over as many GPUs as it gets. The user's ``args`` come last, and so have the last word.
@@ -29,7 +29,7 @@ _QUANTISED_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(
 
 
 class Served(Record):
-    """What a preset is told: the model, the names that clients use, the first of them its own, and how many GPUs."""
+    """The input of a preset: the model, the names that clients use (its own name first), and the number of GPUs."""
 
     model: str
     names: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""The configuration as a daemon sees it: read again when a file changes, and never worse than it was.
+"""The configuration for a daemon: read again when a file changes. Of an invalid file, the last valid version counts.
 
-Whoever asks at every tick pays a stat(2) for each file. Not for several threads.
+Each call costs a stat(2) per file. Not for several threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Stamp = tuple[int, int, int, int, int]
 
 @dataclass(slots=True)
 class _Kept(Generic[Value]):
-    """What is kept of one file."""
+    """The state of one file."""
 
     file: Path
     value: Value | None = None  # the last good one
@@ -62,7 +62,7 @@ class Watched:
         self._models_host: HostConfig | None = None  # the policy that the models were read with
 
     def host(self) -> HostConfig | None:
-        """The host's policy; None: the file was never right, so that the policy is unknown."""
+        """Return the host's policy; None if the file was never valid, so that the policy is unknown."""
         return self._look(self._host, partial(load_host, self._paths))
 
     def model(self, name: str) -> ModelConfig | None:

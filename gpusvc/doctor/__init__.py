@@ -1,1 +1,1 @@
-"""What may be wrong with a machine, and how to mend it: each module looks at one side of it."""
+"""Finds what is wrong with a machine, and how to repair it. Each module checks one part."""

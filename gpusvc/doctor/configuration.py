@@ -1,4 +1,4 @@
-"""What was configured: files, ports, and engines that could be run."""
+"""Checks the configuration: files, ports, and the engines' programs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _files(paths: Paths) -> Iterator[Finding]:
 
 
 def _ports(paths: Paths) -> Iterator[Finding]:
-    """Ports that a model insists on, and somebody else has."""
+    """Find fixed ports that several models have, or at which something else listens."""
     try:
         host = config.load_host(paths)
         models = [

@@ -1,4 +1,4 @@
-"""The driver of the GPUs: its library, module and version, device nodes, and what else shares the GPUs."""
+"""Checks the GPU driver: its library, module and version, the device nodes, and other programs on the GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One finding of a diagnosis: what was looked at, what it showed, and what to do about it."""
+"""One finding of a diagnosis: the subject, the evidence, and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """How serious a finding is."""
 
     OK = "ok"
     NOTE = "note"  # works, but somebody may wonder

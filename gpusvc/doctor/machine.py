@@ -1,4 +1,4 @@
-"""The machine below gpusvc: systemd, control groups, polkit, users, disks, the clock."""
+"""Checks the machine below gpusvc: systemd, control groups, polkit, users, disks, the clock."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from gpusvc.status import inventory
 
 
 class _Look(NamedTuple):
-    """How processes of a server look (in name and command line), and what the one that manages them is called."""
+    """The name and command line of a server's processes, and the name of the process that manages them."""
 
     server: str
     process: str
@@ -59,7 +59,7 @@ _PAUSE_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Foreigner:
-    """A process that holds VRAM and is no model's. ``used_bytes`` is per GPU index; None: NVML does not say."""
+    """A process that holds VRAM and belongs to no model. ``used_bytes`` is per GPU index; None: NVML does not say."""
 
     portrait: Portrait
     used_bytes: dict[int, int | None]
@@ -70,7 +70,7 @@ class Foreigner:
 
     @property
     def is_orphan(self) -> bool:
-        """A part of a server whose manager is gone."""
+        """Whether the process belongs to a server whose manager is gone."""
         return self.server is not None and self.manager is None
 
     @property
@@ -89,7 +89,7 @@ class Foreigner:
 
 
 def recognise(portrait: Portrait) -> tuple[str | None, str | None]:
-    """The server that a process seems to belong to, and its manager, as Foreigner has them."""
+    """Return the server that a process seems to belong to, and its manager, as in Foreigner."""
     text = f"{portrait.name} {portrait.command}"
     look = next((look for look in _LOOKS if re.search(look.process, text, re.IGNORECASE)), None)
     if look is None:
@@ -109,7 +109,7 @@ def _parent(portrait: Portrait) -> str | None:
 
 
 def foreigners(paths: Paths, gpus: Sequence[Gpu]) -> list[Foreigner]:
-    """Everybody who holds VRAM and is no model's, the largest first."""
+    """Return all processes that hold VRAM and belong to no model, the largest first."""
     held: dict[int, dict[int, int | None]] = {}
     for status in inventory.gpus(paths, gpus):
         for holder in status.holders:
@@ -187,7 +187,7 @@ def _amounts(used: dict[int, int | None]) -> str:
 
 
 def send(process: Process, number: signal.Signals) -> None:
-    """Signal exactly this process; one that is gone already is no error.
+    """Send a signal to exactly this process. A process that has ended already is no error.
 
     Raises:
         GpusvcError: that is not permitted.

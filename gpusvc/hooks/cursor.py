@@ -1,4 +1,4 @@
-"""The place in the journal up to which hooks were begun, kept over restarts."""
+"""The position in the journal up to which hooks were begun, kept over restarts."""
 
 from __future__ import annotations
 

@@ -21,19 +21,19 @@ def hooks_directory(paths: Paths) -> Path:
 
 
 def is_hook_name(name: str) -> bool:
-    """Whether a file of that name is a hook: no hidden file, no backup, nothing of a package manager."""
+    """Return whether a file of that name is a hook: not hidden, no backup, not left by a package manager."""
     return _HOOK_NAME.fullmatch(name) is not None and _LEFT_BEHIND.fullmatch(name) is None
 
 
 class HookDirectory:
-    """Reads the directory anew each time. Warns once about each version of a file that others may write to."""
+    """Reads the directory at each call. Warns once about each version of a file that others may write to."""
 
     def __init__(self, paths: Paths) -> None:
         self._directory = hooks_directory(paths)
         self._warned: set[tuple[str, int]] = set()
 
     def hooks(self) -> Iterator[Path]:
-        """The hooks that are there now, in the order of their names."""
+        """Return the hooks that exist now, sorted by name."""
         try:
             if not self._is_safe(self._directory, self._directory.stat()):
                 return
