@@ -33,6 +33,10 @@ _PROBED = frozenset(
 )
 
 
+# In Python 3.11 each access to a member of an enum class is a call.
+_MODEL, _MANAGEMENT, _NAMED = Target.MODEL, Target.MANAGEMENT, Target.NAMED
+
+
 class Destination(NamedTuple):
     """What a request is forwarded to."""
 
@@ -61,18 +65,19 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
     Raises:
         HttpError: 400 it names no model, 404 there is no such model, or the key is not for it.
     """
-    if route.target is Target.MANAGEMENT:
-        return Destination(None, route.path, False)
-    if route.target is Target.NAMED:
-        serving, path = catalog.locate(route, allowed=allowed)
-    elif route.target is Target.ORIGIN:
-        serving, path = catalog.resolve(route.name, allowed=allowed), route.path
-    elif body.settled:
+    target = route.target
+    if target is _MODEL:
+        if not body.settled:
+            return None
         serving, path = _resolve(catalog, route, head, body, allowed), route.path
+    elif target is _MANAGEMENT:
+        return Destination(None, route.path, False)
+    elif target is _NAMED:
+        serving, path = catalog.locate(route, allowed=allowed)
     else:
-        return None
+        serving, path = catalog.resolve(route.name, allowed=allowed), route.path
     is_probe = head.method != b"POST" and _is_probe(head.method, path)
-    return Destination(serving, path, route.target is Target.MODEL, is_probe)
+    return Destination(serving, path, target is _MODEL, is_probe)
 
 
 def _is_probe(method: bytes, path: bytes) -> bool:

@@ -28,6 +28,8 @@ class Gate:
         Raises:
             HttpError: 400 or 403, the Host or the origin may not use the gateway.
         """
+        if head.origin is None and head.fetch_site is None and self._guard.knows(head.host):
+            return ()  # as for nearly all programs, which are not browsers
         return self._guard.judge(
             head.method,
             head.target,

@@ -80,7 +80,7 @@ class Guard:
         Raises:
             HttpError: 403 the request is not let in, 400 the host is none.
         """
-        if not self._is_keyed and host is not None and host not in self._known:
+        if host is not None and not self.knows(host):
             self._admit(host)
         if origin is None:
             if fetch_site in (b"cross-site", b"same-site") and not _is_visit(method, target, fetch_mode):
@@ -92,6 +92,10 @@ class Guard:
         if method == b"OPTIONS" and request_method is not None:
             return Reply(204, (*granted, *_leave(request_headers, private_network)), b"")
         return (*granted, (b"access-control-expose-headers", _EXPOSED))
+
+    def knows(self, host: bytes | None) -> bool:
+        """Return whether ``host`` needs no further look, as judge() let it in before or lets all in."""
+        return self._is_keyed or host is None or host in self._known
 
     def _admit(self, host: bytes) -> None:
         """Raises HttpError if ``host`` may be a stranger's name for this machine."""

@@ -95,6 +95,7 @@ def read_response(block: bytes, limits: Limits) -> ResponseHead:
     return head
 
 
+@lru_cache(maxsize=256)
 def status_line(status: int, reason: bytes | None = None) -> bytes:
     """Return a status line without its line end."""
     return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"") if reason is None else reason)

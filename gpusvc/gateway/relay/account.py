@@ -40,10 +40,11 @@ class Account:
 
     def first_byte(self, status: int) -> None:
         """The engine's response begins, with this status."""
-        if self._counters is not None:
-            self._counters.response_began(status)
+        counters = self._counters
+        if counters is not None:
             self._status = status
-            self._counters.first_byte(time.monotonic() - self._began_seconds)
+            counters.response_began(status)
+            counters.first_byte(time.monotonic() - self._began_seconds)
 
     def set_attached(self, *, attached: bool) -> None:
         """Count the request as an upgraded connection without recent traffic, or no more. Safe to call again."""
@@ -53,7 +54,10 @@ class Account:
 
     def close(self, response: Response, received_bytes: int) -> None:
         """The request is over."""
-        self.set_attached(attached=False)
+        if self._is_waiting:
+            self.stop_waiting()
+        if self._is_attached:
+            self.set_attached(attached=False)
         counters = self._counters
         if counters is None:
             counters = self._all.of("")

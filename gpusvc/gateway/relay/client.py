@@ -205,8 +205,12 @@ class Client(asyncio.Protocol):
             self._end()
             return
         self._deadline = self._shared.now + self._shared.limits.idle_seconds
-        if not self._is_processing:
+        if self._is_processing:
+            return
+        if self._buffer:
             self._process()
+        else:
+            self.resume()
 
     def break_off(self) -> None:
         self._exchange = None
@@ -224,23 +228,27 @@ class Client(asyncio.Protocol):
     def _process(self) -> None:
         """Begin with the requests that are there, as long as each is answered at once, and its answer is taken."""
         self.resume()
+        if not self._is_free():
+            self._bound()
+            return
         self._is_processing = True
         turns = _TURNS
-        while self._is_free and self._begin():
+        while self._begin():
             turns -= 1
+            if not self._is_free():
+                break
             if not turns:
                 self._shared.loop.call_soon(self._go_on)
                 break
         self._is_processing = False
         self._bound()
 
-    @property
     def _is_free(self) -> bool:
         """Whether the next request may have its turn."""
         return self._exchange is None and bool(self._buffer) and not self._is_blocked and not self._is_lingering
 
     def _go_on(self) -> None:
-        if self._is_free and not self._transport.is_closing():
+        if self._is_free() and not self._transport.is_closing():
             self._process()
 
     def _bound(self) -> None:

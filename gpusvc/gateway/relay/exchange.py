@@ -33,11 +33,13 @@ from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.account import Account
 from gpusvc.gateway.relay.forwarding import Forwarding, unreachable
-from gpusvc.gateway.relay.request import Request
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
 
 _A = TypeVarTuple("_A")
+
+# In Python 3.11 each access to a member of an enum class is a call.
+_MODEL, _NAMED = Target.MODEL, Target.NAMED
 
 _FORWARDED = frozenset({Target.MODEL, Target.NAMED, Target.ORIGIN, Target.MANAGEMENT})
 
@@ -95,19 +97,25 @@ class Exchange:
 
     # The request, as it comes in.
 
-    @_failing
     def begin(self, whole: bytes | None) -> None:
         """The head is there.
 
         Args:
             whole: the body, if all of it is there too; None: feed() and end() follow.
         """
+        try:
+            self._admit(whole)
+        except Exception as error:
+            self.fail(faults.to_http_error(error))
+
+    def _admit(self, whole: bytes | None) -> None:
         head, shared = self._head, self._shared
         granted = shared.gate.check_origin(head)
-        if isinstance(granted, Reply):
-            self._reply(granted)
-            return
-        self._response.granted = granted
+        if granted:
+            if isinstance(granted, Reply):
+                self._reply(granted)
+                return
+            self._response.granted = granted
         engine = engine_origin.model_in(head.host)
         if engine is None:
             route = self._route = routes.route(head.method, head.target)
@@ -122,7 +130,7 @@ class Exchange:
             head,
             whole,
             limit_bytes=shared.settings().max_body_bytes,
-            names_model=route.target is Target.MODEL,
+            names_model=route.target is _MODEL,
             budget=shared.budget,
         )
         self._lead(route, self._body)
@@ -179,13 +187,14 @@ class Exchange:
         destination = destinations.find(self._shared.catalog, route, self._head, body, allowed_by(self._key))
         if destination is None:
             return
-        if destination.serving is not None and route.target is Target.NAMED:
+        serving = destination.serving
+        if serving is not None and route.target is _NAMED:
             shared, path = self._shared, destination.path
-            shared.gate.send_to_engine(self._head, self._client.scheme, destination.serving.name, path, self._key)
+            shared.gate.send_to_engine(self._head, self._client.scheme, serving.name, path, self._key)
         self._destination = destination
-        body.begin(destination.serving if destination.is_edited else None)
-        if destination.serving is not None:
-            self._account.open(destination.serving.name)
+        body.begin(serving if destination.is_edited else None)
+        if serving is not None:
+            self._account.open(serving.name)
         self._go(destination, body)
 
     def _go(self, destination: Destination, body: Body) -> None:
@@ -247,9 +256,17 @@ class Exchange:
         """Send the request to its upstream, unless more of its body must come before."""
         if not body.ready:
             return
-        request = Request(self._head, body, destination.path, self._lines(destination))
         forwarding = self._forwarding = Forwarding(
-            self._shared, self._client, self, request, self._response, self._account, self._passage
+            self._shared,
+            self._client,
+            self,
+            self._head,
+            body,
+            destination.path,
+            self._lines(destination),
+            self._response,
+            self._account,
+            self._passage,
         )
         forwarding.begin()
 
@@ -257,7 +274,8 @@ class Exchange:
         """Lines for the request's head that tell who the client is."""
         head, client = self._head, self._client
         own = [] if destination.serving is None or self._shared.keys.configured else _credentials(head)
-        if head.forwarded_for is None and head.forwarded_proto is None and self._key is None:
+        key = None if destination.serving is not None else self._key
+        if head.forwarded_for is None and head.forwarded_proto is None and key is None:
             return [*client.forwarded, *own] if own else client.forwarded
         sources = client.address if head.forwarded_for is None else head.forwarded_for + b", " + client.address
         lines = [
@@ -265,8 +283,8 @@ class Exchange:
             b"X-Forwarded-Proto: " + (head.forwarded_proto or client.scheme),  # a proxy in front knows better
             *own,
         ]
-        if self._key is not None and destination.serving is None:
-            lines.append(b"X-Gpusvc-Key: " + self._key.name.encode())
+        if key is not None:
+            lines.append(b"X-Gpusvc-Key: " + key.name.encode())
         return lines
 
     # The end (forwarding.Owner).
@@ -323,13 +341,13 @@ class Exchange:
 
     def _close(self) -> None:
         self._is_over = True
+        self._forwarding = None  # which refers to this exchange: without the cycle both are freed at once
         if self._passage is not None:
             self._passage.close()
         received_bytes = 0
         if self._body is not None:
             received_bytes = self._body.received_bytes
             self._body.close()
-        self._account.stop_waiting()
         self._account.close(self._response, received_bytes)
 
 

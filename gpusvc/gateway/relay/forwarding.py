@@ -8,11 +8,14 @@ from typing import Protocol
 
 from gpusvc.config.serving import Serving
 from gpusvc.gateway.activation.passage import Onlooker, Passage
+from gpusvc.gateway.body.body import Body
+from gpusvc.gateway.http import chunks
 from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.http.response_head import ResponseHead
 from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.account import Account
-from gpusvc.gateway.relay.request import Request
+from gpusvc.gateway.relay.request import is_idempotent, write_head
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
 from gpusvc.gateway.relay.tunnel import Tunnel
@@ -38,11 +41,15 @@ class Forwarding:
 
     __slots__ = (
         "_account",
+        "_body",
         "_client",
+        "_head",
+        "_is_chunked",
+        "_lines",
         "_owner",
         "_passage",
+        "_path",
         "_progressed_seconds",
-        "_request",
         "_response",
         "_shared",
         "_task",
@@ -54,16 +61,35 @@ class Forwarding:
         shared: Shared,
         client: Downstream,
         owner: Owner,
-        request: Request,
+        head: RequestHead,
+        body: Body,
+        path: bytes,
+        lines: list[bytes],
         response: Response,
         account: Account,
         passage: Passage | Onlooker | None,
     ) -> None:
-        """``passage`` is the way into the model; None: the request is for the management API."""
+        """
+        Args:
+            shared: by all connections.
+            client: whose request it is.
+            owner: told of the end.
+            head: as the client sent it.
+            body: for which begin() was called.
+            path: what the upstream is asked for, path and query.
+            lines: more for the request's head.
+            response: to the client.
+            account: of the request.
+            passage: the way into the model; None: the request is for the management API.
+        """
         self._shared = shared
         self._client = client
         self._owner = owner
-        self._request = request
+        self._head = head
+        self._body = body
+        self._path = path
+        self._lines = lines
+        self._is_chunked = False
         self._response = response
         self._account = account
         self._passage = passage
@@ -73,12 +99,12 @@ class Forwarding:
 
     def begin(self) -> None:
         """Send the request on an idle connection, or else on a new one."""
-        passage, pool, request = self._passage, self._shared.pool, self._request
+        passage, pool = self._passage, self._shared.pool
         address: Address = self._shared.api if passage is None else (passage.address, passage.port)
-        is_complete = request.body.complete
+        is_complete = self._body.complete
         # The engine may be closing an idle connection just now: only a request that can be sent again goes there.
         # After a failure nobody can tell whether the management API has acted on a request.
-        is_repeatable = passage is not None or request.is_idempotent
+        is_repeatable = passage is not None or is_idempotent(self._head)
         upstream = pool.take(address) if is_complete and is_repeatable else None
         if upstream is not None:
             self._send(upstream)
@@ -88,12 +114,12 @@ class Forwarding:
         self._connect(address)
 
     def pump(self) -> None:
-        """Send on what came of the body."""
+        """Send on what came of the body. Raises HttpError 500, as Body does."""
         if self._upstream is not None:
-            self._request.pump(self._upstream)
+            self._push(self._upstream)
             if self._passage is not None:
                 self._passage.touch()
-            if not self._request.body.full:
+            if not self._body.full:
                 self._client.resume()
 
     def pause(self) -> None:
@@ -184,9 +210,8 @@ class Forwarding:
 
     def on_lost(self, upstream: Upstream, reason: str) -> None:
         self._upstream = None
-        request = self._request
         is_stale = upstream.is_used and not upstream.was_heard
-        if is_stale and (request.is_idempotent or upstream.is_untaken()) and request.body.rewind():
+        if is_stale and (is_idempotent(self._head) or upstream.is_untaken()) and self._body.rewind():
             self._connect(upstream.address)
             return
         if self._serving is not None:
@@ -223,10 +248,33 @@ class Forwarding:
             self._owner.fail(faults.to_http_error(error))
 
     def _send(self, upstream: Upstream) -> None:
+        """Send the head, and as much of the body as there is."""
         self._upstream = upstream
-        self._request.send(upstream, self)
-        if not self._request.body.full:
+        head, body = self._head, self._body
+        length = body.length
+        self._is_chunked = length is None
+        first = write_head(head, self._path, self._lines, upstream.address, length)
+        if length is not None:
+            first += body.take()
+        upstream.begin(self, first, is_head_only=head.method == b"HEAD", takes_upgrade=head.upgrade is not None)
+        if length is not None and body.finished:
+            upstream.end()
+        else:
+            self._push(upstream)
+        if not body.full:
             self._client.resume()
+
+    def _push(self, upstream: Upstream) -> None:
+        """Send more of the body, as much as the upstream takes now."""
+        body = self._body
+        if upstream.is_written:
+            return
+        while not upstream.is_blocked and (data := body.take()):
+            upstream.write(chunks.encode(data) if self._is_chunked else data)
+        if body.finished:
+            if self._is_chunked:
+                upstream.write(chunks.LAST)
+            upstream.end()
 
     def _progress(self, sent_bytes: int) -> None:
         self._response.sent_bytes += sent_bytes

@@ -27,6 +27,10 @@ class _Framing(Enum):
     CLOSE = auto()  # the end of the connection is the end of the body
 
 
+# In Python 3.11 each access to a member of an enum class is a call.
+_LENGTH, _CHUNKED, _CLOSE = _Framing
+
+
 class Response:
     """The response to one request."""
 
@@ -51,7 +55,7 @@ class Response:
         self._shared = shared
         self._client = client
         self._request = request
-        self._framing = _Framing.LENGTH
+        self._framing = _LENGTH
         self._out: list[bytes] = []
         self._is_stream = self._is_counted = False
         self._tail: Tail | None = None
@@ -77,7 +81,9 @@ class Response:
                 self.broken_promise = bytearray()
             return
         self._is_stream = head.is_stream
-        lines = [heads.status_line(head.status, head.reason), *head.kept, *self._isolation(head, is_engine=is_engine)]
+        lines = [heads.status_line(head.status, head.reason), *head.kept]
+        if head.cookies or not self._is_counted:
+            lines += self._isolation(head, is_engine=is_engine)
         if not head.has_date:
             lines.append(self._shared.date)
         length = head.content_length
@@ -136,7 +142,7 @@ class Response:
             self.broken_promise += data[: _LONGEST_ERROR_BYTES - len(self.broken_promise)]
             return
         self.sent_bytes += len(data)
-        self._out.append(chunks.encode(data) if self._framing is _Framing.CHUNKED else data)
+        self._out.append(chunks.encode(data) if self._framing is _CHUNKED else data)
         if self._is_counted:
             if self._tail is None:
                 self._tail = Tail(data)
@@ -155,7 +161,7 @@ class Response:
 
     def end(self, trailers: list[bytes]) -> None:
         """End the body. Trailers go to clients that said that they take them."""
-        if self._framing is _Framing.CHUNKED:
+        if self._framing is _CHUNKED:
             lines = heads.passed_on(trailers) if trailers and self._request.takes_trailers else ()
             self._out.append(b"\r\n".join([b"0", *lines, b"", b""]) if lines else chunks.LAST)
         self.flush()
@@ -167,7 +173,7 @@ class Response:
             event: the error as the last event of a stream; other responses have no place for it.
         """
         # After the last byte of a response with a length, an event would be read as another response.
-        if not self._is_stream or self._framing is _Framing.LENGTH:
+        if not self._is_stream or self._framing is _LENGTH:
             self._client.abort()
             return
         if self._tail is not None and not self._tail.is_between_events:
@@ -188,18 +194,18 @@ class Response:
     def _frame_unknown(self) -> bytes:
         """Frame a body of unknown length."""
         if self._request.is_http10:
-            self._framing = _Framing.CLOSE
+            self._framing = _CLOSE
             return b"Connection: close"
-        self._framing = _Framing.CHUNKED
+        self._framing = _CHUNKED
         return b"Transfer-Encoding: chunked"
 
     def _begin(self, status: int, lines: list[bytes], *, is_last: bool = False) -> None:
         self.status = status
         if self.granted:
             lines += [name + b": " + value for name, value in self.granted]
-        self.is_kept = self._framing is not _Framing.CLOSE and not is_last and self._client.is_kept
+        self.is_kept = self._framing is not _CLOSE and not is_last and self._client.is_kept
         if not self.is_kept:
-            if self._framing is not _Framing.CLOSE:
+            if self._framing is not _CLOSE:
                 lines.append(b"Connection: close")
         elif self._request.is_http10:
             lines.append(b"Connection: keep-alive")
