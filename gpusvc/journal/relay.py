@@ -8,11 +8,12 @@ writes it down: as fast as C, independent of the launcher, and at an end when th
 from __future__ import annotations
 
 import os
+import select
 
 
-def start(output_fd: int, identifier: str) -> None:
-    """Send what can be read from ``output_fd``, which becomes the relay's alone, to the journal as ``identifier``."""
-    os.posix_spawnp(
+def start(output_fd: int, identifier: str) -> int:
+    """Start the relay from ``output_fd``, which is closed here, to the journal as ``identifier``. Return its PID."""
+    pid = os.posix_spawnp(
         "systemd-cat",
         ["systemd-cat", f"--identifier={identifier}", "cat"],
         os.environ,
@@ -20,3 +21,21 @@ def start(output_fd: int, identifier: str) -> None:
         setsid=True,
     )
     os.close(output_fd)
+    return pid
+
+
+def has_ended(pid: int, timeout_seconds: float) -> bool:
+    """Wait until the relay has ended, so that every line that it got is journald's.
+
+    It ends with the last process of the engine. Return False if it runs on when the time is over.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_seconds * 1000))
+    finally:
+        os.close(pidfd)

@@ -163,7 +163,7 @@ def _start_engine(run: Run) -> None:
     command = config.command
     if config.caller is None:
         command = tuple(argument.replace("{port}", port) for argument in command)
-        relay.start(run.parked.output_fd, run.identifier())
+        run.relay_pid = relay.start(run.parked.output_fd, run.identifier())
     orders = Orders(
         command=command,
         environment=environment(

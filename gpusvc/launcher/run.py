@@ -59,6 +59,8 @@ class Run:
         """None: the model needs no GPU."""
         self.caller: socket.socket | None = None
         """The connection to the `gpusvc run` that this program belongs to; None: a model server."""
+        self.relay_pid: int | None = None
+        """The process that carries the engine's output to the journal; None: there is none."""
         self.is_guess = False
         """Whether the model's need for VRAM was only guessed."""
         self.is_fenced = True

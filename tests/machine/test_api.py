@@ -185,7 +185,9 @@ def test_the_routes_of_others_work(machine: Host) -> None:
     assert ask(machine, "GET", "/running")[1]["running"][0]["model"] == "qwen"
     assert post(machine, "/backend/shutdown", "--data", '{"model": "qwen"}') == (200, {})
     machine.start("qwen")
-    assert ask(machine, "GET", "/unload") == (200, "OK")
+    assert ask(machine, "GET", "/unload")[0] == 405
+    assert machine.is_active(QWEN)
+    assert post(machine, "/unload") == (200, "OK")
     assert not machine.is_active(QWEN)
 
 

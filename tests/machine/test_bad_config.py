@@ -185,10 +185,12 @@ def test_gpusvc_start_tells_what_is_wrong(machine: Host) -> None:
     assert f"{file_of('unknown-user')}: user: There is no user 'nobdy'." in result.stderr
 
 
-def test_two_models_may_start_though_an_alias_is_contested(machine: Host) -> None:
+def test_two_models_with_one_alias_refuse_to_start(machine: Host) -> None:
     for name in ("twin-a", "twin-b"):
         machine.write_model(name, CONTESTED[name][0] + NO_GPU)
-        machine.start(name)
+    for name, other in (("twin-a", "twin-b"), ("twin-b", "twin-a")):
+        assert f"is the alias of the model {other!r} too" in machine.fail_to_start(name)
+        assert machine.properties(f"model@{name}.service", *PERMANENT) == PERMANENT
 
 
 def test_a_bad_host_file_fails_every_start_for_good(machine: Host) -> None:
