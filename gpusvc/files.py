@@ -17,6 +17,7 @@ from typing import NamedTuple
 # No file that gpusvc writes is larger.
 MAX_BYTES = 1024 * 1024
 
+_CREATE = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -58,7 +59,7 @@ def open_regular(file: str | Path, *, follow_links: bool = False) -> int:
     """Open ``file`` for reading, without waiting for anything. Return the descriptor, which the caller closes.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a directory.
         ValueError: it is not a regular file.
     """
     # O_NONBLOCK means nothing for a regular file; opening a FIFO without it waits for a writer.
@@ -66,7 +67,7 @@ def open_regular(file: str | Path, *, follow_links: bool = False) -> int:
     handle = os.open(file, flags if follow_links else flags | os.O_NOFOLLOW)
     try:
         require_regular(handle)
-    except ValueError:
+    except (OSError, ValueError):
         os.close(handle)
         raise
     return handle
@@ -87,8 +88,11 @@ def read_open(handle: int, *, limit_bytes: int = MAX_BYTES) -> bytes:
 
 
 def require_regular(handle: int) -> None:
-    """Raise ValueError if this open file is not a regular one."""
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    """Raise ValueError if this open file is not a regular one, and IsADirectoryError if it is a directory."""
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
         raise ValueError("it is no regular file")
 
 
@@ -175,5 +179,19 @@ def create(file: Path, mode: int) -> None:
     Raises:
         OSError: it cannot be made; something else than a regular file is in its place.
     """
-    handle = os.open(file, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    os.close(handle)
+    os.close(os.open(file, _CREATE, mode))
+
+
+def touch(file: Path, mode: int) -> None:
+    """Set the mtime of ``file`` to now; make an empty file if there is none.
+
+    Raises:
+        OSError: it cannot be made or changed; a link is in its place.
+        ValueError: it is not a regular file.
+    """
+    handle = os.open(file, _CREATE, mode)
+    try:
+        require_regular(handle)
+        os.utime(handle)
+    finally:
+        os.close(handle)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from gpusvc import files
 from gpusvc.config import files as config
 from gpusvc.config.files import Problem
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UsageError
@@ -26,10 +27,10 @@ def check(paths: Paths, texts: Mapping[str, str]) -> list[Problem]:
     with tempfile.TemporaryDirectory(prefix="gpusvc-") as name:
         # Files of these names, as what a file is called says what it is.
         directory = Path(name)
-        files = [directory / paths.model_file(model).name for model in texts]
-        for file, text in zip(files, texts.values(), strict=True):
+        drafts = [directory / paths.model_file(model).name for model in texts]
+        for file, text in zip(drafts, texts.values(), strict=True):
             file.write_text(text, encoding="utf-8", errors="surrogateescape")
-        problems = config.check(paths, files) if files else []
+        problems = config.check(paths, drafts) if drafts else []
     return [replace(problem, file=paths.models_directory / problem.file.name) for problem in problems]
 
 
@@ -43,7 +44,7 @@ def install(paths: Paths, name: str, text: str, *, force: bool) -> Path:
     file = paths.model_file(name)
     with _translated(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _written(file, text, _MODE) as new:
+        with files.written_beside(file, text, mode=_MODE, durable=True) as new:
             if force:
                 new.replace(file)
             else:
@@ -65,15 +66,16 @@ def install_all(paths: Paths, texts: Mapping[str, str], *, replacing: Collection
         PermissionDeniedError: the caller may not.
     """
     with contextlib.ExitStack() as undoing, contextlib.ExitStack() as writing:
-        files = []
+        drafts = []
         for name, text in texts.items():
             file = paths.model_file(name)
             # A link stays one: what it leads to may be under version control.
             file = Path(os.path.realpath(file)) if name in replacing else file
             writing.enter_context(_translated(file))
             file.parent.mkdir(parents=True, exist_ok=True)
-            files.append((name, file, writing.enter_context(_written(file, text, _MODE))))
-        for name, file, new in files:
+            new = writing.enter_context(files.written_beside(file, text, mode=_MODE, durable=True))
+            drafts.append((name, file, new))
+        for name, file, new in drafts:
             with _translated(file):
                 if name in replacing:
                     status = file.stat()
@@ -90,7 +92,7 @@ def install_all(paths: Paths, texts: Mapping[str, str], *, replacing: Collection
 
 def _put_back(file: Path, text: str, status: os.stat_result) -> None:
     """Make ``file`` what it was."""
-    with _written(file, text, stat.S_IMODE(status.st_mode)) as old:
+    with files.written_beside(file, text, mode=stat.S_IMODE(status.st_mode), durable=True) as old:
         _keep_owner(old, status)
         old.replace(file)
 
@@ -110,7 +112,7 @@ def replace_text(paths: Paths, name: str, text: str) -> None:
     file = Path(os.path.realpath(paths.model_file(name)))
     with _translated(file):
         status = file.stat()
-        with _written(file, text, stat.S_IMODE(status.st_mode)) as new:
+        with files.written_beside(file, text, mode=stat.S_IMODE(status.st_mode), durable=True) as new:
             _keep_owner(new, status)
             new.replace(file)
 
@@ -120,7 +122,7 @@ def remove(paths: Paths, name: str) -> None:
     file = paths.model_file(name)
     with _translated(file):
         file.unlink()
-        _sync(file.parent)
+        files.sync_directory(file.parent)
 
 
 def require_writable(paths: Paths) -> None:
@@ -128,32 +130,6 @@ def require_writable(paths: Paths) -> None:
     directory = paths.models_directory
     if directory.is_dir() and not os.access(directory, os.W_OK):
         raise _denied(directory)
-
-
-@contextlib.contextmanager
-def _written(file: Path, text: str, mode: int) -> Iterator[Path]:
-    """A file beside ``file`` with that text, on disk; gone afterwards, unless it was moved."""
-    # Its name begins with a dot and ends otherwise: nobody takes it for a model.
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    new = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
-        yield new
-        _sync(file.parent)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

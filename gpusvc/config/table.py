@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpusvc import files
 from gpusvc.errors import ConfigError
 from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.quantity import format_duration, format_size, parse_duration, parse_size, shown
@@ -343,10 +343,7 @@ def read_bytes(file: Path) -> bytes:
         InvalidFileError: it is not a regular file, it cannot be read, or it is too large.
     """
     try:
-        # Opening a FIFO must not hang; for a regular file O_NONBLOCK means nothing.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise _invalid(file, "It is no regular file.")
+        with os.fdopen(files.open_regular(file, follow_links=True), "rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         if file.is_symlink():
@@ -354,6 +351,8 @@ def read_bytes(file: Path) -> bytes:
         raise
     except OSError as error:
         raise _invalid(file, f"It cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise _invalid(file, f"{str(error).capitalize()}.") from error
     if len(content) > MAX_FILE_BYTES:
         raise _invalid(file, "It is larger than 1 MiB, which no configuration is.")
     return content

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from gpusvc import names
+from gpusvc import files, names
 from gpusvc.config.files import HostConfig, InvalidFileError, ModelConfig, load_host, load_model
 from gpusvc.config.serving import Serving, load_serving
 from gpusvc.errors import UnknownModelError
+from gpusvc.files import Stamp
 from gpusvc.paths import Paths
 
 Value = TypeVar("Value")
@@ -28,8 +29,7 @@ SETTLED_SECONDS = 0.1
 # The cause need not be the file: this process may have had no descriptor left to open it with.
 RETRY_SECONDS = 10.0
 
-# Device, inode, size, and both times: a change of owner or mode, and a restored mtime, show in the ctime only.
-Stamp = tuple[int, int, int, int, int]
+_ABSENT = Stamp(0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -148,9 +148,8 @@ def _look_at(file: Path) -> tuple[Stamp, float]:
     """What tells a file from its next version, and when it was changed; of a file that is absent, its directory's."""
     for path in (file, file.parent):
         try:
-            status = os.stat(path)  # noqa: PTH116 - asked at every tick, and this is the cheaper of the two
+            stamp = files.stamp(path)
         except OSError:
             continue
-        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return stamp, status.st_ctime_ns / 1e9
-    return (0, 0, 0, 0, 0), 0.0
+        return stamp, stamp.changed_ns / 1e9
+    return _ABSENT, 0.0

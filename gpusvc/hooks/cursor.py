@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpusvc import files
 from gpusvc.journal import eventlog
 from gpusvc.log import log
 from gpusvc.paths import Paths
@@ -21,8 +22,8 @@ def restore(paths: Paths) -> str | None:
     """
     file = cursor_file(paths)
     try:
-        cursor = file.read_text().strip()
-    except OSError:
+        cursor = files.read(file).decode(errors="replace").strip()
+    except (OSError, ValueError):
         cursor = ""
     if eventlog.is_cursor(cursor):
         return cursor
@@ -37,10 +38,8 @@ def restore(paths: Paths) -> str | None:
 def keep(paths: Paths, cursor: str) -> None:
     """Write down that the event at ``cursor`` is begun. A failure is a warning."""
     file = cursor_file(paths)
-    draft = file.with_suffix(".new")
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft.write_text(cursor + "\n")
-        draft.replace(file)
+        files.make_directory(file.parent, 0o700)
+        files.write(file, cursor + "\n")
     except OSError as error:
         log(4, f"{file}: {error.strerror}; after a restart, hooks may run again for events that they have seen.")

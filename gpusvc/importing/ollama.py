@@ -147,9 +147,7 @@ def _read_manifest(root: Path, file: Path, name: str) -> Stored:
 
 def _read_json(file: Path) -> dict[str, object]:
     """Raises ValueError or OSError."""
-    # Opening a FIFO must not hang.
-    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-        content = files.read_open(stream.fileno(), limit_bytes=_MOST_BYTES)
+    content = files.read(file, limit_bytes=_MOST_BYTES, follow_links=True)
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -11,6 +11,7 @@ import os
 from types import TracebackType
 from typing import Self
 
+from gpusvc import files
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
 
@@ -25,7 +26,7 @@ class Demand:
         """
         file = paths.demand_file(name)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            files.make_directory(file.parent)
             flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._fd = os.open(file, flags, 0o644)
             # Shared: an API that is being replaced and the new one may both want the model.
@@ -52,8 +53,8 @@ class Demand:
 def is_there(paths: Paths, name: str) -> bool:
     """Return whether requests wait for ``name``."""
     try:
-        fd = os.open(paths.demand_file(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+        fd = files.open_regular(paths.demand_file(name))
+    except (OSError, ValueError):
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

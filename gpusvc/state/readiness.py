@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 
+from gpusvc import files
 from gpusvc.paths import Paths
 
 
 def mark(paths: Paths, name: str) -> None:
     """Note that ``name`` is ready now. It matters less than the model, so that errors are left out."""
-    with contextlib.suppress(OSError):
-        paths.readiness_file(name).touch(mode=0o644)
+    with contextlib.suppress(OSError, ValueError):
+        files.touch(paths.readiness_file(name), 0o644)
 
 
 def since(paths: Paths, name: str) -> float | None:
     """Return when the current or last run of ``name`` became ready, in seconds since the epoch; None: it did not."""
     try:
-        return paths.readiness_file(name).stat().st_mtime
+        return paths.readiness_file(name).lstat().st_mtime
     except OSError:
         return None
 

@@ -55,7 +55,7 @@ def is_gguf(file: Path) -> bool:
         return read_head(file, len(_MAGIC)) == _MAGIC
     except PermissionError:
         return file.suffix == ".gguf"
-    except ValueError:
+    except (IsADirectoryError, ValueError):
         return False
 
 

@@ -119,6 +119,24 @@ def test_a_run_was_ready_until_the_next_one_begins(paths: Paths) -> None:
     assert readiness.since(paths, "qwen") is None
 
 
+def test_a_run_that_becomes_ready_again_is_ready_since_then_and_follows_no_link(paths: Paths, tmp_path: Path) -> None:
+    file = paths.readiness_file("qwen")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    os.utime(file, (1, 1))
+    readiness.mark(paths, "qwen")
+    assert (readiness.since(paths, "qwen") or 0) > 1
+    victim = tmp_path / "victim"
+    victim.touch()
+    os.utime(victim, (1, 1))
+    for target in (victim, tmp_path / "absent"):
+        file.unlink()
+        file.symlink_to(target)
+        readiness.mark(paths, "qwen")
+    assert victim.stat().st_mtime == 1
+    assert not (tmp_path / "absent").exists()
+
+
 def test_the_port_of_a_victim_counts_as_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

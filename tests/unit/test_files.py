@@ -89,6 +89,8 @@ def test_strangers_files_are_regular_and_bounded_or_refused(tmp_path: Path) -> N
         files.read(tmp_path / "large", limit_bytes=10)
     with pytest.raises(OSError, match="link"):
         files.read(tmp_path / "link")
+    with pytest.raises(IsADirectoryError):
+        files.read(tmp_path)
 
 
 def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:

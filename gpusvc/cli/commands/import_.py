@@ -129,14 +129,12 @@ def _text(path: Path) -> str:
     """Raises OSError; UsageError for what is no text file of a configuration's size."""
     from gpusvc import files
 
-    # Opening a FIFO must not hang.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
-        try:
-            return files.read_open(stream.fileno(), limit_bytes=_MOST_BYTES).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise UsageError(f"{path} is not UTF-8.") from None
-        except ValueError as error:
-            raise UsageError(f"{path} is no configuration: {error}.") from None
+    try:
+        return files.read(path, limit_bytes=_MOST_BYTES, follow_links=True).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8.") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no configuration: {error}.") from None
 
 
 def _chosen(found: Import, only: Sequence[str]) -> Import:

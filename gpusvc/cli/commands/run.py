@@ -150,6 +150,7 @@ def _socket(paths: Paths, name: str) -> Path:
 @contextlib.contextmanager
 def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
     """Yield a run; its files exist during the block."""
+    from gpusvc import files
     from gpusvc.config.files import load_host, load_startable_model
     from gpusvc.launcher.caller import Caller
     from gpusvc.systemd.manager import Manager
@@ -157,12 +158,12 @@ def _prepared(paths: Paths, name: str, text: str) -> Iterator[_Run]:
     drop_in = paths.unit_directory / f"{names.service(name)}.d" / "50-run.conf"
     with contextlib.ExitStack() as stack:
         try:
-            paths.runs_directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            files.make_directory(paths.runs_directory)
             stack.callback(paths.run_file(name).unlink, missing_ok=True)
             paths.run_file(name).write_text(text)
             load_startable_model(paths, name, load_host(paths))  # the error is printed here
             caller = stack.enter_context(contextlib.closing(Caller(_socket(paths, name), os.environ)))
-            drop_in.parent.mkdir(parents=True, exist_ok=True)
+            files.make_directory(drop_in.parent)
             stack.callback(shutil.rmtree, drop_in.parent, ignore_errors=True)
             drop_in.write_text(_DROP_IN)
         except OSError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
+from gpusvc import files
+from gpusvc.files import Stamp
 from gpusvc.paths import Paths
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import BrokenLeaseError
@@ -30,7 +31,7 @@ class EngineFinder:
         self._paths = paths
         self._name = name
         self._file = str(paths.lease_file(name))
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: Stamp | None = None
         self._engine: Engine | None = None
         self._suspected: Engine | None = None
 
@@ -42,8 +43,7 @@ class EngineFinder:
     def find(self) -> Engine | None:
         """None: the model is not ready, its lease makes no sense, or its engine is suspected."""
         try:
-            status = os.stat(self._file)  # noqa: PTH116  it is done all the time
-            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+            stamp = files.stamp(self._file)
         except OSError:
             stamp = None
         if stamp != self._stamp:

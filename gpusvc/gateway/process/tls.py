@@ -10,9 +10,11 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+from gpusvc import files
 from gpusvc.errors import ConfigError
+from gpusvc.files import Stamp
 
-_Stamp = tuple[tuple[int, int, int], ...]
+_Stamps = tuple[Stamp | None, ...]
 
 
 class Certificate:
@@ -47,7 +49,7 @@ class Certificate:
         except ConfigError as error:
             report(error)
 
-    def _stamp(self) -> _Stamp:
+    def _stamp(self) -> _Stamps:
         return tuple(_stamp(file) for file in (self._certificate, self._key))
 
 
@@ -104,9 +106,8 @@ def _has_certificate(file: Path) -> bool:
     return True
 
 
-def _stamp(file: Path) -> tuple[int, int, int]:
+def _stamp(file: Path) -> Stamp | None:
     try:
-        status = file.stat()  # follows links: a renewal replaces their targets
+        return files.stamp(file)  # follows links: a renewal replaces their targets
     except OSError:
-        return 0, 0, 0
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+        return None
