@@ -1,7 +1,7 @@
-"""What the GPUs and their processes do, read once a tick through one client of NVML that is kept open.
+"""Readings of the GPUs and their processes, once a tick, through one client of NVML that stays open.
 
-What fails is left alone for a while, since each new client may have to wait for every GPU to wake up. What could not be
-read is told with a reason: nothing follows from it.
+After a failure the meter pauses before it tries again, since each new client may have to wait for every GPU to wake up.
+Where a value could not be read, the reading gives the reason, and callers draw no conclusion.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _CLOCK_STEP_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One reading. A GPU that is in neither mapping was not asked for its work."""
+    """One reading. The work of a GPU that is in neither mapping was not read."""
 
     gpus: tuple[Gpu, ...] = ()
     workers: Mapping[str, frozenset[int] | None] = field(default_factory=dict)
-    """By the GPU's UUID: the processes that it worked for since the reading before; None: it never tells."""
+    """By the GPU's UUID: the processes that it worked for since the last reading; None: the GPU does not report it."""
     problems: Mapping[str, str] = field(default_factory=dict)
-    """By the GPU's UUID, in a sentence: why it does not tell now whom it worked for."""
+    """By the GPU's UUID, in a sentence: why its work could not be read this time."""
     problem: str | None = None
-    """In a sentence, why NVML cannot be read at all."""
+    """In a sentence: why NVML cannot be read at all."""
 
 
 class Meter:
@@ -47,11 +47,12 @@ class Meter:
         self._clock_offset_seconds: float | None = None
 
     def read(self, now_seconds: float, wall_seconds: float, of_interest: Collection[str]) -> Reading:
-        """
+        """Return a reading.
+
         Args:
             now_seconds: by CLOCK_BOOTTIME.
             wall_seconds: since the epoch.
-            of_interest: UUIDs of the GPUs whose work is asked for.
+            of_interest: UUIDs of the GPUs whose work is read.
         """
         self._mind_the_clock(wall_seconds - now_seconds)
         if not self._retry.is_due(now_seconds):
@@ -74,13 +75,13 @@ class Meter:
                 problems[uuid] = error.message
                 continue
             if samples and not since_us:
-                problems[uuid] = "What its GPU did was not looked at before."
+                problems[uuid] = "The work of its GPU was not read before."
             else:
                 workers[uuid] = None if samples is None else frozenset(s.pid for s in samples if s.sm_percent)
         return Reading(gpus, workers, problems)
 
     def close(self) -> None:
-        """End the client; the next reading opens another."""
+        """Close the client. The next reading opens a new one."""
         if self._nvml is not None:
             self._nvml.close()
             self._nvml = None
@@ -96,7 +97,7 @@ class Meter:
         return gpus
 
     def _mind_the_clock(self, offset_seconds: float) -> None:
-        # After a step back the samples of now would look older than those of a moment ago, and the GPU idle.
+        # After the clock was set back, new samples would look older than the last ones, and the GPU idle.
         before, self._clock_offset_seconds = self._clock_offset_seconds, offset_seconds
         if before is not None and abs(offset_seconds - before) > _CLOCK_STEP_SECONDS:
             self._since_us.clear()

@@ -1,6 +1,6 @@
-"""Device nodes of GPUs: which ones a model may open, and which ones it must not be able to.
+"""Device nodes of GPUs: the nodes that a model may open, and the nodes that the kernel must refuse it.
 
-NVIDIA's nodes share one major number, so a scope is given paths, never groups of devices.
+All nodes of NVIDIA share one major number, so a scope's device filter lists paths, never device groups.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pathlib import Path
 DEV = Path("/dev")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
-# What CUDA needs besides the card itself. nvidia-modeset is for displays, and none of a model's business.
+# The nodes that CUDA needs besides the card's. nvidia-modeset is for displays: models do not need it.
 _SHARED = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 
-# Each of these is a card of its own, or a door to all of them.
+# Each of these nodes gives access to one card, or to all.
 _CARDS = ("nvidia[0-9]*", "dri/card[0-9]*", "dri/renderD[0-9]*", "kfd")
 
 
 def of_gpus(minors: Iterable[int], pci_bus_ids: Iterable[str], *, dev: Path = DEV) -> tuple[str, ...]:
-    """The nodes that a model on these GPUs may open; only those that exist.
+    """Return the existing nodes that a model on these GPUs may open.
 
     Args:
         minors: NVML's minor numbers; N of /dev/nvidiaN. It is not the index.
-        pci_bus_ids: as NVML spells them; for the cards' render nodes (Vulkan, video).
+        pci_bus_ids: as NVML spells them, to find the cards' render nodes (Vulkan, video).
         dev: where device nodes are.
     """
     cards = [f"nvidia{minor}" for minor in minors]
@@ -35,7 +35,7 @@ def of_gpus(minors: Iterable[int], pci_bus_ids: Iterable[str], *, dev: Path = DE
 
 
 def foreign(allowed: Collection[str], *, dev: Path = DEV) -> tuple[str, ...]:
-    """The nodes of GPUs that are there and are not ``allowed``."""
+    """Return the existing nodes of GPUs that are not in ``allowed``."""
     nodes = sorted(str(node) for pattern in _CARDS for node in dev.glob(pattern) if node.is_char_device())
     return tuple(node for node in nodes if node not in allowed)
 

@@ -1,7 +1,7 @@
-"""NVML: what the GPUs are, what is free on them, and who holds the rest. The only importer of pynvml.
+"""NVML: the GPUs, their free VRAM, and the processes that hold VRAM. The only importer of pynvml.
 
-It reports readings and judges nothing: what NVML does not say is None, and a GPU that could not be read has a
-``problem``. One ``Nvml`` is one client of the driver. Keep it open for as long as readings are needed, since without
+It reports readings and does not judge them: a value that NVML does not report is None, and a GPU that could not be read
+has a ``problem``. One ``Nvml`` is one client of the driver. Keep it open as long as readings are needed, since without
 persistence mode the first client waits for each GPU to wake up, and never carry it over a fork.
 """
 
@@ -35,13 +35,13 @@ _LIB_RM_VERSION_MISMATCH = 18
 _ARGUMENT_VERSION_MISMATCH = 25
 _UNKNOWN = 999
 
-# Handles are of no use any more, but a new client may fare better.
+# The handles are invalid. A new client may succeed.
 _STALE = frozenset({_UNINITIALIZED, _GPU_IS_LOST, _RESET_REQUIRED})
-# This driver or this GPU can't say, and never will.
+# This driver or this GPU does not support the call.
 _ABSENT = frozenset({_NOT_SUPPORTED, _FUNCTION_NOT_FOUND})
 _NO_MEMORY_V2 = _ABSENT | {_INVALID_ARGUMENT, _ARGUMENT_VERSION_MISMATCH}
 
-# How often memory is read again while it moves between two looks.
+# How often memory and processes are read again while the memory in use changes.
 _TRIES_FOR_ONE_MOMENT = 5
 
 _MAX_TRIES = 5
@@ -65,7 +65,7 @@ _UNAVAILABLE = {
         "NVML may not be used by this user.",
         "Look at the mode of /dev/nvidiactl, and at the DeviceAllow= of the calling unit.",
     ),
-    # What NVML says where /dev/nvidiactl can't be opened.
+    # NVML returns this where /dev/nvidiactl cannot be opened.
     _UNKNOWN: (
         "NVML cannot be initialised, most likely since /dev/nvidiactl may not be opened.",
         "Look at the mode of /dev/nvidiactl, and at the DeviceAllow= of the calling unit; 'nvidia-smi' says more.",
@@ -93,12 +93,12 @@ class Nvml:
 
     def __init__(self) -> None:
         self._nv = _pynvml()
-        # Newer releases raise this, which is no NVMLError, for symbols that the driver lacks.
+        # For symbols that the driver lacks, newer releases raise this, which is not a subclass of NVMLError.
         self._mismatch = getattr(self._nv, "NVMLLibraryMismatchError", self._nv.NVMLError)
         self._initialised = False
         self._count = 0
-        self._names: dict[int, Gpu] = {}  # what names the GPU at each index of this enumeration
-        self._all_names: dict[str, Gpu] = {}  # and of all that were ever seen, by UUID
+        self._names: dict[int, Gpu] = {}  # by index: the identity of each GPU of this enumeration
+        self._all_names: dict[str, Gpu] = {}  # by UUID: the identity of each GPU that was ever seen
         self._open()
 
     def __enter__(self) -> Self:
@@ -110,20 +110,20 @@ class Nvml:
         self.close()
 
     def close(self) -> None:
-        """End the client; more than once is no error."""
+        """Close the client. Safe to call twice."""
         if self._initialised:
             self._initialised = False
-            with suppress(self._nv.NVMLError):  # the driver may have gone before us
+            with suppress(self._nv.NVMLError):  # the driver may have been unloaded
                 self._nv.nvmlShutdown()
 
     def driver_version(self) -> str:
         return self._despite_reset(lambda _: _text(self._nv.nvmlSystemGetDriverVersion()))
 
     def snapshot(self, *, processes: bool = True, utilisation: bool = False, renew: bool = True) -> tuple[Gpu, ...]:
-        """Every GPU, in NVML's order; a lost one is asked for again as a new client, unless ``renew`` is False.
+        """Return every GPU, in NVML's order. If one is lost, read again with a new client, unless ``renew`` is False.
 
         ``processes`` costs milliseconds on a real driver and takes its lock; memory alone costs microseconds.
-        A GPU that was there before and is not counted any more comes last, with its ``problem``.
+        A GPU that was seen before and that NVML no longer counts comes last, with its ``problem``.
         """
 
         def read(last: bool) -> tuple[Gpu, ...]:
@@ -132,17 +132,17 @@ class Nvml:
         return self._despite_reset(read, renew=renew)
 
     def process_utilisation(self, gpu_uuid: str, since_us: int) -> tuple[tuple[ProcessSample, ...] | None, int]:
-        """What each process made of the GPU's time since ``since_us``, and the timestamp to ask with next time.
+        """Return the share of the GPU's time of each process since ``since_us``, and the timestamp for the next call.
 
-        No samples: nothing ran. None: this GPU does not say (MIG, old ones). With ``since_us`` 0 they are a long and
-        stale average, good for their timestamp only.
+        No samples: nothing ran. None: this GPU does not report it (MIG, old GPUs). With ``since_us`` 0 the samples are
+        an average over a long time; only their timestamp is of use.
         """
         return self._despite_reset(lambda _: self._process_utilisation(gpu_uuid, since_us))
 
     # ---- the client ----
 
     def _open(self) -> None:
-        """Initialise, unless that is done; each reading begins with it, since a re-initialisation may have failed."""
+        """Initialise NVML if it is not. Each reading calls this, since the last initialisation may have failed."""
         if self._initialised:
             return
         try:
@@ -155,7 +155,7 @@ class Nvml:
         self._initialised = True
 
     def _despite_reset(self, read: Callable[[bool], _T], *, renew: bool = True) -> _T:
-        """What ``read`` returns, asked a second and last time as a new client if what this one knows has gone stale."""
+        """Return what ``read`` returns. If handles are stale, open a new client and call it once more, with True."""
         self._open()
         try:
             return read(not renew)
@@ -170,7 +170,7 @@ class Nvml:
             raise _failed(error) from None
 
     def _optional(self, call: Callable[..., Any], *arguments: object) -> Any:
-        """What ``call`` says; None where this driver or this GPU can't."""
+        """Return what ``call`` returns; None where this driver or this GPU does not support it."""
         try:
             return call(*arguments)
         except self._nv.NVMLError as error:
@@ -203,7 +203,7 @@ class Nvml:
 
     def _read(self, index: int, *, processes: bool, utilisation: bool) -> Gpu:
         nv = self._nv
-        # By index each time: a handle costs little, and a kept one goes stale with a reset.
+        # A new handle for each reading: it costs little, and a kept one would be invalid after a reset.
         handle = nv.nvmlDeviceGetHandleByIndex(index)
         pci = self._optional(nv.nvmlDeviceGetPciInfo, handle)
         named = Gpu(
@@ -216,7 +216,7 @@ class Nvml:
         self._names[index] = self._all_names[named.uuid] = named
         (size, used, free), listed = self._memory_and_processes(handle, processes=processes)
         if _is_numa_node(named.pci_bus_id):
-            used = None  # the kernel's page cache may be in there: nothing follows from it
+            used = None  # it may include the kernel's page cache
         mode = self._optional(nv.nvmlDeviceGetMigMode, handle)
         return replace(
             named,
@@ -231,9 +231,9 @@ class Nvml:
     def _memory_and_processes(
         self, handle: object, *, processes: bool
     ) -> tuple[tuple[int | None, int | None, int | None], tuple[GpuProcess, ...] | None]:
-        """Both of one moment, as far as that can be had: NVML has no call for the two of them.
+        """Return memory and processes of the same moment, as far as possible: NVML has no single call for both.
 
-        A process that allocates in between would make it seem that others gave memory back, or took it.
+        If a process allocated between the two calls, other processes would seem to free or take memory.
         """
         memory = self._memory(handle)
         if not processes:
@@ -246,11 +246,11 @@ class Nvml:
         return memory, listed
 
     def _memory(self, handle: object) -> tuple[int | None, int | None, int | None]:
-        """Total, used and free bytes.
+        """Return total, used and free bytes.
 
-        The second version keeps what the driver reserves for itself apart from what is used. The first counts it as
-        used, or not, depending on the driver: that is left as it is, since used bytes are only ever compared with
-        earlier ones of the same driver, and free bytes mean the same in both.
+        The second version of the call reports the driver's own memory apart from the used bytes. The first version
+        counts it as used or not, depending on the driver. This is not corrected: used bytes are only compared with
+        earlier ones of the same driver, and free bytes mean the same in both versions.
         """
         version = getattr(self._nv, "nvmlMemory_v2", None)
         memory = None
@@ -282,7 +282,7 @@ class Nvml:
         return _joined(known) if len(known) == len(lists) else None
 
     def _process_list(self, handle: object, kind: str) -> list[Any] | None:
-        # Entries of the second version (drivers before 510) are laid out as those of the third.
+        # Entries of the second version (drivers before 510) have the layout of the third.
         for version in ("_v3", "_v2"):
             call = getattr(self._nv, f"nvmlDeviceGet{kind}RunningProcesses{version}", None)
             if call is None:
@@ -298,7 +298,7 @@ class Nvml:
         return None
 
     def _despite_growth(self, call: Callable[..., Any], *arguments: object) -> Any:
-        """``call``, which asks for a size and then for so much, again when there was more the second time."""
+        """Return what ``call`` returns. Repeat it if the list grew between its requests for size and entries."""
         for _ in range(_MAX_TRIES - 1):
             try:
                 return call(*arguments)
@@ -313,13 +313,13 @@ class Nvml:
         try:
             entries = self._optional(self._despite_growth, nv.nvmlDeviceGetProcessUtilization, handle, since_us)
         except nv.NVMLError as error:
-            # pynvml raises success, too, where there are no samples.
+            # Where there are no samples, pynvml may also raise an error with the code of success.
             if error.value not in (_NOT_FOUND, _SUCCESS):
                 raise
             entries = ()
         if entries is None:
             return None, since_us
-        # Drivers leave entries in the buffer that are empty, old, or beyond all reason.
+        # Drivers leave entries in the buffer that are empty, old, or out of range.
         samples = tuple(
             ProcessSample(entry.pid, entry.smUtil, entry.timeStamp)
             for entry in entries
@@ -331,8 +331,8 @@ class Nvml:
 def _joined(lists: Iterable[list[Any]]) -> tuple[GpuProcess, ...]:
     """Return the processes of NVML's lists, by PID.
 
-    A process that computes and draws is in both lists, each time with all that it holds: the larger number counts. A
-    process that is in one list more than once has shares of several MIG instances: their sum counts.
+    A process that computes and draws is in both lists, each time with all the memory that it holds: the larger number
+    counts. A process that is in one list more than once holds memory of several MIG instances: their sum counts.
     """
     held: dict[int, int | None] = {}
     for entries in lists:
@@ -344,15 +344,15 @@ def _joined(lists: Iterable[list[Any]]) -> tuple[GpuProcess, ...]:
 
 
 def _pynvml() -> ModuleType:
-    """Loaded only by those who ask for GPUs: it costs 20 ms and 5 MB."""
+    """Return the module. It is imported on first use only, as that costs 20 ms and 5 MB."""
     try:
         return importlib.import_module("pynvml")
     except ImportError:
-        return importlib.import_module("gpusvc._vendor.pynvml")  # carried by the distribution package
+        return importlib.import_module("gpusvc._vendor.pynvml")  # part of the distribution package
 
 
 def _is_numa_node(pci_bus_id: str) -> bool:
-    """Whether the GPU's memory is memory of the kernel's, as on GH200 (driver README, "NUMA status")."""
+    """Return whether the kernel manages the GPU's memory, as on GH200 (driver README, "NUMA status")."""
     domain, _, rest = pci_bus_id.lower().partition(":")
     try:
         status = Path(f"/proc/driver/nvidia/gpus/{domain[-4:]}:{rest}/numa_status").read_text()
@@ -366,5 +366,5 @@ def _failed(error: Exception) -> NvmlError:
 
 
 def _text(value: str | bytes) -> str:
-    """pynvml says one or the other, depending on its release."""
+    """Return a text of pynvml, which is str or bytes, depending on its release."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""A GPU as one reading of NVML shows it: values only."""
+"""The values of one reading of a GPU by NVML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpusvc.record import Record
 
 
 class GpuProcess(Record):
-    """One process that has a context on a GPU. ``used_bytes`` None: NVML does not say (MIG, some containers)."""
+    """One process that has a context on a GPU. ``used_bytes`` None: NVML does not report it (MIG, some containers)."""
 
     pid: int
     used_bytes: int | None
@@ -23,11 +23,11 @@ class ProcessSample(Record):
 
 
 class Gpu(Record):
-    """One GPU at one moment. None is "NVML does not say", never "nothing".
+    """One GPU at one moment. None means that NVML does not report the value, never zero.
 
     ``index`` is NVML's (PCI order) and ``minor`` the N of ``/dev/nvidiaN``; they may differ. Where ``problem`` is set
-    the GPU could not be read: the readings are None then, and what names it is what was known before, ``""`` if nothing
-    was. Bytes are None where memory is unified with the CPU's.
+    the GPU could not be read: the readings are None then, and its UUID, name, minor and bus ID are those of an earlier
+    reading, or empty. Bytes are None where memory is unified with the CPU's.
     """
 
     index: int
@@ -48,13 +48,13 @@ class Gpu(Record):
         return None if self.minor is None else f"/dev/nvidia{self.minor}"
 
     def used_by(self, pids: Collection[int]) -> int | None:
-        """Bytes that these processes hold; a lower bound, as managed memory is under-counted. None: unknown."""
+        """Return the bytes that these processes hold. NVML under-counts managed memory. None: unknown."""
         if self.processes is None:
             return None
         return total(process.used_bytes for process in self.processes if process.pid in pids)
 
 
 def total(values: Iterable[int | None]) -> int | None:
-    """The sum; None if one of them is unknown."""
+    """Return the sum; None if one of the values is None (unknown)."""
     known = list(values)
     return None if None in known else sum(value for value in known if value is not None)

@@ -1,4 +1,4 @@
-"""How configuration names GPUs: by index, by UUID or by a pattern of the product's name; it knows no GPU itself."""
+"""How configuration names GPUs: by index, by UUID or by a pattern of the product's name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from gpusvc.quantity import shown
 from gpusvc.record import Record
 
-# nvmlDeviceGetUUID() answers "GPU-" or "MIG-" and then 36 characters.
+# nvmlDeviceGetUUID() returns "GPU-" or "MIG-" and then 36 characters.
 _UUID_PREFIXES = ("gpu-", "mig-")
 _UUID_LENGTH = 40
 
@@ -23,7 +23,7 @@ class DeviceSelector(Record):
     """One entry of ``devices`` or ``exclude``."""
 
     kind: SelectorKind
-    pattern: str  # folded to lower case; of an index its digits
+    pattern: str  # in lower case; for an index its digits
 
     @classmethod
     def parse(cls, value: str | int) -> DeviceSelector:
@@ -41,7 +41,7 @@ class DeviceSelector(Record):
         return cls(kind, pattern)
 
     def matches(self, *, index: int, uuid: str, name: str) -> bool:
-        """Whether it means the GPU of this NVML index, UUID and product name (in any case)."""
+        """Return whether it selects the GPU of this NVML index, UUID and product name, in any case of letters."""
         match self.kind:
             case SelectorKind.INDEX:
                 return int(self.pattern) == index
@@ -52,7 +52,7 @@ class DeviceSelector(Record):
 
     @property
     def is_single(self) -> bool:
-        """Whether it can mean one GPU at most."""
+        """Whether it selects one GPU at most."""
         return self.kind is SelectorKind.INDEX or (
             self.kind is SelectorKind.UUID and len(self.pattern) >= _UUID_LENGTH and "*" not in self.pattern
         )

@@ -1,1 +1,1 @@
-"""What is written to the journal, and read back from it."""
+"""Write events and engine output to the journal, and read them back."""

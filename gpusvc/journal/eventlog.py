@@ -1,8 +1,8 @@
-"""Events read back from the journal, through journalctl(1); it knows nothing of who wants to know.
+"""Read events back from the journal, through journalctl(1).
 
-Anybody may write to the journal, whatever fields they like. So only entries count that journald says come from root or
-from a service of gpusvc: the fields that begin with an underscore are its own, and cannot be forged. In a user's
-instance his own entries count, and no others.
+Any process may write any fields to the journal. So only entries count whose sender is root or a service of gpusvc:
+journald itself sets the fields that begin with an underscore, and nobody can forge them. In a user's instance only the
+user's own entries count.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _ANSWER_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened, as events.emit() was told; None and empty: it was not told."""
+    """One event, with the arguments of events.emit(); None and empty: not given."""
 
     kind: str
-    """A value of events.EventType, or one that a newer gpusvc has."""
+    """A value of events.EventType, or a value of a newer gpusvc."""
     seconds: float
-    """When, since the epoch, by the clock of that time."""
+    """Seconds since the epoch, by the wall clock when it was written."""
     message: str
     cursor: str
-    """Its place in the journal."""
+    """Its position in the journal."""
     model: str | None = None
     gpus: tuple[int, ...] = ()
     bytes: int | None = None
@@ -66,7 +66,7 @@ class Event:
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
-        """What journalctl's JSON says; raises KeyError or ValueError for anything that is no event."""
+        """Return the event of an entry in journalctl's JSON; raises KeyError or ValueError if it is not an event."""
         vram_bytes = _text(entry.get("GPUSVC_BYTES"))
         return cls(
             kind=_text(entry["GPUSVC_EVENT"]) or "",
@@ -82,7 +82,7 @@ class Event:
 
 
 def parse(line: bytes | str) -> Event | None:
-    """The event of one line of ``journalctl --output=json``; None if it holds none."""
+    """Return the event in one line of ``journalctl --output=json``; None if it has none."""
     try:
         entry = json.loads(line)
         return Event.from_entry(entry) if isinstance(entry, dict) else None
@@ -91,7 +91,7 @@ def parse(line: bytes | str) -> Event | None:
 
 
 def _texts(value: Any) -> list[str]:
-    """The values of a field: it may be there more than once, and what is not printable comes as a list of bytes."""
+    """Return the values of a field. It may have several, and unprintable values are lists of bytes."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -107,26 +107,26 @@ def _text(value: Any) -> str | None:
 
 
 def is_cursor(text: str) -> bool:
-    """Whether journalctl would take ``text`` for a place in a journal."""
+    """Return whether ``text`` has the form of a journal cursor."""
     return _CURSOR.fullmatch(text) is not None
 
 
 def command(*options: str, model: str | None = None) -> list[str]:
-    """What prints events as lines for parse(), oldest first: of all models, or of one."""
+    """Return the command that prints the events of all models, or of one, as lines for parse(), oldest first."""
     what = [f"MESSAGE_ID={message_id}" for message_id in MESSAGE_IDS.values()]
     if model is not None:
         what.append(f"GPUSVC_MODEL={model}")
     shown = ["--output=json", "--all", f"--output-fields={_FIELDS}", "--no-pager"]
     if is_user_instance():
         return ["journalctl", *shown, "--quiet", *options, *what, f"_UID={os.getuid()}"]
-    # As journalctl(1) reads it: values of one field are alternatives, fields must all fit, "+" is an or between groups.
+    # journalctl(1): values of one field are alternatives, all fields must match, "+" is "or" between groups.
     ours = [f"_SYSTEMD_UNIT={unit}" for unit in _OUR_UNITS]
     return ["journalctl", *shown, *options, *what, "_UID=0", "+", *what, *ours]
 
 
 @contextmanager
 def opened(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """journalctl while it runs, its lines in ``stdout``; ended at the end.
+    """Run journalctl, with its lines in ``stdout``, and terminate it when the block ends.
 
     Raises:
         GpusvcError: it cannot be run.
@@ -144,18 +144,18 @@ def opened(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def output_of(child: subprocess.Popen[bytes]) -> IO[bytes]:
-    """The pipe that opened() made."""
+    """Return the pipe that opened() made."""
     assert child.stdout is not None  # noqa: S101
     return child.stdout
 
 
 def newest_cursor() -> str | None:
-    """Where the journal ends now; None if it is empty.
+    """Return the cursor of the journal's last entry; None if the journal is empty.
 
     Raises:
         GpusvcError: the journal cannot be read.
     """
-    # The newest entry of all, not of ours: an event may be years ago.
+    # The last entry of all, not the last event, which may be years old.
     ask = ["journalctl", "--output=json", "--output-fields=MESSAGE_ID", "--no-pager", "--quiet", "--lines=1"]
     try:
         done = subprocess.run(ask, check=False, stdout=subprocess.PIPE, timeout=_ANSWER_SECONDS)  # noqa: S603

@@ -1,7 +1,7 @@
-"""What happens to models, told to the journal so that programs can find it (gpusvc-hooks(7)); it reads nothing back.
+"""Write the events of models to the journal, for people and for programs (gpusvc-hooks(7)).
 
 An event is one entry of journald's native protocol (systemd.journal-fields(7)): a sentence for a person, and its parts
-in fields of their own. MESSAGE_ID= leads to the catalog, where an operator reads what to do (journalctl -x).
+in separate fields. MESSAGE_ID= refers to the catalog, which tells an operator what to do (journalctl -x).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from gpusvc import names
 from gpusvc.log import log
 from gpusvc.paths import is_user_instance
 
-# Of all events of all models, whoever sends them: `journalctl -t gpusvc`.
+# All events of all models have it, whichever process sends them: `journalctl -t gpusvc`.
 IDENTIFIER = "gpusvc"
 
 _SOCKET = "/run/systemd/journal/socket"
 
-# journald is either there at once or in trouble, and then nobody here waits for it.
+# A working journald accepts an entry at once. No process of gpusvc waits for one that does not work.
 _SEND_SECONDS = 0.2
 
 # A datagram holds 208 KiB (net.core.wmem_default) and an environment string of a hook 128 KiB (execve(2)).
@@ -28,20 +28,20 @@ _MAX_VALUE_BYTES = 32 * 1024
 
 
 class EventType(StrEnum):
-    """What happened. The values are GPUSVC_EVENT=, and part of what hooks rely on."""
+    """The kinds of events. The values are those of GPUSVC_EVENT=, and part of the interface for hooks."""
 
     START = "start"
     """A model got its GPUs, and its engine is being started."""
     READY = "ready"
-    """It answers."""
+    """The engine answers."""
     FAIL = "fail"
-    """A start came to nothing, or an engine ended by itself."""
+    """A start failed, or an engine ended by itself."""
     REFUSAL = "refusal"
     """There was no room for a start, and none could be made."""
     IDLE = "idle"
-    """Nobody used a model for its idle_timeout."""
+    """A model was not used for its idle_timeout."""
     STUCK = "stuck"
-    """A model is in use, and made no progress for its busy_timeout."""
+    """A model is in use, but made no progress for its busy_timeout."""
     FAILING = "failing"
     """A model answered nothing but server errors for its failing_time, the watchdog's own request included."""
     PRESSURE = "pressure"
@@ -51,12 +51,12 @@ class EventType(StrEnum):
     RELEASE = "release"
     """It was proven that a model gave its VRAM back."""
     UNRELEASED = "unreleased"
-    """That could not be proven in time: the model holds on to what it has."""
+    """The release could not be proven in time: the model's VRAM counts as taken."""
     LEAK = "leak"
     """Something of a model was left behind: a lease, a scope, or a process that holds VRAM."""
 
 
-# They stand in packaging/gpusvc.catalog too. One that was released is never given to another kind.
+# packaging/gpusvc.catalog has them too. An ID of a published version is never used for another kind.
 MESSAGE_IDS = {
     EventType.START: "1b8ad4eb769e493ca6f193ee5f64fe15",
     EventType.READY: "0315fb9cbc8f4c7fa307bda0efd3832b",
@@ -83,15 +83,15 @@ def emit(
     reason: str | None = None,
     level: int = 6,
 ) -> None:
-    """Tell the journal; where there is none, stderr gets the sentence, as from log(). It never raises, nor waits long.
+    """Write an event to the journal, or the sentence to stderr if that fails. Never raises, and waits 0.2 s at most.
 
     Args:
-        kind: what happened.
+        kind: of the event.
         sentence: for a person; it may have several lines.
-        model: whom it happened to; None: no model in particular.
-        gpu: NVML indices of the GPUs that it is about.
-        bytes: of VRAM that it is about: taken, given back, or missing.
-        reason: why, in a sentence, where there was a choice.
+        model: that the event is about; None: not about one model.
+        gpu: NVML indices of the GPUs that the event is about.
+        bytes: of VRAM that were taken, came back, or are missing.
+        reason: in a sentence, why gpusvc decided so.
         level: of syslog(3): 3 error, 4 warning, 6 information.
     """
     entry = encode(_fields(kind, sentence, model, gpu or (), bytes, reason, level))
@@ -115,17 +115,17 @@ def _fields(
     yield "MESSAGE", sentence
     yield "MESSAGE_ID", MESSAGE_IDS[kind]
     yield "PRIORITY", str(level)
-    yield "SYSLOG_FACILITY", "3"  # LOG_DAEMON, as what services write to stderr has
+    yield "SYSLOG_FACILITY", "3"  # LOG_DAEMON, as for lines that services write to stderr
     yield "SYSLOG_IDENTIFIER", IDENTIFIER
     yield "SYSLOG_PID", str(os.getpid())
     yield "GPUSVC_EVENT", kind.value
     if model is not None:
         yield "GPUSVC_MODEL", model
-        # journald finds a sender's unit in /proc, too late for one that ends at once; and the watchdog's is another.
-        # What root says with this field `journalctl -u` and `systemctl status` show with the model's lines, and what a
-        # user says with the other one `journalctl --user-unit` and `systemctl --user status`.
+        # journald reads a sender's unit from /proc: too late if the sender ends at once, and the watchdog's is another.
+        # With this field, entries of root appear in `journalctl -u` and `systemctl status` of the model, and entries
+        # of a user, with the other field, in `journalctl --user-unit` and `systemctl --user status`.
         yield "OBJECT_SYSTEMD_USER_UNIT" if is_user_instance() else "OBJECT_SYSTEMD_UNIT", names.service(model)
-    # One field for each, so that GPUSVC_GPU=1 finds what is about GPUs 0 and 1.
+    # One field for each GPU, so that GPUSVC_GPU=1 also finds an event about GPUs 0 and 1.
     yield from (("GPUSVC_GPU", str(index)) for index in gpus)
     if vram_bytes is not None:
         yield "GPUSVC_BYTES", str(vram_bytes)
@@ -134,7 +134,7 @@ def _fields(
 
 
 def encode(fields: Iterable[tuple[str, str]]) -> bytes:
-    """An entry of the native protocol, https://systemd.io/JOURNAL_NATIVE_PROTOCOL; long values are cut."""
+    """Return an entry of the native protocol, https://systemd.io/JOURNAL_NATIVE_PROTOCOL; long values are cut."""
     parts = []
     for name, text in fields:
         value = text.encode(errors="replace")

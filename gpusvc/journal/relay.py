@@ -1,8 +1,8 @@
-"""The way of an engine's output into the journal, under the name of its unit.
+"""Relay an engine's output to the journal, under the name of its service.
 
-journald files each line under the control group of whoever wrote it, and an engine's is its scope. Those who ask
-`systemctl status model@qwen` or `journalctl -u model@qwen` want to read the engine, so a cat(1) in the unit's own group
-writes it down: as fast as C, independent of the launcher, and at an end when the last process of the engine is.
+journald assigns each line to the unit of the process that wrote it: for an engine, its scope. But users expect the
+engine's lines in `systemctl status model@qwen` and `journalctl -u model@qwen`. So a cat(1) in the control group of the
+service writes them. It does not depend on the launcher, and ends with the last process of the engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The release of a model: its scope stopped, its control group empty, its VRAM proven free, its lease dropped.
+"""The release of a model: stop its scope, wait for an empty control group, prove its VRAM free, drop its lease.
 
-Runs as ExecStopPost= of model@.service after every end of it, at the beginning of the next start, as `gpusvc release`,
-and where the watchdog finds something left, as gpusvc-release@.service. Only a proof removes a lease.
+It runs as ExecStopPost= of model@.service after every end of the service, at the beginning of the next start, as
+`gpusvc release`, and as gpusvc-release@.service where the watchdog finds leftovers. Only a proof removes a lease.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from gpusvc.systemd.notify import ROPE_SECONDS, Notifier
 if TYPE_CHECKING:
     from gpusvc.systemd.manager import Manager
 
-# NVML has nothing to wait on, and its process lists take the driver's lock: look often at first, then less so.
+# NVML has no event to wait for, and its process lists take the driver's lock: read often at first, then less often.
 _FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.5
 
-# An operator's `gpusvc release` may be at it; it takes no longer than this one would.
+# How long to wait for another release, such as an operator's `gpusvc release`.
 _PATIENCE_SECONDS = 30.0
 
-# Beyond the model's own stop_timeout, for PID 1 to send SIGKILL to all and to see them go.
+# After the model's stop_timeout: time for PID 1 to send SIGKILL to all processes and for them to end.
 _KILL_GRACE_SECONDS = 5.0
 
 
 class Release(Record):
-    """A proven release: what came back (None: NVML could not tell), and how long that took."""
+    """A proven release: the VRAM that came back (``bytes`` None: unknown), and how long the proof took."""
 
     model: str
     bytes: int | None
@@ -61,7 +61,7 @@ class Release(Record):
         return f"{self.model} is released after {self.seconds:.2f} s: no process of it is left, {back}."
 
     def tell(self) -> None:
-        """Let the journal know."""
+        """Write the release to the journal."""
         events.emit(events.EventType.RELEASE, str(self), model=self.model, gpu=self.gpus, bytes=self.bytes)
 
 
@@ -72,18 +72,18 @@ def release(
     on_wait: Callable[[str], None] = lambda _: None,
     patience_seconds: float | None = None,
 ) -> Release | None:
-    """Prove the release of ``name`` and drop its lease; None if it held nothing. To be called within lease.hold().
+    """Prove the release of ``name`` and drop its lease. Return None if it held nothing. Call it within lease.hold().
 
     Args:
         paths: where the lease is.
         name: the model.
-        on_wait: told in a sentence what is being waited for, at least twice a second.
-        patience_seconds: how long the driver may take at most, if that is less than the model's own release_timeout.
+        on_wait: called with a sentence on what the release waits for, about twice a second.
+        patience_seconds: a limit for the driver's time, if it is lower than the model's own release_timeout.
 
     Raises:
         UnreleasedError: it is not proven; the lease stays.
     """
-    # Where a lease is lost or cannot be read, it is still known where the processes would be.
+    # Without a readable lease, the processes can only be in the model's scope.
     scope = f"{paths.control_group}/{names.SLICE}/{names.scope(name)}"
     unknown = Lease(model=name, port=0, gpus=(), created=0.0, cgroup=scope)
     try:
@@ -115,7 +115,7 @@ def release(
 
 
 def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Lease:
-    """Have the scope stopped, and wait until no process is in it. Returns the lease with all whom it saw there."""
+    """Stop the scope and wait until no process is in it. Return the lease with the processes that were in it."""
     if not cgroup.populated():
         return lease
     lease = lease.seen(processes.identify_all(cgroup.pids()))
@@ -127,7 +127,7 @@ def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Leas
             break
     else:
         return lease
-    # PID 1 should have done this long ago. Perhaps it cannot be reached; the kernel can.
+    # PID 1 should have sent SIGKILL by now. It may be unreachable, so the kernel does it.
     try:
         cgroup.kill()
     except OSError as error:
@@ -147,16 +147,16 @@ def _count(cgroup: Cgroup) -> str:
 
 
 def _stop_scope(scope: str, cgroup: Cgroup) -> None:
-    from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most ends need no bus: PID 1 has emptied the scope already
+    from gpusvc.systemd.manager import Manager  # noqa: PLC0415  rarely needed: PID 1 has mostly emptied the scope
 
     try:
         with Manager() as manager:
             if manager.unit(scope) is not None:
-                if cgroup.frozen():  # systemd does not stop it then
+                if cgroup.frozen():  # systemd does not stop a frozen scope
                     _thaw(manager, scope)
                 manager.enqueue("Stop", scope)
     except GpusvcError as error:
-        if cgroup.populated():  # it may have gone by itself between the two
+        if cgroup.populated():  # otherwise the scope has ended by itself
             log(4, str(error))
 
 
@@ -164,7 +164,7 @@ def _thaw(manager: Manager, scope: str) -> None:
     try:
         manager.thaw(scope)
     except GpusvcError as error:
-        log(4, f"{error} SIGKILL reaches it all the same.")  # a slice above it may be frozen
+        log(4, f"{error} Sending it SIGKILL.")  # a slice above it may be frozen; SIGKILL works all the same
         manager.kill(scope, signal.SIGKILL)
 
 
@@ -179,7 +179,7 @@ def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
                 nvml = nvml or Nvml()
                 left = proof.obstacles(lease, nvml.snapshot(), processes.identify)
             except NvmlError as error:
-                # Unknown is not released. A fresh client may see more.
+                # Unknown does not count as released. A new client may succeed.
                 left = [Obstacle(str(error))]
                 if nvml is not None:
                     nvml.close()
@@ -208,8 +208,8 @@ def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> Unrelease
         lines.append(f"PID {pid}: {trace.command}, {state}; kernel stack: {trace.stack or 'not readable'}")
     return UnreleasedError(
         "\n".join(lines),
-        hint=f"Its VRAM counts as taken. `gpusvc release {lease.model}` tries the proof again, and with --forget takes "
-        "your word for it. A process in state D "
+        hint=f"Its VRAM counts as taken. `gpusvc release {lease.model}` tries the proof again, and with --forget "
+        "drops the lease without a proof. A process in state D "
         "that SIGKILL does not end hangs in the driver: dmesg may say why, and a GPU reset (nvidia-smi --gpu-reset) "
         "or a reboot ends it.",
     )
@@ -227,14 +227,14 @@ def main() -> int:
         with leases.hold(paths, name, patience_seconds=_PATIENCE_SECONDS):
             released = release(paths, name, on_wait=notifier.waiting)
     except UsageError as error:
-        log(4, str(error))  # somebody else is at it, so that there is nothing to be said of the release
+        log(4, str(error))  # another process holds the lock, so the release was not tried
         return error.exit_code
     except GpusvcError as error:
         notifier.status(error.message.replace("\n", " "))
         events.emit(events.EventType.UNRELEASED, str(error), model=name, level=3)
         return error.exit_code
     except OSError as error:
-        log(3, f"The release of {name} could not be looked at: {error}.")
+        log(3, f"The release of {name} could not be proven: {error}.")
         return 1
     if released is not None:
         released.tell()

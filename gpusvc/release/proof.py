@@ -1,7 +1,7 @@
-"""What still stands between a model and the statement that its VRAM is free: readings in, obstacles out.
+"""The obstacles to the proof that a model's VRAM is free, found in its lease and in a reading of NVML.
 
-An empty control group says that its processes are dead, not that the driver has let go of their memory. Two more things
-have to be seen: that NVML lists none of them any more, and that the bytes are back.
+An empty control group shows that the processes are dead, not that the driver has freed their memory. The proof needs
+two more facts: NVML lists none of the processes, and the bytes are free again.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from gpusvc.linux.processes import Process
     from gpusvc.state.lease import Lease
 
-# What the driver keeps of a GPU for itself changes by some megabytes with the number of its clients.
+# The driver's own memory on a GPU changes by some megabytes with the number of its clients.
 TOLERANCE_BYTES = 256 * MIB
 
 
 class Obstacle(Record):
-    """One reason why the release is not proven, and the process that is to blame where there is one."""
+    """One reason why the release is not proven, and the process that causes it, if one does."""
 
     sentence: str
     pid: int | None = None
 
 
 def unattributed_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own: Collection[int] = ()) -> int | None:
-    """Bytes of ``gpu`` in use that NVML attributes to no process that exists; None where that cannot be known.
+    """Return the bytes of ``gpu`` in use that NVML attributes to no existing process; None if that is unknown.
 
-    This, rather than the bytes in use, is what must come back to its old value: other programs may have come, grown or
-    gone meanwhile, but each of those is attributed. What NVML lists of the dead is not: a child that the model made
-    and lost before anybody saw it may be among them.
+    The proof compares these bytes, not all bytes in use, with the baseline: other programs may have started, grown or
+    ended meanwhile, but NVML attributes their memory to them. Memory of dead processes does not count as attributed:
+    it may belong to a child of the model that ended before gpusvc saw it.
 
     Args:
         gpu: a reading with processes.
-        identify: who has a PID now.
-        own: PIDs of the model itself, which are looked at one by one and count as attributed, dead or alive.
+        identify: returns the process that has a PID now.
+        own: PIDs of the model itself. Each is checked separately, so they count as attributed, dead or alive.
     """
     if gpu.used_bytes is None or gpu.processes is None:
         return None
@@ -51,23 +51,23 @@ def unattributed_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own:
 
 
 def baseline_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own: Collection[int] = ()) -> int | None:
-    """unattributed_bytes() for later comparison; None where the reading contradicts itself, too."""
+    """Return unattributed_bytes() for a later comparison; None also if the reading contradicts itself."""
     rest = unattributed_bytes(gpu, identify, own)
     return None if rest is None or _is_of_two_moments(rest) else rest
 
 
 def _is_of_two_moments(rest: int) -> bool:
-    # More than is used cannot be held: somebody allocated between NVML's two answers.
+    # Processes cannot hold more than is in use: one allocated between NVML's two answers.
     return rest < -TOLERANCE_BYTES
 
 
 def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Process | None]) -> list[Obstacle]:
-    """All that speaks against the release of ``lease``; empty: it is proven.
+    """Return the obstacles to the release of ``lease``; empty: the release is proven.
 
     Args:
         lease: what the model held.
         gpus: a reading of NVML, taken after its control group was empty.
-        identify: who has a PID now.
+        identify: returns the process that has a PID now.
     """
     found: list[Obstacle] = []
     recorded = {process.pid for process in lease.processes}
@@ -80,7 +80,7 @@ def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Proce
     for leased in lease.gpus:
         own = by_uuid.get(leased.uuid)
         if own is None:
-            # One that is lost cannot tell its UUID, but its place is known.
+            # A lost GPU has no UUID in the reading, but it has its index.
             why = next((f": {gpu.problem}" for gpu in gpus if gpu.index == leased.index and gpu.problem), "")
             found.append(Obstacle(f"NVML does not show GPU {leased.index} ({leased.uuid}) any more{why}"))
         elif own.problem is not None or own.processes is None:

@@ -1,12 +1,12 @@
-"""What the gateway counts of each model's requests: a file for each worker, written in place and read by anybody.
+"""The gateway's counters of each model's requests: one file for each worker, written in place, readable by all users.
 
-A worker maps its file, and counts by adding to doubles in it: no lock, no system call and no message to another
-process, so that counting costs a request about a microsecond. Readers add up the files of all workers. What was counted
-is still there after a restart of the gateway, and gone after a reboot.
+A worker maps its file and adds to doubles in it, without locks, system calls or messages, so that counting costs a
+request about a microsecond. Readers add up the files of all workers. The counters survive a restart of the gateway, but
+not a reboot.
 
-A file is a row of chunks of records, one record for each model: a magic number, the model's name, and its cells. A
-worker holds its file locked shared (flock(2)) as long as it lives; what is in flight or waiting in a file that nobody
-holds ended with its worker, and does not count.
+A file is a sequence of chunks of records, one record for each model: a magic number, the model's name, and its cells. A
+worker holds its file locked shared (flock(2)) as long as it lives; the gauges (in flight, waiting) of a file that no
+process locks are those of an ended worker, and do not count.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 """Upper bounds of the histograms' buckets, in seconds: from a cached answer to one that waits for a large model."""
 
 CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
-"""Of statuses, by their first digit; "none": the client was gone before there was one."""
+"""Classes of statuses, by their first digit; "none": the client disconnected before the response began."""
 
-# It changes with the layout: totals of another layout are not carried over, nor read.
+# It changes with the layout. Files of another layout are neither read nor continued.
 _MAGIC = 0x67707573_76630001
 _HEAD = struct.Struct("=Q248s")  # and the name, padded with zeros
 _RECORD_BYTES = 1024
-_CHUNK_BYTES = 64 * _RECORD_BYTES  # no kernel has larger pages, so that a chunk can be mapped anywhere
+_CHUNK_BYTES = 64 * _RECORD_BYTES  # a multiple of every kernel's page size, so that each chunk can be mapped
 
 _BUCKETS = len(BOUNDS) + 1
 _IN_FLIGHT = 0
@@ -60,14 +60,14 @@ _ANSWERS = struct.Struct(f"={_ATTACHED + 1 - _SUCCEEDED}d")
 _GAUGES = (_IN_FLIGHT, _WAITING, _SUCCEEDING, _ATTACHED)
 
 _LAST_CLASS = len(CLASSES) - 1
-_STATUS_END = 100 * len(CLASSES)  # engines may say what HTTP knows nothing of
+_STATUS_END = 100 * len(CLASSES)  # engines may send statuses that HTTP does not define
 
-# What a worker waits at its start for the lock of its file.
+# How long a worker waits at its start for the lock of its file.
 _LOCK_SECONDS = 0.5
 
 _READ_AND_WRITE = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Of sixty thousand models.
+# Enough for sixty thousand models.
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 
 _FIRST_BYTE_BUCKETS = _FIRST_BYTE + 1
@@ -75,7 +75,7 @@ _DURATION_BUCKETS = _DURATION + 1
 
 
 class ModelCounters:
-    """What one worker counts of one model; each call costs some 0.2 µs."""
+    """One worker's counters of one model. Each call costs about 0.2 µs."""
 
     __slots__ = ("_cells",)
 
@@ -83,25 +83,25 @@ class ModelCounters:
         self._cells = cells
 
     def began(self) -> None:
-        """A request is in flight, from its head to the end of its answer."""
+        """Count a request as in flight. It is from the end of its head to the end of the response."""
         self._cells[_IN_FLIGHT] += 1.0
 
     def waiting(self, change: int) -> None:
-        """So many more, or fewer, wait for the model to be ready or to have room for them."""
+        """Add ``change`` to the number of requests that wait for the model to be ready or to have a free slot."""
         self._cells[_WAITING] += change
 
     def first_byte(self, seconds: float) -> None:
-        """The engine's answer began, so long after the request did."""
+        """Count the first byte of the engine's response, ``seconds`` after the request began."""
         cells = self._cells
         cells[_FIRST_BYTE] += seconds
         cells[_FIRST_BYTE_BUCKETS + bisect_left(BOUNDS, seconds)] += 1.0
 
     def ended(self, status: int, seconds: float) -> None:
-        """A request that began is over.
+        """Count a request as ended.
 
         Args:
-            status: that was answered; 0: the client was gone before that.
-            seconds: since it began.
+            status: of the response; 0: the client disconnected before it began.
+            seconds: since the request began.
         """
         cells = self._cells
         cells[_IN_FLIGHT] -= 1.0
@@ -110,7 +110,7 @@ class ModelCounters:
         cells[_DURATION_BUCKETS + bisect_left(BOUNDS, seconds)] += 1.0
 
     def response_began(self, status: int) -> None:
-        """The engine's response began, with this status. A 4xx is neither a success nor a failure."""
+        """Count the beginning of the engine's response. A 4xx is neither a success nor a failure."""
         if status < 400:
             self._cells[_SUCCEEDED] += 1.0
             self._cells[_SUCCEEDING] += 1.0
@@ -118,33 +118,32 @@ class ModelCounters:
             self._cells[_FAILED] += 1.0
 
     def response_ended(self, status: int) -> None:
-        """A response for which response_began() was called ended."""
+        """Count the end of a response for which response_began() was called."""
         if status < 400:
             self._cells[_SUCCEEDING] -= 1.0
 
     def attached(self, change: int) -> None:
-        """The number of upgraded connections (WebSocket) without recent traffic changed by so many."""
+        """Add ``change`` to the number of upgraded connections (WebSocket) without recent traffic."""
         self._cells[_ATTACHED] += change
 
     def tokens(self, prompt: int, completion: int) -> None:
-        """An engine said that so many were read and written."""
+        """Count the tokens that the engine's response reports."""
         self._cells[_PROMPT_TOKENS] += prompt
         self._cells[_COMPLETION_TOKENS] += completion
 
     def received(self, size: int) -> None:
-        """Bytes of request bodies came from clients."""
+        """Count ``size`` bytes of request bodies from clients."""
         self._cells[_RECEIVED] += size
 
     def sent(self, size: int) -> None:
-        """Bytes of answers went to clients."""
+        """Count ``size`` bytes of responses to clients."""
         self._cells[_SENT] += size
 
 
 class Counters:
     """One worker's file, which only this process writes.
 
-    Where it cannot be made, all is counted in memory, where nobody sees it: requests go on, whatever becomes of their
-    count.
+    If the file cannot be made, the counters stay in this process's memory and no reader sees them. Requests go on.
     """
 
     def __init__(self, file: Path) -> None:
@@ -155,38 +154,38 @@ class Counters:
         try:
             self._open(file)
         except OSError as error:
-            log(4, f"Nobody will see what is counted: {file} cannot be used ({os.strerror(error.errno or 0)}).")
+            log(4, f"This worker's counters are not shown: {file} cannot be used ({os.strerror(error.errno or 0)}).")
 
     def of(self, model: str) -> ModelCounters:
-        """Those of ``model``, which is a model's name, or "" for requests that are for no model."""
+        """Return the counters of ``model``, a model's name, or "" for requests without a model."""
         found = self._models.get(model)
         if found is None:
             found = self._models[model] = self._add(model)
         return found
 
     def close(self) -> None:
-        """Let go of the file. What is counted from now on is counted all the same."""
+        """Unlock and close the file. The mapping stays, so later counts are written too."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
             fcntl.flock(fd, fcntl.LOCK_UN)  # each mapping has a duplicate of the file, and so of the lock
             os.close(fd)
 
     def _open(self, file: Path) -> None:
-        """Go on with the totals in ``file``; one of another layout makes way for a new one.
+        """Continue the counters in ``file``. Replace a file of another layout by a new one.
 
-        It is replaced and not emptied: to truncate a file that somebody has mapped is to kill him by SIGBUS.
+        It is not truncated: a process that has it mapped would be killed by SIGBUS.
         """
         self._fd = os.open(file, _READ_AND_WRITE)
         records = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         if len(records) % _CHUNK_BYTES or (records and _HEAD.unpack_from(records)[0] not in (0, _MAGIC)):
-            log(5, f"The counts in {file} are those of another version of gpusvc, and begin anew.")
+            log(5, f"The counters in {file} are of another version of gpusvc and start at zero.")
             self.close()
             file.unlink()
             self._fd = os.open(file, _READ_AND_WRITE | os.O_EXCL)
             records = b""
         os.fchmod(self._fd, 0o644)  # whatever the unit's umask
-        # A reader that looks whether the lock is held is done in microseconds. Any user may read the file, and so lock
-        # it for good: then the worker goes on without the lock.
+        # A reader holds the lock for microseconds. But any user may read the file, and so lock it for as long as they
+        # like: then the worker goes on without the lock.
         if not locks.lock_within(self._fd, locks.SHARED, _LOCK_SECONDS):
             log(4, f"{file} stays locked{locks.phrase(locks.holders(file))}: this worker's gauges may read 0.")
         for _ in range(len(records) // _CHUNK_BYTES):
@@ -202,20 +201,20 @@ class Counters:
         if index * _RECORD_BYTES == len(self._chunks) * _CHUNK_BYTES:
             self._map()
         chunk, offset = self._place(index)
-        # The magic number comes last: it says to a reader that the rest is complete.
+        # The magic number comes last: to readers it means that the record is complete.
         for magic in (0, _MAGIC):
             _HEAD.pack_into(chunk, offset, magic, model.encode())
         return ModelCounters(self._cells(index))
 
     def _map(self) -> None:
-        """One chunk more. Its memory is asked for first: a write to a page that tmpfs has not got kills by SIGBUS."""
+        """Map one more chunk. It is allocated first: if tmpfs is full, a write to a new page raises SIGBUS."""
         offset = len(self._chunks) * _CHUNK_BYTES
         if self._fd is not None and not self._is_full:
             try:
                 os.posix_fallocate(self._fd, offset, _CHUNK_BYTES)
                 self._chunks.append(mmap.mmap(self._fd, _CHUNK_BYTES, offset=offset))
             except OSError as error:
-                log(4, f"Nobody will see what is counted of further models ({os.strerror(error.errno or 0)}).")
+                log(4, f"The counters of further models are not shown ({os.strerror(error.errno or 0)}).")
                 self._is_full = True
             else:
                 return
@@ -232,7 +231,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many were within each of BOUNDS but not the one before, and last how many were beyond all; and their sum."""
+    """The numbers of values up to each of BOUNDS and above the one before, last of those above all; and their sum."""
 
     counts: tuple[int, ...]
     sum: float
@@ -240,16 +239,16 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What all workers counted of one model since the machine was started; ``in_flight`` and ``waiting`` are of now."""
+    """One model's counters of all workers since boot. ``in_flight`` and ``waiting`` are current numbers."""
 
     in_flight: int
     waiting: int
     requests: dict[str, int]
-    """By CLASSES of their status; those that are over."""
+    """Ended requests, by CLASSES of their status."""
     first_byte_seconds: Histogram
-    """From a request's begin to the first byte of the engine's answer."""
+    """From the beginning of a request to the first byte of the engine's response."""
     seconds: Histogram
-    """From a request's begin to the end of its answer."""
+    """From the beginning of a request to the end of its response."""
     prompt_tokens: int
     completion_tokens: int
     received_bytes: int
@@ -272,7 +271,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """How the engine of one model answered since the machine was started, as far as the watchdog needs it."""
+    """The responses of one model's engine since boot, as far as the watchdog needs them."""
 
     succeeded: int
     """The responses with a status below 400 that began."""
@@ -302,34 +301,34 @@ def answers(directory: Path) -> dict[str, Answers]:
             if magic != _MAGIC or not all(map(math.isfinite, cells)):
                 continue
             found = sums.setdefault(name.rstrip(b"\0").decode(errors="replace"), [0] * len(cells))
-            # The gauges of a worker that is gone count no more.
+            # Gauges of an ended worker do not count.
             for index, cell in enumerate(cells if alive else (*cells[:2], 0, 0)):
                 found[index] += int(cell)
     return {name: Answers(*cells) for name, cells in sums.items()}
 
 
 def directory(paths: Paths) -> Path:
-    """Where the gateway's workers count."""
+    """Return the directory of the gateway workers' counters."""
     return paths.runtime / "gateway"
 
 
 def file_of(directory: Path, worker: int) -> Path:
-    """Where the worker of this number counts."""
+    """Return the counters file of the worker of this number."""
     return directory / f"counters-{worker}"
 
 
 def read(directory: Path) -> dict[str, Totals]:
-    """What the workers whose files are in ``directory`` counted, by model.
+    """Return the totals of all files in ``directory``, by model.
 
     Raises:
-        GpusvcError: one of them cannot be read, so that the totals are unknown.
+        GpusvcError: a file cannot be read, so that the totals are unknown.
     """
     sums: dict[str, list[float]] = {}
     for file in sorted(directory.glob("counters-*")):
         try:
             records, alive = _look(file)
         except FileNotFoundError:
-            continue  # it has just made way for a new one, as after an upgrade
+            continue  # it is being replaced, as after an upgrade
         except OSError as error:
             raise GpusvcError(f"The counters {file} cannot be read: {os.strerror(error.errno or 0)}.") from None
         except ValueError as error:
@@ -345,7 +344,7 @@ def read(directory: Path) -> dict[str, Totals]:
 
 
 def _look(file: Path) -> tuple[bytes, bool]:
-    """What stands in ``file``, and whether there is a worker that writes it."""
+    """Return the contents of ``file``, and whether a worker holds it locked."""
     fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         statefile.require_regular(fd)
@@ -361,12 +360,12 @@ def _look(file: Path) -> tuple[bytes, bool]:
 
 
 def _records(records: bytes) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Names and cells of those that are complete."""
+    """Yield name and cells of each complete record."""
     for offset in range(0, len(records) - _RECORD_BYTES + 1, _RECORD_BYTES):
         magic, name = _HEAD.unpack_from(records, offset)
         if magic == _MAGIC:
             cells = _CELLS.unpack_from(records, offset + _HEAD.size)
-            # What no counting comes to says nothing.
+            # Counting never results in NaN or infinity: such a record is corrupt.
             if all(map(math.isfinite, cells)):
                 yield name.rstrip(b"\0").decode(errors="replace"), cells
 

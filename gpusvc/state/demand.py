@@ -1,7 +1,7 @@
-"""Whether requests wait for a model's start: a file that the API locks as long as one does.
+"""Whether requests wait for a model's start: a file that the API keeps locked as long as a request waits.
 
-The launcher looks at it to know how long it waits for room. The kernel drops the lock of an API that dies, so that no
-demand outlives its writer.
+The launcher checks the lock to decide how long it waits for room. If the API dies the kernel releases the lock, so that
+the demand ends with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The evictor's side of the use protocol: close the door of a model, and wait until its uses are over."""
+"""The evictor's side of the use protocol: close the door of a model, and wait until its uses end."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Drain:
         return self._idle
 
     def close_door(self, timeout_seconds: float = 0.0) -> bool:
-        """Make newcomers wait. Return False if another evictor held the door for all that time."""
+        """Make newcomers wait. Return False if another evictor held the door until the timeout."""
         self._closed = self._closed or locks.lock_within(self._door, locks.EXCLUSIVE, timeout_seconds)
         return self._closed
 
     def wait_idle(self, timeout_seconds: float = 0.0) -> bool:
-        """Close the door and wait until no use is left. Return True if none is, and none can begin until this ends."""
+        """Close the door and wait until no use is left. Return True if none is left; then none can begin either."""
         deadline = time.monotonic() + timeout_seconds
         if not self._idle and self.close_door(timeout_seconds):
             self._idle = locks.lock_within(self._use, locks.EXCLUSIVE, deadline - time.monotonic())
@@ -48,7 +48,7 @@ class Drain:
 
     def open_door(self) -> None:
         """Let newcomers in again, before a later attempt to drain."""
-        # In this order no newcomer passes the door only to wait behind it.
+        # ``use`` first: otherwise a newcomer could pass the door and find ``use`` locked.
         for fd in (self._use, self._door):
             fcntl.flock(fd, fcntl.LOCK_UN)
         self._closed = self._idle = False

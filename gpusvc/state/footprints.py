@@ -1,7 +1,7 @@
 """Learned footprints: the most VRAM that a model was seen to take on one GPU, kept across reboots.
 
-One file for each model, with a peak for each configuration (its digest) and type of GPU. Losing a file, or an update to
-one, only forgets: what is forgotten is learned again by the next run.
+One file for each model, with a peak for each configuration (its digest) and type of GPU. If a file or an update to it
+is lost, the next run learns it again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gpusvc.paths import Paths
 
 VERSION = 1
 
-# Of a model whose configuration is being tried out; the newest stay.
+# How many configurations of a model are remembered: the newest ones.
 MAX_DIGESTS = 8
 
-# No file of ours is as large.
+# Larger than any file that gpusvc writes.
 _MAX_FILE_BYTES = 256 * 1024
 
 Peaks = Mapping[str, Mapping[str, int]]
@@ -29,12 +29,12 @@ Peaks = Mapping[str, Mapping[str, int]]
 
 
 def learned(paths: Paths, name: str, digest: str, gpu_name: str) -> int | None:
-    """The most bytes that ``name`` was seen to take on one GPU of this type; None: never seen."""
+    """Return the most bytes that ``name`` was seen to take on one GPU of this type; None: never seen."""
     return peaks(paths, name, digest).get(gpu_name)
 
 
 def peaks(paths: Paths, name: str, digest: str) -> Mapping[str, int]:
-    """The most bytes that ``name`` was seen to take on one GPU, by the type of the GPU."""
+    """Return the most bytes that ``name`` was seen to take on one GPU, by the type of the GPU."""
     try:
         return _read(_file(paths, name)).get(digest, {})
     except (OSError, ValueError):
@@ -42,7 +42,7 @@ def peaks(paths: Paths, name: str, digest: str) -> Mapping[str, int]:
 
 
 def learn(paths: Paths, name: str, digest: str, gpu_name: str, size_bytes: int) -> None:
-    """Keep ``size_bytes`` if ``name`` was never seen to take as much; what cannot be kept is logged, and forgotten."""
+    """Store ``size_bytes`` if it is more than ``name`` was seen to take before. A failure to store it is logged."""
     file = _file(paths, name)
     try:
         peaks = _known(file)
@@ -50,11 +50,11 @@ def learn(paths: Paths, name: str, digest: str, gpu_name: str, size_bytes: int) 
         if raised != peaks:
             _write(file, raised)
     except OSError as error:
-        log(4, f"What {name} takes of {gpu_name} cannot be kept in {file}: {os.strerror(error.errno or 0)}.")
+        log(4, f"The VRAM that {name} takes of {gpu_name} cannot be stored in {file}: {os.strerror(error.errno or 0)}.")
 
 
 def with_peak(peaks: Peaks, digest: str, gpu_name: str, size_bytes: int) -> Peaks:
-    """``peaks`` with one reading taken in."""
+    """Return ``peaks`` with one more reading."""
     own = peaks.get(digest, {})
     if size_bytes <= own.get(gpu_name, 0):
         return peaks
@@ -83,7 +83,7 @@ def _file(paths: Paths, name: str) -> Path:
 
 
 def _read(file: Path) -> Peaks:
-    """Raises OSError, or ValueError if it does not say what it should."""
+    """Return the peaks in ``file``. Raises OSError, or ValueError if its contents are invalid."""
     text = files.read(file, limit_bytes=_MAX_FILE_BYTES)
     try:
         return from_json(json.loads(text))
@@ -92,7 +92,7 @@ def _read(file: Path) -> Peaks:
 
 
 def _known(file: Path) -> Peaks:
-    """Return what was learned so far. A file that makes no sense is renamed, so that it can still be looked at."""
+    """Return what was learned so far. A file with invalid contents is renamed, so that a person can inspect it."""
     try:
         return _read(file)
     except FileNotFoundError:

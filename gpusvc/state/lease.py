@@ -1,7 +1,7 @@
-"""A lease: what one model was given, from its placement to the proof that it was given back.
+"""A lease: the GPUs and VRAM that one model holds, from its placement to the proof of its release.
 
 A file in /run for each model, which the launcher writes and only a proven release removes. It survives all processes of
-gpusvc, and is gone after a reboot, as the model is.
+gpusvc, but not a reboot, which the model does not survive either.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from gpusvc.state import locks
 
 VERSION = 1
 
-# No moment and no time span of ours is as large, in seconds.
+# Larger than any time that gpusvc writes, in seconds.
 _MAX_SECONDS = 2.0**40
 
-# What a pid_t holds.
+# The largest pid_t.
 _MAX_PID = 2**31 - 1
 
-# is_held() takes a lock itself, for microseconds; hold() outlasts that.
+# is_held() takes the lock for microseconds; hold() waits longer than that.
 _ONLOOKER_SECONDS = 0.5
 
 
 class BrokenLeaseError(GpusvcError):
-    """A lease file that cannot be read or makes no sense."""
+    """A lease file cannot be read or has invalid contents."""
 
 
 class LeasedGpu(Record):
@@ -43,15 +43,15 @@ class LeasedGpu(Record):
     index: int
     uuid: str
     reserved_bytes: int | None
-    """What the model said that it needs; None: it did not say."""
+    """The model's need per GPU by its configuration; None: not configured."""
     baseline_bytes: int | None
-    """Bytes in use that NVML attributes to no process, as seen last while all was well; None: unknown."""
+    """Bytes in use that NVML attributes to no process, at the last consistent reading; None: unknown."""
     used_bytes: int | None = None
-    """What the model's processes held when that was last looked at; None: unknown."""
+    """Bytes that the model's processes held at the last reading; None: unknown."""
 
 
 class Lease(Record):
-    """What a model holds. ``created`` is in seconds since the epoch."""
+    """The lease of one model. ``created`` is in seconds since the epoch."""
 
     model: str
     port: int
@@ -66,9 +66,9 @@ class Lease(Record):
     pid: int | None = None
     """The engine's main process."""
     address: str | None = None
-    """Where the engine listens; None: it does not serve yet, or its end has begun."""
+    """The address at which the engine listens; None: it does not serve yet, or its end has begun."""
     cgroup: str | None = None
-    """The scope's control group; None: no engine was let into one yet."""
+    """The scope's control group; None: no engine has entered it yet."""
     processes: frozenset[Process] = frozenset()
     """Every process of the model that was seen."""
 
@@ -77,7 +77,7 @@ class Lease(Record):
         return names.scope(self.model)
 
     def seen(self, processes: Collection[Process]) -> Self:
-        """This lease with ``processes`` among those that it remembers."""
+        """Return this lease with ``processes`` added to its processes."""
         return (
             self if self.processes.issuperset(processes) else replace(self, processes=self.processes.union(processes))
         )
@@ -85,8 +85,8 @@ class Lease(Record):
     def owned(self, pid: int, identify: Callable[[int], Process | None] = identify) -> Process | None:
         """Return the process of the model that has ``pid``, a PID that NVML lists, or None if it is not the model's.
 
-        A PID that another process has by now is not the model's. One that no process has is a ghost in the driver, and
-        is.
+        A PID that another process has now is not the model's. A PID that no process has any more is the model's: the
+        driver still holds memory for it.
         """
         known = [process for process in self.processes if process.pid == pid]
         now = identify(pid) if known else None
@@ -149,7 +149,7 @@ def read(paths: Paths, model: str) -> Lease | None:
     """Return the lease of ``model``, or None if it holds nothing.
 
     Raises:
-        BrokenLeaseError: there is a file, but it does not say what it should.
+        BrokenLeaseError: the file cannot be read or its contents are invalid.
     """
     file = paths.lease_file(model)
     try:
@@ -166,19 +166,19 @@ def read(paths: Paths, model: str) -> Lease | None:
             f"The lease {file} is that of {lease.model!r}.", hint=f"`gpusvc release {model}` sets it aside."
         )
     if lease.cgroup is not None and not _is_scope(lease.cgroup, lease.scope):
-        # All that is in it is going to be killed.
+        # A release kills every process in this group.
         raise BrokenLeaseError(
-            f"The lease {file} names the control group {lease.cgroup}, which is none of a model's.",
+            f"The lease {file} names the control group {lease.cgroup}, which is not that of a model.",
             hint=f"`gpusvc release {model}` sets it aside.",
         )
     return lease
 
 
 def withdraw(paths: Paths, lease: Lease) -> None:
-    """Take the address out of the lease file, so that nobody connects to the engine any more: the first act of an end.
+    """Remove the address from the lease file, so that no client connects to the engine: the first step of an end.
 
-    Once the engine has closed its port, another program can take it. A file system that does not take the change delays
-    no end: the file goes with the proof.
+    Once the engine has closed its port, another program can listen on it. If the file cannot be written, the end goes
+    on: the proof removes the file.
     """
     if lease.address is not None:
         try:
@@ -188,18 +188,18 @@ def withdraw(paths: Paths, lease: Lease) -> None:
 
 
 def remove(paths: Paths, model: str) -> None:
-    """Forget the lease; only after a proven release."""
+    """Remove the lease file. Only for a proven release."""
     paths.lease_file(model).unlink(missing_ok=True)
 
 
 def set_aside(paths: Paths, model: str) -> None:
-    """Rename a lease that cannot be read, so that it does not count any more and can still be looked at."""
+    """Rename a lease that cannot be read, so that it does not count, and a person can inspect it."""
     file = paths.lease_file(model)
     file.replace(file.with_suffix(".broken"))
 
 
 def holders(paths: Paths) -> list[str]:
-    """The models that have a lease, readable or not."""
+    """Return the models that have a lease file, readable or not."""
     return sorted(file.parent.name for file in paths.leases_directory.glob("*/lease.json"))
 
 
@@ -218,7 +218,7 @@ def hold(paths: Paths, name: str, *, patience_seconds: float = _ONLOOKER_SECONDS
     """
     file = paths.lease_directory(name) / "lock"
     try:
-        # Other users wait for the door in this directory, so that it must let them in from the first moment on.
+        # Users of the model may already wait for the door in this directory, so it must be open to them at once.
         files.make_directory(file.parent)
         handle = locks.open_private(file)
     except PermissionError:
@@ -257,7 +257,7 @@ def _optional(value: Any) -> int | None:
 
 
 def _within(value: Any, maximum: int = 2**64 - 1) -> int:
-    """A number that is not negative; raises ValueError, TypeError or OverflowError for anything else."""
+    """Return a number that is not negative; raises ValueError, TypeError or OverflowError for anything else."""
     number = int(value)
     if not 0 <= number <= maximum:
         raise ValueError("a number is out of range")

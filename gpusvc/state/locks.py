@@ -1,8 +1,8 @@
-"""Locks of flock(2): made with the right mode, never waited for without a deadline, and their holders named.
+"""Locks of flock(2): files of the right mode, waits with a deadline, and the names of the holders.
 
-Any user who can open a file can lock it. So each lock that gpusvc waits for is a file of its own that only its owner
+Any user who can open a file can lock it. So each lock that gpusvc waits for is a separate file that only its owner
 can open, or the members of the group gpusvc where the use protocol says so. The kernel releases the lock of a process
-that dies. flock(2) has no timeout, and a signal or a thread to interrupt it is not ours to take: waiting is polling.
+that dies. flock(2) has no timeout, so these functions poll: signals and threads to interrupt it belong to the program.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def release(handle: int) -> None:
 
 @contextlib.contextmanager
 def held(file: Path, *, timeout_seconds: float) -> Iterator[int]:
-    """Hold ``file`` locked exclusively. It is a lock that only its owner can open.
+    """Hold ``file`` locked exclusively. Only its owner can open this file.
 
     Raises:
-        LockTimeoutError: another process held it for all that time; the sentence names it.
+        LockTimeoutError: another process held it until the timeout; the message names the process.
         OSError: the file cannot be opened or made.
     """
     handle = open_private(file)
@@ -118,7 +118,7 @@ def holders(file: Path, *, kinds: tuple[str, ...] = ("READ", "WRITE")) -> list[i
         return []
     wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     rows = [line.split() for line in table.splitlines()]
-    # 12: FLOCK  ADVISORY  READ  1234 00:1a:567 0 EOF; a second field of "->" is a process that waits.
+    # 12: FLOCK  ADVISORY  READ  1234 00:1a:567 0 EOF; a second field of "->" marks a waiting process.
     found = {
         int(row[4]) for row in rows if len(row) == 8 and row[1] == "FLOCK" and row[3] in kinds and row[5] == wanted
     }

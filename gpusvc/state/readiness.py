@@ -1,4 +1,4 @@
-"""Since when a model has been ready: the mtime of a file that stays after its end, until its next start."""
+"""When a model became ready: the mtime of a file that stays after the model's end, until its next start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpusvc.paths import Paths
 
 
 def mark(paths: Paths, name: str) -> None:
-    """Note that ``name`` is ready now. It matters less than the model, so that errors are left out."""
+    """Note that ``name`` is ready now. Errors are ignored: the model is more important than this mark."""
     with contextlib.suppress(OSError, ValueError):
         files.touch(paths.readiness_file(name), 0o644)
 

@@ -12,11 +12,11 @@ from gpusvc.paths import Paths
 from gpusvc.state import locks
 from gpusvc.state.use import open_file
 
-# While requests are inside, the turnstile looks this often whether the door is closed. An evictor cannot be done
-# meanwhile, as ``use`` is held; it only waits these milliseconds longer.
+# While requests are inside, the turnstile looks this often whether the door is closed. The evictor waits these
+# milliseconds longer: it cannot finish while ``use`` is held.
 _DOOR_SECONDS = 0.005
 
-# How often an mtime is worth a write where thousands of requests come and go.
+# The shortest time between two writes of an mtime, however many requests come.
 _MARK_SECONDS = 0.25
 
 

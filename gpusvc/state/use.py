@@ -5,7 +5,7 @@
 
 An evictor (drain.py) holds ``door`` exclusive, so that newcomers wait while the uses inside finish, and then ``use``
 exclusive while the model stops. The kernel releases the locks of a process that dies. This module knows nothing of
-units: a user looks whether the model runs once it is inside, and the model then stays as it is.
+units: once inside, a user checks whether the model runs; no evictor stops the model then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class DoorClosedError(GpusvcError):
-    """The model was being evicted for as long as the caller could wait."""
+    """The model's door stayed closed as long as the caller could wait."""
 
     http_status = 503
 
@@ -108,10 +108,10 @@ def prepare(paths: Paths, name: str, gid: int) -> None:
 
 
 def enter(paths: Paths, name: str, *, timeout_seconds: float | None) -> Use:
-    """Begin a use of the model. Wait while the model is being evicted; a timeout of None waits for as long as it takes.
+    """Begin a use of the model. Wait while the model is being evicted; with a timeout of None, without limit.
 
     Raises:
-        DoorClosedError: the time is up.
+        DoorClosedError: the door stayed closed until the timeout.
         NoDoorError: the model was never started since the machine booted.
         PermissionDeniedError: the caller is not in the group.
     """
@@ -120,7 +120,7 @@ def enter(paths: Paths, name: str, *, timeout_seconds: float | None) -> Use:
         entered = _pass_door(paths, name, how)
         if entered is not None:
             return entered
-    raise DoorClosedError(f"{name} is being evicted, or waits for those who use it to finish.", hint="Try again later.")
+    raise DoorClosedError(f"{name} is being evicted, or waits for its uses to end first.", hint="Try again later.")
 
 
 def try_enter(paths: Paths, name: str) -> Use | None:

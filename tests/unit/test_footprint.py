@@ -99,7 +99,7 @@ def test_everybody_may_read_what_was_learned_and_nothing_else_is_left(paths: Pat
 def test_what_cannot_be_kept_is_said_and_forgotten(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
     paths.state.write_text("no directory")
     learn(paths, "qwen", "d1", RTX, GIB)
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot be stored" in capsys.readouterr().err
     assert learned(paths, "qwen", "d1", RTX) is None
 
 
