@@ -178,7 +178,7 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Scene], No
     async def played(scene: Scene) -> None:
         complaints: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        async with world(tmp_path) as stage:
+        async with asyncio.timeout(60), world(tmp_path) as stage:
             await scene(stage)
         assert complaints == []
 
@@ -296,6 +296,7 @@ def test_whoever_waits_for_a_model_is_inside_before_it_is_ready(play: Play) -> N
         world.loading()
         await until(world.in_use)
         waiting.append(world.enter())
+        await asyncio.sleep(0)  # it joins the queue, and passes the door, before that is closed
         answer.set_result(await world.starts())
         with Drain(world.paths, "qwen") as drain:
             assert not drain.wait_idle()
