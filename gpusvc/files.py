@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from gpusvc.errors import GpusvcError, PermissionDeniedError
+
 # No file that gpusvc writes is larger.
 MAX_BYTES = 1024 * 1024
 
@@ -195,3 +197,18 @@ def touch(file: Path, mode: int) -> None:
         os.utime(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def changing(file: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which changes ``file``, into a sentence for the person who asked for the change.
+
+    Raises:
+        PermissionDeniedError, GpusvcError: the file cannot be changed.
+    """
+    try:
+        yield
+    except PermissionError:
+        raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
+    except OSError as error:
+        raise GpusvcError(f"{file} cannot be changed: {os.strerror(error.errno or 0)}.") from None

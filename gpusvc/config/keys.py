@@ -24,7 +24,7 @@ from typing import Self
 
 from gpusvc import files, names
 from gpusvc.config.table import InvalidFileError, Problem, Table, did_you_mean, parse
-from gpusvc.errors import ConfigError, GpusvcError, PermissionDeniedError, UsageError
+from gpusvc.errors import ConfigError, GpusvcError, UsageError
 from gpusvc.paths import Paths, is_user_instance
 from gpusvc.state import locks
 
@@ -259,7 +259,7 @@ def editing(file: Path, gid: int) -> Iterator[dict[str, Key]]:
         PermissionDeniedError, GpusvcError: it cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        with _translated(file):
+        with files.changing(file):
             files.make_directory(file.parent)  # a user may begin with this
             stack.enter_context(locks.held(_lock_of(file), timeout_seconds=_LOCK_SECONDS))
         try:
@@ -268,7 +268,7 @@ def editing(file: Path, gid: int) -> Iterator[dict[str, Key]]:
             keys = {}
         yield keys
         with (
-            _translated(file),
+            files.changing(file),
             files.written_beside(file, text(keys.values()), mode=0o640, durable=True, gid=gid) as draft,
         ):
             draft.replace(file)
@@ -338,16 +338,6 @@ def _stamp(file: Path) -> object:
         return None
     except OSError as error:
         return error.errno  # read() says what is wrong, once
-
-
-@contextlib.contextmanager
-def _translated(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError:
-        raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
-    except OSError as error:
-        raise GpusvcError(f"{file} cannot be changed: {os.strerror(error.errno or 0)}.") from None
 
 
 def _invalid(file: Path, message: str, hint: str | None = None) -> InvalidFileError:

@@ -247,8 +247,3 @@ def read(kind: type[Section], table: Table, host: Section | None = None) -> dict
                 default = find(host, key.host)
             values[key.field] = key.read(table.table(owner) if owner else table, last, default)
     return values
-
-
-def read_whole(kind: type[_S], table: Table) -> _S:
-    """A section of which every field is a key with a reader."""
-    return kind(**read(kind, table))

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,7 +10,7 @@ import typer
 from gpusvc import files
 from gpusvc.cli.arguments import SOME_NAMES, paths_of
 from gpusvc.cli.commands.lifecycle import choose, raise_all
-from gpusvc.errors import GpusvcError, PermissionDeniedError
+from gpusvc.errors import GpusvcError
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
@@ -52,7 +48,7 @@ def unpin(context: typer.Context, names: list[str] = SOME_NAMES) -> None:
 def set_pin(paths: Paths, name: str) -> None:
     """Write the pin. Raises PermissionDeniedError, or GpusvcError if the file system refuses it."""
     file = paths.pin_file(name)
-    with _translated(file):
+    with files.changing(file):
         files.make_directory(file.parent)
         files.create(file, 0o644)  # the directory is the API's: a link there must not be followed
 
@@ -62,7 +58,7 @@ def take_pin(paths: Paths, name: str) -> bool:
     from gpusvc.status import standing
 
     file = paths.pin_file(name)
-    with _translated(file):
+    with files.changing(file):
         file.unlink(missing_ok=True)
     return not standing.of(paths, name, None, None).pinned_by_file
 
@@ -73,13 +69,3 @@ def _resolved(paths: Paths, names: list[str]) -> list[str]:
 
     known = lease.holders(paths)
     return choose(names, lambda text: inventory.resolve(paths, text, also=known), None)
-
-
-@contextlib.contextmanager
-def _translated(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError:
-        raise PermissionDeniedError(f"You may not change {file}.", hint="Try again as root, or with sudo.") from None
-    except OSError as error:
-        raise GpusvcError(f"{file} cannot be changed: {os.strerror(error.errno or 0)}.") from None
