@@ -260,7 +260,8 @@ class Admission:
     def _find_need(self) -> None:
         """Find the need, once for the same GPUs."""
         if self._needs is None:
-            gpus = self._read_gpus()
+            # Types and sizes are enough: the lists of processes cost milliseconds, and the driver's lock.
+            gpus = self._nvml.snapshot(processes=False) if self._nvml is not None else ()
             self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus))
 
     def _request(self, needs: Mapping[str, int]) -> Request:

@@ -29,7 +29,7 @@ class Driver:
     def __init__(self, *readings: Sequence[Gpu]) -> None:
         self._readings = list(readings)
 
-    def snapshot(self) -> Sequence[Gpu]:
+    def snapshot(self, *, processes: bool = True) -> Sequence[Gpu]:
         return self._readings.pop(0) if len(self._readings) > 1 else self._readings[0]
 
 
