@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpusvc import files
-from gpusvc.journal import eventlog
+from gpusvc.journal import eventlog, journalctl
 from gpusvc.log import log
 from gpusvc.paths import Paths
+
+# A journal of many gigabytes on a slow disk.
+_ANSWER_SECONDS = 30.0
 
 
 def cursor_file(paths: Paths) -> Path:
@@ -29,7 +32,7 @@ def restore(paths: Paths) -> str | None:
         return cursor
     if cursor:
         log(4, f"{file} holds no cursor: only new events are seen.")
-    newest = eventlog.newest_cursor()
+    newest = journalctl.newest_cursor(_ANSWER_SECONDS)
     if newest is not None:
         keep(paths, newest)
     return newest

@@ -21,7 +21,7 @@ from gpusvc.errors import GpusvcError, SystemdError, UnansweredError
 from gpusvc.hooks import cursor
 from gpusvc.hooks.directory import HookDirectory
 from gpusvc.hooks.runner import Outcome, UnitRunner
-from gpusvc.journal import eventlog
+from gpusvc.journal import eventlog, journalctl
 from gpusvc.journal.eventlog import Event
 from gpusvc.log import log
 from gpusvc.paths import Paths
@@ -87,16 +87,17 @@ class HookDaemon:
             # --cursor with the entry itself, which is skipped below: older journalctls skip one too many after a
             # cursor that is no event's.
             where = [f"--cursor={last}"] if last else []
-            with eventlog.opened(eventlog.command("--follow", "--no-tail", *where)) as journalctl:
+            command = eventlog.command("--follow", "--no-tail", *where)
+            with journalctl.opened(command) as reader:
                 self._notifier.ready("Waiting for events.")
                 try:
-                    return self._follow(journalctl, last, wakeup)
+                    return self._follow(reader, last, wakeup)
                 finally:
                     self._notifier.stopping()
                     self._end_all()
 
-    def _follow(self, journalctl: subprocess.Popen[bytes], last: str | None, wakeup: int) -> int:
-        output = eventlog.output_of(journalctl).fileno()
+    def _follow(self, reader: subprocess.Popen[bytes], last: str | None, wakeup: int) -> int:
+        output = journalctl.output_of(reader).fileno()
         for descriptor in (output, wakeup, self._runner.fileno()):
             self._poll.register(descriptor, select.POLLIN)
         rest = b""
@@ -118,7 +119,7 @@ class HookDaemon:
             self._begin(new=followed)
             self._reap()  # a call to the service manager may have taken the end of a hook along
             self._begin(new=followed)
-        log(3, f"journalctl ended with exit status {journalctl.wait()}: there is nothing to follow.")
+        log(3, f"journalctl ended with exit status {reader.wait()}: there is nothing to follow.")
         return 1
 
     def _put(self, event: Event) -> None:

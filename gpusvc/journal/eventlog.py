@@ -10,13 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from gpusvc.errors import GpusvcError
+from gpusvc.journal import journalctl
 from gpusvc.journal.events import MESSAGE_IDS
 from gpusvc.paths import is_user_instance
 
@@ -26,8 +23,6 @@ _OUR_UNITS = ("gpusvc-api.service", "gpusvc-gateway.service", "gpusvc-watchdog.s
 _FIELDS = "MESSAGE,PRIORITY,GPUSVC_EVENT,GPUSVC_MODEL,GPUSVC_GPU,GPUSVC_BYTES,GPUSVC_REASON"
 
 _CURSOR = re.compile(r"[a-z]=[0-9a-f]+(;[a-z]=[0-9a-f]+)*")
-
-_ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +62,17 @@ class Event:
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> Self:
         """Return the event of an entry in journalctl's JSON; raises KeyError or ValueError if it is not an event."""
-        vram_bytes = _text(entry.get("GPUSVC_BYTES"))
+        vram_bytes = journalctl.text(entry.get("GPUSVC_BYTES"))
         return cls(
-            kind=_text(entry["GPUSVC_EVENT"]) or "",
+            kind=journalctl.text(entry["GPUSVC_EVENT"]) or "",
             seconds=int(entry["__REALTIME_TIMESTAMP"]) / 1_000_000,
-            message=_text(entry.get("MESSAGE")) or "",
+            message=journalctl.text(entry.get("MESSAGE")) or "",
             cursor=str(entry["__CURSOR"]),
-            model=_text(entry.get("GPUSVC_MODEL")),
-            gpus=tuple(int(index) for index in _texts(entry.get("GPUSVC_GPU"))),
+            model=journalctl.text(entry.get("GPUSVC_MODEL")),
+            gpus=tuple(int(index) for index in journalctl.texts(entry.get("GPUSVC_GPU"))),
             bytes=None if vram_bytes is None else int(vram_bytes),
-            reason=_text(entry.get("GPUSVC_REASON")),
-            level=int(_text(entry.get("PRIORITY")) or 6),
+            reason=journalctl.text(entry.get("GPUSVC_REASON")),
+            level=int(journalctl.text(entry.get("PRIORITY")) or 6),
         )
 
 
@@ -88,22 +83,6 @@ def parse(line: bytes | str) -> Event | None:
         return Event.from_entry(entry) if isinstance(entry, dict) else None
     except (KeyError, OverflowError, TypeError, ValueError):
         return None
-
-
-def _texts(value: Any) -> list[str]:
-    """Return the values of a field. It may have several, and unprintable values are lists of bytes."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        return [str(value)]
-    if value and all(isinstance(item, int) for item in value):
-        return [bytes(value).decode(errors="replace")]
-    return [text for item in value for text in _texts(item)]
-
-
-def _text(value: Any) -> str | None:
-    texts = _texts(value)
-    return texts[0] if texts else None
 
 
 def is_cursor(text: str) -> bool:
@@ -122,50 +101,3 @@ def command(*options: str, model: str | None = None) -> list[str]:
     # journalctl(1): values of one field are alternatives, all fields must match, "+" is "or" between groups.
     ours = [f"_SYSTEMD_UNIT={unit}" for unit in _OUR_UNITS]
     return ["journalctl", *shown, *options, *what, "_UID=0", "+", *what, *ours]
-
-
-@contextmanager
-def opened(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run journalctl, with its lines in ``stdout``, and terminate it when the block ends.
-
-    Raises:
-        GpusvcError: it cannot be run.
-    """
-    try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)  # noqa: S603
-    except OSError as error:
-        raise GpusvcError(f"journalctl cannot be run: {error.strerror}.") from None
-    try:
-        yield child
-    finally:
-        child.terminate()
-        output_of(child).close()
-        child.wait()
-
-
-def output_of(child: subprocess.Popen[bytes]) -> IO[bytes]:
-    """Return the pipe that opened() made."""
-    assert child.stdout is not None  # noqa: S101
-    return child.stdout
-
-
-def newest_cursor() -> str | None:
-    """Return the cursor of the journal's last entry; None if the journal is empty.
-
-    Raises:
-        GpusvcError: the journal cannot be read.
-    """
-    # The last entry of all, not the last event, which may be years old.
-    ask = ["journalctl", "--output=json", "--output-fields=MESSAGE_ID", "--no-pager", "--quiet", "--lines=1"]
-    try:
-        done = subprocess.run(ask, check=False, stdout=subprocess.PIPE, timeout=_ANSWER_SECONDS)  # noqa: S603
-    except OSError as error:
-        raise GpusvcError(f"journalctl cannot be run: {error.strerror}.") from None
-    except subprocess.TimeoutExpired:
-        raise GpusvcError(f"journalctl does not answer within {_ANSWER_SECONDS:.0f} s.") from None
-    if done.returncode:
-        raise GpusvcError(f"The journal cannot be read: journalctl ended with exit status {done.returncode}.")
-    try:
-        return str(json.loads(done.stdout)["__CURSOR"])
-    except (ValueError, KeyError):
-        return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import time
 
+from gpusvc.errors import GpusvcError
+from gpusvc.journal import journalctl
 from gpusvc.journal import units as unitlog
 from gpusvc.printable import printable
 
@@ -19,31 +21,31 @@ _OUT_OF_MEMORY = (
 _UNSYNCED_SECONDS = 1.0
 _PAUSE_SECONDS = 0.05
 
+_ANSWER_SECONDS = 5.0
+
 # Of a line: an engine may write a line without end.
 _MAX_WIDTH = 1000
 
 
-def last_words(*matches: str, lines: int = 30) -> list[str]:
+def last_words(*matches: str, lines: int = 30, since: float | None = None) -> list[str]:
     """Return the last matching lines of the journal, made printable, oldest first; empty if they cannot be read.
 
     Args:
         matches: as journalctl(1) takes them: ``--unit=…``, ``FIELD=value``.
         lines: how many at most.
+        since: no lines before this time, in seconds since the epoch.
     """
-    import subprocess  # noqa: PLC0415  most ends do not need it
-
+    # The engine may be dead, and its last lines still in journald's socket.
+    patience = 0.0 if journalctl.sync() else _UNSYNCED_SECONDS
+    deadline = time.monotonic() + patience
+    command = ["journalctl", *matches, *unitlog.newest(lines, since)]
     try:
-        # The engine is dead, but its last lines may still be in journald's socket. For root, --sync waits for them.
-        sync = subprocess.run(["journalctl", "--sync"], check=False, capture_output=True, timeout=2)  # noqa: S607
-        deadline = time.monotonic() + (_UNSYNCED_SECONDS if sync.returncode else 0.0)
-        command = ["journalctl", *matches, *unitlog.newest(lines)]
         while True:
-            done = subprocess.run(command, check=False, capture_output=True, timeout=5)  # noqa: S603
-            words = [printable(line, width=_MAX_WIDTH) for line in unitlog.messages(done.stdout.splitlines())]
-            if words or time.monotonic() >= deadline:
-                return words
+            found = unitlog.messages(journalctl.lines(command, _ANSWER_SECONDS))
+            if found or time.monotonic() >= deadline:
+                return [printable(line, width=_MAX_WIDTH) for line in found]
             time.sleep(_PAUSE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
+    except GpusvcError:
         return []
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 
+from gpusvc.journal import journalctl
 from gpusvc.names import service
 from gpusvc.paths import is_user_instance
 
@@ -64,9 +65,8 @@ def messages(printed: Iterable[bytes]) -> list[str]:
     found = []
     for entry in printed:
         try:
-            message = json.loads(entry)["MESSAGE"]
-            text = message if isinstance(message, str) else bytes(message).decode(errors="replace")
+            message = journalctl.text(json.loads(entry)["MESSAGE"])
         except (ValueError, KeyError, TypeError):
-            continue  # an entry without MESSAGE, or with one that is too long for the JSON
-        found.append([line for line in text.splitlines() if line.strip()])
+            continue  # an entry without MESSAGE
+        found.append([line for line in (message or "").splitlines() if line.strip()])
     return [line for lines in reversed(found) for line in lines]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gpusvc.errors import GpusvcError
-from gpusvc.journal import eventlog, events
+from gpusvc.journal import events, journalctl
 from gpusvc.journal.events import MESSAGE_IDS, EventType, emit
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def test_a_journal_that_cannot_be_read_is_an_error(host: Host) -> None:
     host.install("echo no journal >&2; exit 1\n")
     done = host.gpusvc("events")
     assert done.returncode in {1, 4}
-    assert done.stderr.startswith("no journal\ngpusvc: The journal could not be read")
+    assert done.stderr.startswith("no journal\ngpusvc: The journal cannot be read")
 
 
 def test_a_reader_who_has_seen_enough_ends_the_command(host: Host) -> None:
@@ -222,12 +222,12 @@ def test_a_reader_who_has_seen_enough_ends_the_command(host: Host) -> None:
 def test_the_newest_cursor_is_that_of_the_last_entry(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{host.programs}:/usr/bin:/bin")
     host.journal.write_text('{"__CURSOR": "s=1;i=7", "MESSAGE_ID": "x"}\n')
-    assert eventlog.newest_cursor() == "s=1;i=7"
+    assert journalctl.newest_cursor(30) == "s=1;i=7"
     host.journal.write_text("")
-    assert eventlog.newest_cursor() is None
+    assert journalctl.newest_cursor(30) is None
     host.install("exit 1\n")
     with pytest.raises(GpusvcError, match="exit status 1"):
-        eventlog.newest_cursor()
+        journalctl.newest_cursor(30)
     monkeypatch.setenv("PATH", str(host.root))
     with pytest.raises(GpusvcError, match="cannot be run: No such file"):
-        eventlog.newest_cursor()
+        journalctl.newest_cursor(30)

@@ -22,10 +22,14 @@ def test_bytes_that_are_no_text_are_shown_as_far_as_they_are() -> None:
     assert messages(printed([104, 105, 255])) == ["hi�"]
 
 
-@pytest.mark.parametrize("message", [None, 5.5, {"a": 1}, ["two", "of it"], [999]])
+@pytest.mark.parametrize("message", [None, 5.5, {"a": 1}, [999]])
 def test_what_is_no_message_is_left_out(message: object) -> None:
     assert messages(printed("a", message, "b")) == ["a", "b"]
 
 
 def test_neither_is_what_is_no_entry() -> None:
     assert messages([b"", b"[1]", b"{}", b"{", b"\xff"]) == []
+
+
+def test_of_several_messages_in_one_entry_the_first_counts() -> None:
+    assert messages(printed("a", ["two", "of it"], "b")) == ["a", "two", "b"]

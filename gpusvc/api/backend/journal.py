@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gpusvc.errors import GpusvcError, PermissionDeniedError
-from gpusvc.journal import eventlog
+from gpusvc.errors import GpusvcError
+from gpusvc.journal import eventlog, journalctl
 from gpusvc.journal import units as unitlog
 from gpusvc.journal.eventlog import Event
 from gpusvc.journal.events import EventType
@@ -166,7 +166,7 @@ async def read(command: list[str]) -> list[bytes]:
         async with asyncio.timeout(_ANSWER_SECONDS), _journalctl(command) as lines:
             return [line async for line in lines]
     except TimeoutError:
-        raise GpusvcError(f"journalctl does not answer within {_ANSWER_SECONDS:.0f} s.") from None
+        raise journalctl.too_late(_ANSWER_SECONDS) from None
 
 
 @asynccontextmanager
@@ -199,9 +199,7 @@ async def _entries(lines: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
 
 def told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return an entry of journalctl's JSON in the API's form; raise KeyError, TypeError or ValueError if it is bad."""
-    message = entry.get("MESSAGE")
-    if isinstance(message, list):  # journalctl gives unprintable bytes as a list
-        message = bytes(message).decode(errors="replace")
+    message = journalctl.text(entry.get("MESSAGE"))
     return {
         "time": int(entry["__REALTIME_TIMESTAMP"]) / 1_000_000,
         "cursor": str(entry["__CURSOR"]),
@@ -226,10 +224,9 @@ async def _journalctl(command: list[str]) -> AsyncIterator[AsyncIterator[bytes]]
             stderr=asyncio.subprocess.PIPE,
             limit=_LONGEST_LINE_BYTES,
         )
-    except OSError as error:
-        raise GpusvcError(f"journalctl cannot be run: {error.strerror}.") from None
-    except RuntimeError as error:  # up to Python 3.11 each child needs a thread, and the machine may have none left
-        raise GpusvcError(f"journalctl cannot be run: {error}.") from None
+    # Up to Python 3.11 each child needs a thread; RuntimeError: the machine has none left.
+    except (OSError, RuntimeError) as error:
+        raise journalctl.cannot_run(error) from None
     try:
         yield _lines_of(child)
     finally:
@@ -258,11 +255,7 @@ async def _lines_of(child: asyncio.subprocess.Process) -> AsyncIterator[bytes]:
         listener.cancel()
     status = await child.wait()
     if status:
-        said = b" ".join(complaints).decode(errors="replace").strip()
-        raise PermissionDeniedError(
-            f"The journal cannot be read: {said or f'journalctl ended with exit status {status}'}.",
-            hint="root and members of the group systemd-journal may read it.",
-        )
+        raise journalctl.unreadable(status, b" ".join(complaints).decode(errors="replace"), is_root=False)
 
 
 async def _keep(stream: asyncio.StreamReader, lines: deque[bytes]) -> None:

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli import journal, table
+from gpusvc.cli import table
 from gpusvc.cli.arguments import complete_model, paths_of
-from gpusvc.errors import GpusvcError, PermissionDeniedError
 from gpusvc.printable import escaped_json, printable
 
 if TYPE_CHECKING:
@@ -38,14 +36,14 @@ def events(
     as_json: bool = _JSON,
 ) -> None:
     """Show what happened: starts, evictions, releases and more."""
-    from gpusvc.journal import eventlog
+    from gpusvc.journal import eventlog, journalctl
     from gpusvc.state import lease
     from gpusvc.status import inventory
 
     paths = paths_of(context)
     model = inventory.resolve(paths, name, also=lease.holders(paths)) if name else None
     options = ["--follow"] if follow else []
-    options += journal.window(eventlog.command(model=model), lines, since)
+    options += journalctl.newest_since(eventlog.command(model=model), lines, since)
     found = _read(eventlog.command(*options, model=model))
     if as_json and not follow:
         table.print_json([event.to_json() for event in found])
@@ -56,21 +54,16 @@ def events(
 
 
 def _read(command: list[str]) -> Iterator[Event]:
-    from gpusvc.journal import eventlog
+    from gpusvc.journal import eventlog, journalctl
 
-    with eventlog.opened(command) as child:
-        for line in eventlog.output_of(child):
+    with journalctl.opened(command) as child:
+        for line in journalctl.output_of(child):
             event = eventlog.parse(line)
             if event is not None:
                 yield event
         status = child.wait()
     if status:
-        # journalctl has printed its error on stderr.
-        if os.geteuid():
-            raise PermissionDeniedError(
-                "The journal could not be read.", hint="root and members of the group systemd-journal may read it."
-            )
-        raise GpusvcError(f"The journal could not be read: journalctl ended with exit status {status}.")
+        raise journalctl.unreadable(status)  # journalctl has printed its complaint on stderr
 
 
 def _lines(event: Event) -> str:

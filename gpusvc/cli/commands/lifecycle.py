@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli import journal
 from gpusvc.cli.arguments import NAMES, SOME_NAMES, paths_of
 from gpusvc.cli.progress import Progress
 from gpusvc.errors import EngineError, GpusvcError, SystemdError, UnreleasedError, UsageError
@@ -256,6 +255,8 @@ def doing_of(manager: Manager, name: str) -> str:
 
 def why_not(manager: Manager, name: str, result: JobResult, began: float) -> GpusvcError:
     """Return the error of a failed start: the reason, and the last lines of the log."""
+    from gpusvc.journal import lastwords
+    from gpusvc.journal import units as unitlog
     from gpusvc.systemd.jobs import JobResult
 
     if result is JobResult.CANCELED:
@@ -267,7 +268,7 @@ def why_not(manager: Manager, name: str, result: JobResult, began: float) -> Gpu
     unit = manager.unit(service(name))
     said = None if unit is None else manager.service_status(unit)
     reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
-    lines = journal.last_lines(name, _LOG_LINES, since=began)
+    lines = lastwords.last_words(*unitlog.own_lines(name), lines=_LOG_LINES, since=began)
     # The launcher writes its status text to the log too; print it once.
     if reason in lines:
         lines.remove(reason)

@@ -9,9 +9,8 @@ from typing import Any
 
 import typer
 
-from gpusvc.cli import journal
 from gpusvc.cli.arguments import NAME, paths_of
-from gpusvc.errors import GpusvcError
+from gpusvc.journal import journalctl
 from gpusvc.journal import units as unitlog
 
 _FOLLOW: Any = typer.Option(False, "--follow", "-f", help="Go on with new lines as they come.")
@@ -29,9 +28,9 @@ def logs(
     paths = paths_of(context)
     name = inventory.resolve(paths, name, also=lease.holders(paths))
     options = ["--follow"] if follow else []
-    command = unitlog.command(name, *options, *journal.window(unitlog.command(name), lines, since))
+    command = unitlog.command(name, *options, *journalctl.newest_since(unitlog.command(name), lines, since))
     sys.stdout.flush()
     try:
         os.execvp(command[0], command)  # noqa: S606
     except OSError as error:
-        raise GpusvcError(f"journalctl cannot be run: {os.strerror(error.errno or 0)}.") from None
+        raise journalctl.cannot_run(error) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli import journal, table
+from gpusvc.cli import table
 from gpusvc.cli.arguments import JSON, NAME, paths_of
 from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
 from gpusvc.paths import is_user_instance
@@ -47,6 +47,8 @@ def list_(context: typer.Context, *, wide: bool = _WIDE, as_json: bool = JSON) -
 
 def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) -> None:
     """Show everything about one model."""
+    from gpusvc.journal import lastwords
+    from gpusvc.journal import units as unitlog
     from gpusvc.state import lease
     from gpusvc.status import inventory
     from gpusvc.systemd.manager import Manager
@@ -56,7 +58,7 @@ def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) ->
     with Manager() as manager:
         name = inventory.resolve(paths, name, also=[*inventory.units(manager), *lease.holders(paths)])
         model, processes = inventory.model(paths, manager, name, _read_gpus)
-    log = journal.last_lines(name, _LOG_LINES)
+    log = lastwords.last_words(*unitlog.own_lines(name), lines=_LOG_LINES)
     last = verdicts.read(paths).get(name)
     if as_json:
         more = {

@@ -8,7 +8,6 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 import sys
 import termios
 import time
@@ -312,19 +311,11 @@ class _Screen:
     @contextlib.contextmanager
     def _followed(self) -> Iterator[int]:
         """Return a file of lines for eventlog.parse(): the last events, and new ones."""
-        from gpusvc.journal import eventlog
+        from gpusvc.journal import eventlog, journalctl
 
         # A user who may not read the journal sees no events: the pipe is at its end.
-        command = eventlog.command("--follow", f"--lines={_EVENTS}")
-        child = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        try:
-            yield eventlog.output_of(child).fileno()
-        finally:
-            child.terminate()
-            eventlog.output_of(child).close()
-            child.wait()
+        with journalctl.opened(eventlog.command("--follow", f"--lines={_EVENTS}"), quiet=True) as child:
+            yield journalctl.output_of(child).fileno()
 
     @contextlib.contextmanager
     def _resized(self) -> Iterator[int]:
