@@ -1,6 +1,6 @@
-"""The configuration as a whole: the host's file and those of the models, loaded and checked.
+"""Load and check the configuration files: the host's file and those of the models.
 
-``host.py`` and ``model.py`` know the keys; this knows the files.
+``host.py`` and ``model.py`` define the keys.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Value = TypeVar("Value")
 
 
 def load_host(paths: Paths) -> HostConfig:
-    """The host's policy; the defaults if there is no file.
+    """Return the host's policy; the defaults if there is no file.
 
     Raises:
         InvalidFileError: (a ConfigError) the file cannot be right; it names all that is wrong.
@@ -69,7 +69,7 @@ def load_host(paths: Paths) -> HostConfig:
 
 
 def load_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
-    """A model's configuration, complete. Reads no other model's file, and does not ask whether the model could start.
+    """Return a model's configuration. Reads no other model's file, and does not check whether the model could start.
 
     Raises:
         UnknownModelError: there is no such file.
@@ -79,7 +79,7 @@ def load_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
 
 
 def load_startable_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig:
-    """A model's configuration, for a start of it.
+    """Return a model's configuration, checked for a start.
 
     Raises:
         UnknownModelError: there is no such file.
@@ -101,7 +101,7 @@ def load_startable_model(paths: Paths, name: str, host: HostConfig) -> ModelConf
 
 
 def load_sound_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig | None:
-    """The same as load_model(); None if the file is gone or wrong, as it may be while the model runs."""
+    """Return load_model()'s result; None if the file is gone or wrong, as it may be while the model runs."""
     try:
         return load_model(paths, name, host)
     except GpusvcError:
@@ -109,20 +109,20 @@ def load_sound_model(paths: Paths, name: str, host: HostConfig) -> ModelConfig |
 
 
 def model_names(paths: Paths) -> list[str]:
-    """The names of all models that have a file, sorted.
+    """Return the names of all models that have a file, sorted.
 
     Raises:
         PermissionDeniedError: the directory may not be read.
-        GpusvcError: it cannot be, for another reason.
+        GpusvcError: it cannot be read, for another reason.
     """
     return sorted(file.name.removesuffix(SUFFIX) for file in _model_files(paths) if _name_of(file) is not None)
 
 
 def check(paths: Paths, files: Sequence[Path] = ()) -> list[Problem]:
-    """All that is wrong with these files, or with the host's file and those of all models. Empty: nothing is.
+    """Return the problems of these files, or without ``files`` those of the host's file and of all models.
 
-    A file named ``gpusvc.toml`` is the host's, unless it lies among the models; any other is a model's. Aliases are
-    compared with those of all models that have a file.
+    A file named ``gpusvc.toml`` is the host's, unless it is in the directory of models; any other is a model's. Aliases
+    are compared with those of all models that have a file.
     """
     problems: list[Problem] = []
     try:
@@ -140,7 +140,7 @@ def check(paths: Paths, files: Sequence[Path] = ()) -> list[Problem]:
         else:
             problems.append(_misnamed(file))
 
-    # A file that is given stands for the installed one of the same name.
+    # A given file takes the place of the installed one of the same name.
     everybody = {name: paths.model_file(name) for name in _names_or_none(paths)} | dict(models)
     named = {name: aliases.in_file(file) for name, file in everybody.items()}
     checked = {name for name, _ in models}
@@ -164,7 +164,7 @@ def _read_checked(table: Table, name: str, host: HostConfig) -> ModelConfig:
 def _load_model(
     paths: Paths, name: str, read: Callable[[Table], ModelConfig], read_run: Callable[[Table], ModelConfig]
 ) -> ModelConfig:
-    """The model in its file, as ``read`` reads it, or that of a `gpusvc run`, as ``read_run`` does."""
+    """Return the model of its file, made by ``read``, or else of a `gpusvc run`, made by ``read_run``."""
     if names.is_name(name):
         try:
             return _load(paths.model_file(name), read)
@@ -178,7 +178,7 @@ def _load_model(
 
 
 def _load(file: Path, read: Callable[[Table], Value]) -> Value:
-    """What ``read`` makes of a file. Raises FileNotFoundError, or InvalidFileError if anything is wrong with it."""
+    """Return what ``read`` makes of a file. Raises FileNotFoundError, or InvalidFileError if anything is wrong in it."""
     table = read_table(file)
     value = read(table)
     table.finish()
@@ -186,7 +186,7 @@ def _load(file: Path, read: Callable[[Table], Value]) -> Value:
 
 
 def _model_files(paths: Paths) -> list[Path]:
-    """Every file of the models' directory that is meant to be a model, sorted; none if there is no directory."""
+    """Return the files in the directory of models, sorted; none if there is no directory."""
     try:
         files = sorted(paths.models_directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -198,12 +198,12 @@ def _model_files(paths: Paths) -> list[Path]:
     except OSError as error:  # too many open files, say: unknown is not empty
         why = os.strerror(error.errno or 0)
         raise GpusvcError(f"{paths.models_directory} cannot be read: {why}.") from error
-    # Hidden files are those that editors put beside the ones they edit.
+    # Editors put hidden files beside the files that they edit.
     return [file for file in files if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
 
 
 def _name_of(file: Path) -> str | None:
-    """The model that a file is about; None if its name cannot be one."""
+    """Return the name of the model that a file defines; None if the file's name cannot be one."""
     name = file.name.removesuffix(SUFFIX)
     return name if file.name.endswith(SUFFIX) and names.is_name(name) else None
 

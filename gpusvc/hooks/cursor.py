@@ -18,7 +18,7 @@ def cursor_file(paths: Paths) -> Path:
 
 
 def restore(paths: Paths) -> str | None:
-    """The event that was begun last; else the end of the journal; None if the journal is empty.
+    """Return the cursor of the event whose hooks were begun last, else the end of the journal; None if that is empty.
 
     Raises:
         GpusvcError: the journal cannot be read.
@@ -31,7 +31,7 @@ def restore(paths: Paths) -> str | None:
     if eventlog.is_cursor(cursor):
         return cursor
     if cursor:
-        log(4, f"{file} holds no cursor: only new events are seen.")
+        log(4, f"{file} holds no cursor: hooks run for new events only.")
     newest = journalctl.newest_cursor(_ANSWER_SECONDS)
     if newest is not None:
         keep(paths, newest)
@@ -39,7 +39,7 @@ def restore(paths: Paths) -> str | None:
 
 
 def keep(paths: Paths, cursor: str) -> None:
-    """Write down that the event at ``cursor`` is begun. A failure is a warning."""
+    """Record that the hooks of the event at ``cursor`` are begun. A failure is logged as a warning."""
     file = cursor_file(paths)
     try:
         files.make_directory(file.parent, 0o700)

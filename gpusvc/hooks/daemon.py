@@ -1,8 +1,8 @@
-"""Runs what is in /etc/gpusvc/hooks.d for each event of the journal (gpusvc-hooks(7)); nothing of gpusvc waits for it.
+"""gpusvc-hooks.service: runs the programs of /etc/gpusvc/hooks.d for each event in the journal (gpusvc-hooks(7)).
 
-Events come one after the other, in the order of the journal; the hooks of one event run side by side. The daemon writes
-down an event's place in the journal before it begins the event's hooks: however the daemon ends, no hook runs twice for
-an event, and no event that waited is lost.
+Events come one after the other, in the order of the journal; the hooks of one event run at the same time. The daemon
+records an event's cursor before it begins the event's hooks: however the daemon ends, no hook runs twice for an event,
+and no event that waited is lost. No other process of gpusvc waits for hooks.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LIMIT_SECONDS = 10.0
 
 _AT_A_TIME = 4
 
-# Events that wait. With hooks that slow, events of an hour ago are worth less than those of now.
+# Events that wait. If hooks are slower than events come, new events are worth more than old ones.
 QUEUE_LENGTH = 256
 
 _READ_BYTES = 1 << 16
 
 
 class Runner(Protocol):
-    """What runs hooks: UnitRunner, which tells what each method does."""
+    """Runs hooks; UnitRunner describes the methods."""
 
     def fileno(self) -> int: ...
 
@@ -59,9 +59,9 @@ class HookDaemon:
 
     Args:
         paths: where the hooks are, and the cursor.
-        notifier: told what is going on.
+        notifier: reports to systemd.
         runner: runs the hooks.
-        queue_length: how many events may wait; beyond that the oldest is dropped.
+        queue_length: how many events may wait. If more come, the oldest is dropped.
     """
 
     def __init__(self, paths: Paths, notifier: Notifier, runner: Runner, *, queue_length: int = QUEUE_LENGTH) -> None:
@@ -77,15 +77,15 @@ class HookDaemon:
         self._poll = select.poll()
 
     def run(self) -> int:
-        """Returns the exit status: 0 if it was told to stop, 1 if journalctl ended.
+        """Run until SIGTERM or SIGINT. Return the exit status: 0, or 1 if journalctl ended.
 
         Raises:
             GpusvcError: the journal cannot be read, or the service manager does not answer.
         """
         with _signals(signal.SIGTERM, signal.SIGINT) as wakeup:
             last = cursor.restore(self._paths)
-            # --cursor with the entry itself, which is skipped below: older journalctls skip one too many after a
-            # cursor that is no event's.
+            # --cursor includes the entry itself, which is skipped below: --after-cursor of older journalctls skips one
+            # entry too many if the cursor is not an event's.
             where = [f"--cursor={last}"] if last else []
             command = eventlog.command("--follow", "--no-tail", *where)
             with journalctl.opened(command) as reader:
@@ -117,7 +117,7 @@ class HookDaemon:
                         followed = False
             self._reap()
             self._begin(new=followed)
-            self._reap()  # a call to the service manager may have taken the end of a hook along
+            self._reap()  # a call to the service manager may have read the message that a hook ended
             self._begin(new=followed)
         log(3, f"journalctl ended with exit status {reader.wait()}: there is nothing to follow.")
         return 1
@@ -129,7 +129,7 @@ class HookDaemon:
         self._queue.append(event)
 
     def _begin(self, *, new: bool) -> None:
-        """Begin what can begin now, with the next event if ``new``."""
+        """Begin hooks as far as possible; those of the next event too if ``new``."""
         while True:
             while self._waiting and len(self._runner) < _AT_A_TIME:
                 self._start(self._waiting.popleft())
@@ -179,7 +179,7 @@ class HookDaemon:
 
 @contextlib.contextmanager
 def _signals(*numbers: signal.Signals) -> Iterator[int]:
-    """A descriptor that is readable once one of these signals has come; they do nothing else."""
+    """Yield a descriptor that is readable after one of these signals. The signals do nothing else."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpusvc.log import log
 from gpusvc.paths import Paths
 
-# As run-parts(8) and systemd do: what editors and package managers leave behind is no hook.
+# As for run-parts(8) and systemd, files that editors and package managers leave behind are no hooks.
 _HOOK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LEFT_BEHIND = re.compile(r".*\.(dpkg-[a-z]+|ucf-[a-z]+|rpm[a-z]+|bak|old|orig|rej|swp|tmp|disabled)")
 
@@ -52,11 +52,11 @@ class HookDirectory:
                 yield file
 
     def _is_safe(self, path: Path, status: os.stat_result) -> bool:
-        """Whether only root can decide what runs here."""
+        """Return whether only root can change it. Warn if not."""
         if status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return True
         version = (str(path), status.st_ctime_ns)
         if version not in self._warned:
             self._warned.add(version)
-            log(4, f"{path} is passed over: it must belong to root, and nobody else may write to it.")
+            log(4, f"{path} is not run: it must belong to root, and no other user may write to it.")
         return False

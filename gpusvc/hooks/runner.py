@@ -1,4 +1,4 @@
-"""Runs hooks as units of the service manager, and says how they ended."""
+"""Runs hooks as transient units, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gpusvc.systemd.jobs import JobResult
 from gpusvc.systemd.manager import Manager
 from gpusvc.systemd.units import ActiveState
 
-# The service manager says what became of a job; where it was not heard, as while it executes itself anew, the unit is
-# looked at after this long.
+# systemd sends a signal when a hook's job ends, but not while it executes itself anew. So the unit is looked at after
+# this time.
 _PATIENCE_SECONDS = 5.0
 
-# systemd.exec(5), "Process Exit Codes": what systemd itself could not do before the program ran.
+# systemd.exec(5), "Process Exit Codes": systemd could not execute the program.
 _EXIT_EXEC = 203
 
 
@@ -31,7 +31,7 @@ class Outcome:
     path: Path
     event: Event
     problem: str | None
-    """A sentence without the full stop, that begins with the hook's name; None: it did well."""
+    """A sentence without its full stop that begins with the hook's name; None if the hook succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class UnitRunner:
         self._end_leftovers()
 
     def fileno(self) -> int:
-        """The descriptor that is readable when ended() is due."""
+        """Return a descriptor that is readable when ended() is due."""
         return self._manager.listen()
 
     def __len__(self) -> int:
@@ -66,13 +66,13 @@ class UnitRunner:
         self._runs[job] = _Run(unit, time.monotonic())
 
     def pause_seconds(self) -> float | None:
-        """When ended() is due at the latest; None if nothing runs."""
+        """Return the seconds after which ended() is due at the latest; None if no hook runs."""
         if not self._runs:
             return None
         return max(0.0, min(run.began for run in self._runs.values()) + self._patience() - time.monotonic())
 
     def ended(self) -> Iterator[Outcome]:
-        """The runs that ended since the last call."""
+        """Return the runs that ended since the last call."""
         for job in self._manager.drain():
             run = self._runs.pop(job.path, None)
             if run is not None:
@@ -85,10 +85,10 @@ class UnitRunner:
                 del self._runs[path]
                 yield self._outcome(run, JobResult.DONE if unit is None else JobResult.FAILED)
             else:
-                self._runs[path] = _Run(run.unit, time.monotonic())  # ask again after the same time
+                self._runs[path] = _Run(run.unit, time.monotonic())  # look again after the same time
 
     def end_all(self) -> list[Outcome]:
-        """End every hook that runs, with all its processes; returns after that."""
+        """End all hooks that run, with all their processes, and wait for that."""
         jobs = {self._manager.enqueue("Stop", run.unit.name): run for run in self._runs.values()}
         deadline = time.monotonic() + 3 * GRACE_SECONDS
         for job in jobs:
@@ -96,7 +96,7 @@ class UnitRunner:
         runs = [*self._runs.values()]
         self._runs.clear()
         self._forget(*(run.unit.name for run in runs))
-        message = "{} is ended in the middle of {}: the service stops"
+        message = "{} was ended while it ran for {}: the service stops"
         return [
             Outcome(run.unit.path, run.unit.event, message.format(run.unit.path.name, run.unit.event)) for run in runs
         ]
@@ -119,9 +119,9 @@ class UnitRunner:
         status = self._manager.service_status(unit)
         self._forget(unit.name)
         if status.result == "timeout" and time.monotonic() - run.began >= self._limit_seconds:
-            return f"{name} took longer than {self._limit_seconds:g} s for {event}, and is ended"
+            return f"{name} took longer than {self._limit_seconds:g} s for {event} and was ended"
         if status.result == "timeout":
-            return f"{name} left processes behind for {event} that only SIGKILL ended"
+            return f"{name} left processes behind for {event} that ended only by SIGKILL"
         if status.result == "exit-code" and status.exit_status == _EXIT_EXEC:
             return f"{name} cannot be run for {event}: `journalctl -u {unit.name}` says why"
         manner = "exit status" if status.result == "exit-code" else "signal"
@@ -130,7 +130,7 @@ class UnitRunner:
         return f"{name} failed for {event}: {manner} {status.exit_status}"
 
     def _end_leftovers(self) -> None:
-        """End what a daemon left behind that was killed; BindsTo= has done it already, as a rule."""
+        """End the hooks of a daemon that was killed. As a rule BindsTo= has done that already."""
         units = self._manager.units(PATTERN)
         for unit in units:
             if unit.active is not ActiveState.FAILED:

@@ -1,6 +1,6 @@
-"""One run of a hook as a transient unit: the kernel ends it with all that it started, setsid(2) or not.
+"""One run of a hook as a transient unit: systemd ends all its processes, also those that called setsid(2).
 
-The unit is a oneshot service, so that its start job ends when the last process of its control group has.
+The unit is a oneshot service, so that its start job ends with the last process of its control group.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from gpusvc.journal.eventlog import Event
 
 SERVICE = "gpusvc-hooks.service"
 
-# All units of hooks; packaging and administrators have drop-ins for them (gpusvc-hook-.service.d).
+# All units of hooks. Their common settings are in gpusvc-hook-.service.d.
 PATTERN = "gpusvc-hook-*.service"
 
-# How long a hook may take to end after SIGTERM, before SIGKILL.
+# The time between SIGTERM and SIGKILL.
 GRACE_SECONDS = 2.0
 
-# What systemd told the daemon is not for its hooks.
+# Variables that systemd set for the daemon, and that mean nothing to a hook.
 _NOT_FOR_HOOKS = re.compile(
     r"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|[A-Z]*_DIRECTORY|MAINPID|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID"
     r"|MEMORY_PRESSURE_.*|FDSTORE"
@@ -32,7 +32,7 @@ _MAX_NAME = 200
 
 
 def environment(inherited: Mapping[str, str], event: Event) -> dict[str, str]:
-    """The variables of a hook; what the event does not tell is there, and empty."""
+    """Return the environment of a hook. Variables for which the event has no value are empty."""
     told = {
         "GPUSVC_EVENT": event.kind,
         "GPUSVC_MODEL": event.model or "",
@@ -44,17 +44,17 @@ def environment(inherited: Mapping[str, str], event: Event) -> dict[str, str]:
         "GPUSVC_TIME": f"{event.seconds:.6f}",
     }
     kept = {name: value for name, value in inherited.items() if not _NOT_FOR_HOOKS.fullmatch(name)}
-    # D-Bus takes neither NUL nor what is no UTF-8.
+    # D-Bus accepts only UTF-8 without NUL.
     return {name: value.encode(errors="replace").decode().replace("\0", "�") for name, value in (kept | told).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class HookUnit:
-    """A run of ``path`` for ``event``; a TransientUnit of the service manager."""
+    """A run of the hook ``path`` for ``event``; a TransientUnit."""
 
     path: Path
     event: Event
-    number: int  # tells the runs apart
+    number: int  # differs from run to run
     limit_seconds: float
     inherited: Mapping[str, str]
 
@@ -74,9 +74,9 @@ class HookUnit:
         )
         yield "WorkingDirectory", "s", "/"
         yield "SyslogIdentifier", "s", "gpusvc-hooks"
-        # For a oneshot service this, and not RuntimeMaxSec=, is what limits its time.
+        # RuntimeMaxSec= has no effect on a oneshot service.
         yield "TimeoutStartUSec", "t", int(self.limit_seconds * 1_000_000)
         yield "TimeoutStopUSec", "t", int(GRACE_SECONDS * 1_000_000)
         yield "KillMode", "s", "control-group"
-        # However the daemon ends, its hooks end.
+        # The hooks end with the daemon, however it ends.
         yield "BindsTo", "as", [SERVICE]

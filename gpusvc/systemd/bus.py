@@ -1,7 +1,7 @@
-"""D-Bus as pystemd has it, mended where that or libsystemd leaves a gap; the only importer of pystemd.
+"""pystemd's D-Bus calls, with gpusvc's errors; the only importer of pystemd.
 
-What fails is an error of ours, with a sentence; nobody there is another one than a refusal, and is sat out. No signal
-arrives where it would be lost, or cut off what cannot be said twice.
+A manager that does not answer gives another error than a manager that refuses, so that callers can ask again. Calls
+that must not be repeated are made with signals blocked.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from gpusvc.errors import JobConflictError, PermissionDeniedError, SystemdError,
 
 _PAUSE_SECONDS = 0.05
 
-# Neither systemd nor the bus answers with one of these.
+# The connection itself is broken: neither systemd nor the bus sends these.
 _DISCONNECTED = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED, errno.EPIPE})
 
 _T = TypeVar("_T")
 
 
 class _AwayError(UnansweredError):
-    """The connection is whole: it is the other end that nobody is at."""
+    """The connection works, but systemd does not answer, as while it executes itself anew."""
 
 
 class _InterruptedError(UnansweredError):
-    """A signal came first; its handler has run by now."""
+    """A signal interrupted the call. Its handler has run."""
 
 
 _NO_ANSWER = {errno.ETIMEDOUT: _AwayError, errno.EINTR: _InterruptedError}
@@ -39,9 +39,11 @@ _NO_ANSWER = {errno.ETIMEDOUT: _AwayError, errno.EINTR: _InterruptedError}
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Signals wait until this is over. One whose handler raises, as that of Ctrl-C does, must not arrive in a callback:
-    pystemd cannot pass that on, and what becomes of it is a SystemError; nor while Cython sets up a module, which may
-    swallow it. Nor may it cut off what cannot be said twice.
+    """Block all signals until the block ends.
+
+    A handler that raises, as that of Ctrl-C does, must not run in a callback: pystemd turns its exception into a
+    SystemError. Nor may it run while Cython sets up a module, which can swallow the exception. And a call that must not
+    be repeated must not be interrupted.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -51,8 +53,9 @@ def undisturbed() -> Iterator[None]:
 
 
 def _import_pystemd() -> tuple[Any, Any, Any, Any]:
-    # pystemd's own __init__ brings lxml and its unit proxies: 7 MB and half the start-up time of every launcher, for
-    # an introspection that is not used here. Its D-Bus part is whole without them, so the package is entered past it.
+    # pystemd's __init__ imports lxml and proxies of units: 7 MB and half of a launcher's start-up time, for an
+    # introspection that gpusvc does not use. pystemd.dbuslib needs none of it. But an import of a submodule runs the
+    # package's __init__ first, and pystemd offers no way around that. So an empty package takes its place.
     spec = importlib.util.find_spec("pystemd") if "pystemd" not in sys.modules else None
     if spec is not None and spec.submodule_search_locations is not None:
         package = types.ModuleType("pystemd")
@@ -70,11 +73,16 @@ DBus, DBusAddress, apply_signature, DBusBaseError = _import_pystemd()
 
 
 def patiently(doing: str, question: Callable[[], _T], *, patience_seconds: float) -> _T:
-    """The answer to ``question``, asked again while nobody is at the other end of a connection that is whole.
+    """Return the answer to ``question``, which is asked again while systemd does not answer. It must be repeatable.
+
+    Args:
+        doing: what the caller does, for messages: "Could not {doing}".
+        question: makes the call.
+        patience_seconds: for how long it is asked again.
 
     Raises:
-        UnansweredError: nobody answered for so long, or the connection is gone.
-        SystemdError, PermissionDeniedError: that is the answer.
+        UnansweredError: there was no answer in this time, or the connection is broken.
+        SystemdError, PermissionDeniedError: systemd refuses.
     """
     until = time.monotonic() + patience_seconds
     while True:
@@ -90,12 +98,12 @@ def patiently(doing: str, question: Callable[[], _T], *, patience_seconds: float
 
 
 def code_of(error: Any) -> int:
-    """The errno of a DBusBaseError. pystemd 0.11 leaves it out of one class, of those that a signal cut off."""
+    """Return the errno of a DBusBaseError. pystemd 0.11 sets none for calls that a signal interrupted."""
     return errno.EINTR if error.errno is None else abs(error.errno)
 
 
 def encode(value: object) -> Any:
-    """``value`` with each string in it as the bytes that pystemd wants."""
+    """Return ``value`` with each string in it as bytes, as pystemd wants them."""
     match value:
         case str():
             return value.encode()
@@ -109,16 +117,17 @@ def encode(value: object) -> Any:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
+    """Raise pystemd's errors as errors of gpusvc. ``doing`` is what the block does, for messages."""
     try:
         yield
     except DBusBaseError as error:
         code = code_of(error)
-        # sd-bus gives EACCES both for a flat refusal and for "would have to ask for a password" (sd-bus-errors(3)).
+        # sd-bus gives EACCES for a refusal, and also where polkit would ask for a password (sd-bus-errors(3)).
         if code in {errno.EACCES, errno.EPERM}:
             raise PermissionDeniedError(f"You may not {doing}.", hint="Try again as root, or with sudo.") from None
         said = error.err_message
         said = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-        # libsystemd has no errno for systemd's own errors: they are told by name.
+        # libsystemd has no errno for systemd's own errors. They can be told apart by name.
         if "TransactionIsDestructive" in str(error.err_name):
             raise JobConflictError(f"Could not {doing}: {said.rstrip('.')}.") from None
         hint = None

@@ -1,8 +1,4 @@
-"""The service manager, as it answers on D-Bus.
-
-Everything here is about units in general. What a model is, and which properties its scope needs, is for others to know.
-Interface: org.freedesktop.systemd1(5).
-"""
+"""The service manager over D-Bus (org.freedesktop.systemd1(5)): units and jobs in general, nothing about models."""
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
 _JOB = b"org.freedesktop.systemd1.Job"
 
-# systemd executes itself anew within this time, and nobody answers meanwhile.
+# systemd does not answer while it executes itself anew, which takes no longer than this.
 _ABSENT_SECONDS = 10.0
 
 
@@ -42,17 +38,17 @@ class Manager:
     """One connection to the service manager of this instance; a context manager. Not for threads, nor across a fork.
 
     Raises:
-        SystemdError: from every method, when the manager refuses or cannot be reached.
-        UnansweredError: likewise, when nobody answered.
-        PermissionDeniedError: from every method that changes something, when the caller may not.
+        SystemdError: from every method, if the manager refuses or cannot be reached.
+        UnansweredError: from every method, if the manager does not answer.
+        PermissionDeniedError: from every method that changes something, if the caller may not do that.
     """
 
     def __init__(self, *, patience_seconds: float = _ABSENT_SECONDS) -> None:
-        """``patience_seconds``: how long a manager that executes itself anew is asked again and again."""
+        """``patience_seconds``: for how long a manager that does not answer is asked again."""
         self._patience_seconds = patience_seconds
         self._jobs = JobTable()
         self._on_signal: Callable[..., None] | None = None
-        # Whom signals are from; on a connection without a bus in between nobody has a name.
+        # The sender of signals. On a connection without a bus, no peer has a name.
         self._sender: bytes | None = _NAME
         if is_user_instance():
             self._open_user()
@@ -62,7 +58,7 @@ class Manager:
             self._bus.open()
 
     def _open_user(self) -> None:
-        """By the user's bus; where there is none (dbus-user-session), by the socket that systemctl(1) itself uses."""
+        """Connect to the user's bus, or without one (dbus-user-session) to the socket that systemctl(1) uses."""
         self._bus = DBus(user_mode=True)
         try:
             self._bus.open()
@@ -88,15 +84,15 @@ class Manager:
         self._bus.close()
 
     def enqueue(self, verb: str, unit: str, *, replace: bool = True) -> str:
-        """Queue a job: ``verb`` is "Start", "Stop" or "Restart". Its path, for wait() or drain().
+        """Queue a job. Return its path, for wait() or drain().
 
         Args:
-            verb: what is to be done.
-            unit: to which unit.
-            replace: whether a job that is queued for it, and wants something else, is cancelled.
+            verb: "Start", "Stop" or "Restart".
+            unit: the unit.
+            replace: whether the job cancels a queued job of the unit that does something else.
 
         Raises:
-            JobConflictError: there is such a job, and it is not to be replaced.
+            JobConflictError: there is such a job, and ``replace`` is false.
         """
         self._subscribe()
         mode = "replace" if replace else "fail"
@@ -104,7 +100,7 @@ class Manager:
         return self._remember(path, verb, unit)
 
     def reset_failed(self, unit: str) -> None:
-        """Forget that ``unit`` failed."""
+        """Have systemd forget that ``unit`` failed."""
         self._call(f"reset {unit}", "ResetFailedUnit", "s", unit)
 
     def kill(self, unit: str, number: int) -> None:
@@ -112,20 +108,20 @@ class Manager:
         self._call(f"kill {unit}", "KillUnit", "ssi", unit, "all", number, again=False)
 
     def thaw(self, unit: str) -> None:
-        """Let the processes of ``unit`` go on, which somebody froze; nothing, if nobody did."""
+        """Let the processes of ``unit`` go on if they are frozen."""
         self._call(f"thaw {unit}", "ThawUnit", "s", unit)
 
     def version(self) -> str:
-        """The release of systemd, as it spells it."""
+        """Return the version of systemd, in its own spelling."""
         with translated("read the version of the service manager"):
             return bytes(self._bus.get_property(_NAME, _PATH, _MANAGER, b"Version", b"s")).decode()
 
     def reload(self) -> None:
-        """Have all unit files read again."""
+        """Have systemd read all unit files again."""
         self._call("have unit files read again", "Reload", "")
 
     def start_transient(self, unit: TransientUnit) -> str:
-        """Queue the start of a transient unit. Returns the job's path, for wait() or drain()."""
+        """Queue the start of a transient unit. Return the job's path, for wait() or drain()."""
         self._subscribe()
         arguments = apply_signature(b"ss", [unit.name.encode(), b"fail"])
         arguments.append((ord("a"), b"(sv)"))
@@ -140,11 +136,11 @@ class Manager:
         return self._remember(path, "Start", unit.name)
 
     def start_scope(self, scope: Scope) -> str:
-        """Queue the making of ``scope``. Returns the job's path, for wait()."""
+        """Queue the start of ``scope``. Return the job's path, for wait()."""
         return self.start_transient(scope)
 
     def wait(self, job: str, timeout_seconds: float) -> JobResult | None:
-        """How ``job``, which this connection queued, ended; None if it has not within the time."""
+        """Return how ``job``, which this connection queued, ended; None if it did not end in this time."""
         deadline = time.monotonic() + timeout_seconds
         poll = select.poll()
         poll.register(self._bus.get_fd(), select.POLLIN)
@@ -160,23 +156,23 @@ class Manager:
             poll.poll(min(remaining, jobs.LOOK_SECONDS) * 1000)
 
     def listen(self) -> int:
-        """For who cannot wait(): hear of the end of every job from now on. A file that is readable when drain() is due.
+        """Receive the ends of all jobs from now on. Return a descriptor that is readable when drain() is due.
 
-        Any other call may take the news along, so that drain() is due after each of those too.
+        Any other call may read the messages too, so call drain() also after each of them.
         """
         self._subscribe()
         fd: int = self._bus.get_fd()
         return fd
 
     def drain(self) -> list[EndedJob]:
-        """The jobs of all units that ended since the last call; without waiting."""
+        """Return the jobs of all units that ended since the last call. Does not wait."""
         self._process()
         return self._jobs.take_all()
 
     def units(self, *patterns: str) -> list[Unit]:
-        """The loaded units whose names match any of the shell ``patterns``."""
+        """Return the loaded units whose names match one of the shell ``patterns``."""
         rows = self._call("list units", "ListUnitsByPatterns", "asas", [], list(patterns)) or []
-        # pystemd unwraps an answer of one element.
+        # pystemd returns a list of one element as the element.
         rows = [rows] if isinstance(rows, tuple) else rows
         return [
             Unit(name=row[0].decode(), active=ActiveState(row[3].decode()), sub=row[4].decode(), path=row[6].decode())
@@ -184,11 +180,11 @@ class Manager:
         ]
 
     def unit(self, name: str) -> Unit | None:
-        """The unit if it is loaded."""
+        """Return the unit; None if it is not loaded."""
         return next(iter(self.units(name)), None)
 
     def service_status(self, unit: Unit) -> ServiceStatus:
-        """What the service ``unit`` says of itself."""
+        """Return the status of the service ``unit``."""
         service = b"org.freedesktop.systemd1.Service"
         return ServiceStatus(
             text=self._get(unit, service, "StatusText", "s").decode(errors="replace"),
@@ -210,7 +206,7 @@ class Manager:
         )
 
     def _call(self, doing: str, method: str, signature: str, *arguments: object, again: bool = True) -> Any:
-        """``again``: it does no harm if it is heard twice."""
+        """Call a method of the manager. ``again``: it may be called a second time if there is no answer."""
         encoded = apply_signature(signature.encode(), [encode(argument) for argument in arguments])
 
         def call() -> Any:
@@ -244,13 +240,13 @@ class Manager:
 
     def _process(self) -> None:
         with translated("hear from the service manager"), undisturbed():
-            # What libsystemd keeps to itself looks like nothing; and nobody polls for what it has read already.
+            # libsystemd handles some messages itself and then looks empty, while others wait that no poll() reports.
             nothing = 0
             while nothing < 2:
                 nothing = nothing + 1 if self._bus.process().is_empty() else 0
 
     def _subscribe(self) -> None:
-        """Hear of the end of jobs; before the first job is queued, so that none can end unheard."""
+        """Receive the ends of jobs. Called before the first job is queued, so that no end is missed."""
         if self._on_signal is not None:
             return
 
@@ -259,7 +255,7 @@ class Manager:
             _id, path, unit, result = message.body
             self._jobs.ended(EndedJob(path.decode(), unit.decode(), JobResult(result.decode())))
 
-        # pystemd keeps a bare pointer to the callback: this attribute is what keeps it alive.
+        # pystemd keeps a pointer to the callback and no reference: this attribute keeps it alive.
         self._on_signal = job_removed
         with translated("listen to the service manager"):
             self._bus.match_signal(self._sender, _PATH, _MANAGER, b"JobRemoved", job_removed)

@@ -1,4 +1,4 @@
-"""What a service tells systemd about itself (sd_notify(3)); the only importer of sdnotify."""
+"""The messages of a service to systemd (sd_notify(3)); the only importer of sdnotify."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import sdnotify
 
 from gpusvc.printable import printable
 
-# systemd takes no message longer than 4096 bytes, of which a character may be four.
+# systemd takes messages of 4096 bytes at most, and a character has up to four bytes.
 _MAX_SENTENCE = 900
 
-# While anything happens, systemd is asked for this much more time; what is a failure is decided here, with a reason.
+# Systemd is asked for this much more time as long as there is progress: gpusvc decides when a start has failed, because
+# it can say why.
 ROPE_SECONDS = 60.0
 
 
 class Notifier:
-    """The socket that systemd gave this process; without one, everything here does nothing."""
+    """The socket that systemd gave to this process. Without one, the methods do nothing."""
 
     def __init__(self) -> None:
         self._socket = sdnotify.SystemdNotifier()
-        # Without this it swallows whatever happens to be raised meanwhile: by a handler of SIGTERM, say.
+        # Otherwise it swallows every exception, also one that a handler of SIGTERM raises meanwhile.
         self._socket.debug = True
 
     def status(self, sentence: str) -> None:
-        """What `systemctl status` shows. One line."""
+        """Set the sentence that `systemctl status` shows, in one line."""
         self._send("STATUS=" + _line(sentence))
 
     def waiting(self, sentence: str) -> None:
-        """Likewise, of something that takes as long as it takes: the current state (start or stop) may go on."""
+        """Set the sentence, and extend the timeout: what it tells of has no fixed duration."""
         self.status(sentence)
         self.extend_timeout(ROPE_SECONDS)
 
@@ -37,19 +38,19 @@ class Notifier:
         self._send("READY=1\nSTATUS=" + _line(sentence))
 
     def reloading(self) -> None:
-        """The configuration is being read again; ready() is said when that is done."""
-        # systemd 253 and newer tell by the time which reload this is about.
+        """Report that the configuration is being read again. Call ready() when that is done."""
+        # systemd 253 and newer need the time to know which reload is meant.
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
     def extend_timeout(self, seconds: float) -> None:
-        """Ask for ``seconds`` from now before the timeout of the current state (start or stop) strikes."""
+        """Ask systemd not to end the current state (start or stop) within ``seconds`` from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def set_watchdog(self, seconds: float) -> None:
-        """How long systemd waits for feed_watchdog() before it ends the service; 0: for ever."""
+        """Set how long systemd waits for feed_watchdog() before it ends the service. 0 means forever."""
         self._send(f"WATCHDOG_USEC={int(seconds * 1_000_000)}")
 
     def feed_watchdog(self) -> None:
@@ -61,5 +62,5 @@ class Notifier:
 
 
 def _line(sentence: str) -> str:
-    """What may stand in a message: a newline begins another word to systemd, and systemctl(1) shows all as it is."""
+    """Return ``sentence`` as one printable line: a newline would begin another assignment, and systemctl(1) prints all."""
     return printable(sentence.replace("\n", " "), width=_MAX_SENTENCE)

@@ -58,7 +58,7 @@ class ChildRunner:
         for child in self._children.values():
             child.process.kill()
             child.process.wait()
-        message = "{} is ended in the middle of {}: the service stops"
+        message = "{} was ended while it ran for {}: the service stops"
         return [
             Outcome(each.path, each.event, message.format(each.path.name, each.event))
             for each in self._children.values()

@@ -224,7 +224,7 @@ def test_sigterm_ends_the_hooks_that_run(host: Host) -> None:
     assert eventually(lambda: len(host.read("pids")) == 1)
     assert host.stop(daemon) == 0
     assert not any(map(lives, host.read("pids")))
-    assert host.warnings() == ["<5>hangs is ended in the middle of ready of a: the service stops."]
+    assert host.warnings() == ["<5>hangs was ended while it ran for ready of a: the service stops."]
 
 
 def test_sigterm_ends_a_daemon_that_waits(host: Host) -> None:
@@ -274,7 +274,7 @@ def test_a_broken_cursor_means_only_new_events(host: Host) -> None:
     host.start()
     host.happens("a")
     assert eventually(lambda: host.read("told") == ["a"])
-    assert host.warnings() == [f"<4>{host.cursor} holds no cursor: only new events are seen."]
+    assert host.warnings() == [f"<4>{host.cursor} holds no cursor: hooks run for new events only."]
 
 
 def test_hooks_may_come_and_go_while_it_runs(host: Host) -> None:
@@ -295,7 +295,7 @@ def test_what_others_may_write_to_is_passed_over_with_one_warning(host: Host) ->
     host.happens("a", "b")
     assert eventually(lambda: host.read("told") == ["a", "b"])
     path = host.hooks / "open"
-    assert host.warnings() == [f"<4>{path} is passed over: it must belong to root, and nobody else may write to it."]
+    assert host.warnings() == [f"<4>{path} is not run: it must belong to root, and no other user may write to it."]
 
 
 def test_a_directory_that_others_may_write_to_holds_no_hooks(host: Host) -> None:

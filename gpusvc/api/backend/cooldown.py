@@ -1,9 +1,10 @@
-"""How long a model whose start failed is left alone by those who want it started on a request; it looks at no clock."""
+"""The time for which requests do not start a model again after its start failed. The caller brings the clock."""
 
 from __future__ import annotations
 
 import math
 
+from gpusvc.backoff import Backoff
 from gpusvc.errors import GpusvcError
 
 FIRST_SECONDS = 10.0
@@ -11,7 +12,7 @@ LONGEST_SECONDS = 300.0
 
 
 class CooldownError(GpusvcError):
-    """The last start failed a moment ago, and the next is not tried yet."""
+    """A request came in the cooldown after a failed start."""
 
     http_status = 503
 
@@ -28,26 +29,25 @@ class Cooldown:
     """The failures of one model in a row."""
 
     def __init__(self) -> None:
-        self._pause_seconds = 0.0
-        self._until_seconds = -math.inf
+        self._backoff = Backoff(FIRST_SECONDS, LONGEST_SECONDS)
         self._failure: GpusvcError | None = None
         self._file: object = None
 
     def fail(self, failure: GpusvcError, now_seconds: float, file: object) -> int:
-        """A start failed; in how many seconds the next is tried.
+        """Begin a cooldown after ``failure``. Return its seconds.
 
-        ``file`` tells one version of the model's file from another: a new one is a new beginning.
+        ``file`` identifies the version of the model's file: a changed file ends the cooldown.
         """
-        self._pause_seconds = min(self._pause_seconds * 2 or FIRST_SECONDS, LONGEST_SECONDS)
-        self._until_seconds = now_seconds + self._pause_seconds
+        self._backoff.postpone(now_seconds)
         self._failure, self._file = failure, file
-        return math.ceil(self._pause_seconds)
+        return math.ceil(self._backoff.left(now_seconds))
 
     def check(self, name: str, now_seconds: float, file: object) -> None:
-        """
+        """Check that no cooldown of this version of the file is going on.
+
         Raises:
-            CooldownError: it is too early.
+            CooldownError: there is one.
         """
-        left = self._until_seconds - now_seconds
+        left = self._backoff.left(now_seconds)
         if self._failure is not None and left > 0 and file == self._file:
             raise CooldownError(name, self._failure, math.ceil(left))
