@@ -1,7 +1,7 @@
-"""Files of state and files of strangers: read with suspicion, written whole or not at all. It knows no format.
+"""Read and write files safely: regular files only, bounded in size, and written whole or not at all.
 
-Anybody who may write to a file may have put a FIFO, a device, a link or an endless file in its place. Such a file is
-refused and never waited for.
+A user who may write to a file may have put a FIFO, a device, a link or an endless file in its place. Such a file is
+refused, and opening it never blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Stamp(NamedTuple):
-    """What tells one version of a file from the next. A restored mtime, owner or mode shows in the ctime only."""
+    """Identifies a version of a file. A restored mtime, owner or mode changes the ctime only."""
 
     device: int
     inode: int
@@ -78,7 +78,7 @@ def open_regular(file: str | Path, *, follow_links: bool = False) -> int:
 def read_open(handle: int, *, limit_bytes: int = MAX_BYTES) -> bytes:
     """Return what an open file has from its current position on. Raises as read()."""
     require_regular(handle)
-    # The size that the file states is not used: it may grow meanwhile.
+    # The size in the inode is not used: the file may grow meanwhile.
     parts = []
     left = limit_bytes + 1
     while left and (part := os.read(handle, left)):
@@ -99,11 +99,11 @@ def require_regular(handle: int) -> None:
 
 
 def write(file: Path, content: str | bytes, *, mode: int = 0o644, durable: bool = False) -> None:
-    """Put ``content`` in the place of ``file``: readers see the old file or the whole new one.
+    """Replace ``file`` by ``content``: readers see the old file or the whole new one.
 
     Args:
-        file: what is replaced. A link is replaced too, and not followed.
-        content: text is encoded as UTF-8; surrogates go back to the bytes that they came from.
+        file: is replaced. If it is a link, the link is replaced and not followed.
+        content: text is encoded as UTF-8; surrogates become the bytes that they stand for.
         mode: of the new file, whatever the umask is.
         durable: return only when the new file survives a power failure.
 
@@ -120,7 +120,7 @@ def written_beside(file: Path, content: str | bytes, *, mode: int, durable: bool
 
     Args and errors as write(); ``gid`` is the group of the new file, -1 for the caller's own.
     """
-    # The name begins with a dot and does not end as any of our files do: nobody takes a draft for a file.
+    # The name begins with a dot and has a suffix of its own: no reader takes a draft for a file.
     draft = file.with_name(f".{file.name}.{os.getpid()}.new")
     draft.unlink(missing_ok=True)  # of a process with this PID that was killed while it wrote
     handle = os.open(draft, _NEW, 0o600)
@@ -162,7 +162,7 @@ def make_directory(directory: Path, mode: int = 0o755) -> None:
     except FileNotFoundError:
         if not directory.parent.is_dir():
             make_directory(directory.parent)
-        # mkdir(2) and then chmod(2) would leave users out for a moment, who would be told that they may not enter.
+        # Between mkdir(2) and a later chmod(2), users would be refused for a moment.
         mask = os.umask(0o777 & ~mode)
         try:
             directory.mkdir(mode=mode, exist_ok=True)
@@ -176,7 +176,7 @@ def make_directory(directory: Path, mode: int = 0o755) -> None:
 
 
 def create(file: Path, mode: int) -> None:
-    """Make an empty file if there is none. A link in its place is neither followed nor taken for the file.
+    """Make an empty file if there is none. A link in its place is refused.
 
     Raises:
         OSError: it cannot be made; something else than a regular file is in its place.

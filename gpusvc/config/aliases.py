@@ -1,4 +1,4 @@
-"""Names that mean two models: the aliases of all model files, compared."""
+"""Find names that mean two models: compares the names and aliases of all model files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SUFFIX = ".toml"
 class Contest(NamedTuple):
     """A name of one model that means another model too."""
 
-    position: int | None  # of the alias among the model's; None: it is the model's name, and an alias of the other
+    position: int | None  # of the alias in the model's list; None: the model's name is an alias of the other model
     other: str
     message: str
 
 
 def in_file(file: Path) -> tuple[str, ...]:
-    """The aliases in a model's file, whatever else may be wrong with it."""
+    """Return the aliases in a model's file, even if other keys are wrong; none if it cannot be read."""
     try:
         return read_table(file).texts("aliases") or ()
     except (InvalidFileError, FileNotFoundError):
@@ -33,12 +33,12 @@ def in_file(file: Path) -> tuple[str, ...]:
 
 
 def contested(name: str, aliases: tuple[str, ...], others: Mapping[str, tuple[str, ...]]) -> Iterator[Contest]:
-    """The names of a model that mean another model too.
+    """Return the names of a model that mean another model too.
 
     Args:
-        name: the model's.
+        name: the model's name.
         aliases: its aliases.
-        others: the aliases of other models, by their names; the model itself may be among them.
+        others: the aliases of all models by name; the model itself is skipped.
     """
     for other, theirs in others.items():
         if other == name:
@@ -52,24 +52,24 @@ def contested(name: str, aliases: tuple[str, ...], others: Mapping[str, tuple[st
 
 
 def check(paths: Paths, model: ModelConfig, table: Table) -> None:
-    """Note in ``table``, which is the model's file, the names that mean another model too."""
+    """Record as problems in ``table``, the model's file, the names that mean another model too."""
     others = dict(_others(paths, model))
     for contest in contested(model.name, model.aliases, others):
-        hint = "`gpusvc check` tells all names that mean two models."
+        hint = "`gpusvc check` lists all names that mean two models."
         table.problem("aliases" if contest.position is None else f"aliases[{contest.position}]", contest.message, hint)
 
 
 def _others(paths: Paths, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The other models that may share a name with ``model``, and their aliases.
+    """Return the models that may share a name with ``model``, with their aliases.
 
-    A start reads the files of a thousand models in milliseconds as long as it parses only those that have one of the
-    names in them.
+    Only files that contain one of the names are parsed: so a start reads the files of a thousand models in
+    milliseconds.
     """
     wanted = [name.encode() for name in (model.name, *model.aliases)]
     try:
         entries = list(os.scandir(paths.models_directory))
     except OSError:
-        return  # the start has read the model's own file there: it is for `gpusvc check` to tell
+        return  # the start could read the model's own file there; `gpusvc check` reports the error
     for entry in entries:
         other = entry.name.removesuffix(_SUFFIX)
         if not entry.name.endswith(_SUFFIX) or not names.is_name(other) or other == model.name:
@@ -78,7 +78,7 @@ def _others(paths: Paths, model: ModelConfig) -> Iterator[tuple[str, tuple[str, 
             content = read_bytes(Path(entry.path))
         except (InvalidFileError, FileNotFoundError):
             content = b""
-        # A string with a backslash may spell a name in another way.
+        # A backslash may begin an escape, by which a name has another spelling.
         may_share = b"aliases" in content and (b"\\" in content or any(name in content for name in wanted))
         if may_share or other in model.aliases:
             yield other, in_file(Path(entry.path)) if may_share else ()

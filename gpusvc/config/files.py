@@ -178,7 +178,7 @@ def _load_model(
 
 
 def _load(file: Path, read: Callable[[Table], Value]) -> Value:
-    """Return what ``read`` makes of a file. Raises FileNotFoundError, or InvalidFileError if anything is wrong in it."""
+    """Return what ``read`` makes of a file. Raises FileNotFoundError, or InvalidFileError for a wrong file."""
     table = read_table(file)
     value = read(table)
     table.finish()

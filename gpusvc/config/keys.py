@@ -1,8 +1,8 @@
-"""API keys of the gateway: who a request is from, and what that allows it. Only hashes are kept.
+"""API keys of the gateway: which key a request has, and what the key allows. Only hashes of keys are stored.
 
-A secret has 256 random bits, so that a plain SHA-256 of it is as safe as it gets: nothing can be tried out that would
-have to be slowed down. It also makes the look-up constant in time where that counts: what is compared are hashes, which
-a client cannot steer, and never the bytes that it sent.
+A secret has 256 random bits. So a plain SHA-256 is enough: no attacker can try out that many secrets, and a slow hash
+would protect nothing. A look-up compares hashes, which a client cannot choose, and not the bytes that it sent; so its
+time tells nothing about a secret.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from gpusvc.errors import ConfigError, GpusvcError, UsageError
 from gpusvc.paths import Paths, is_user_instance
 from gpusvc.state import locks
 
-# What a secret begins with, so that people and scanners of leaked secrets know it when they see it.
+# Secrets begin with it, so that people and scanners for leaked secrets recognise them.
 PREFIX = "gpusvc-"
 
-# Who may read the file, besides root.
+# The group that may read the file.
 GROUP = "gpusvc-gateway"
 
-# The systemd credential (LoadCredential=) that may hold more keys, in the same form.
+# The systemd credential (LoadCredential=) that may hold more keys, in the same format.
 CREDENTIAL = "gpusvc-keys"
 
 _SECRET_BYTES = 32
@@ -71,42 +71,44 @@ class Key:
 
     @property
     def is_limited(self) -> bool:
-        """There are models that are not for it."""
+        """Whether there are models that it does not allow."""
         return Right.ADMIN not in self.rights and (bool(self.models) or Right.USE not in self.rights)
 
     def may(self, right: Right) -> bool:
+        """Return whether the key has this right."""
         return right in self.rights or Right.ADMIN in self.rights
 
     def may_use(self, model: str) -> bool:
-        """Whether requests for this model, by its name, may be made with the key."""
+        """Return whether the key allows requests for this model. ``model`` is its name and not an alias."""
         return Right.ADMIN in self.rights or (Right.USE in self.rights and (not self.models or model in self.models))
 
 
 class Keys:
-    """The keys in some files, for a server.
+    """The keys of several files, for a server.
 
-    It fails closed: if a file vanishes or becomes invalid, its last valid keys count until the server restarts. A new
-    file that is invalid lets nobody in.
+    If a file vanishes or becomes invalid, its last valid keys count until the server restarts. A new file that is
+    invalid has no valid keys, and requests need one.
     """
 
     def __init__(self, files: Sequence[Path], keys: Mapping[Path, tuple[Key, ...]]) -> None:
         self._files = tuple(files)
         self._kept = dict(keys)
         self._stamps: dict[Path, object] = {}
-        self._unread: set[Path] = set()  # which says nothing of the file: there may have been no descriptors
+        self._unread: set[Path] = set()  # tried again: this process may have had no descriptor left
         self._by_digest: dict[bytes, Key] = {}
         self.configured = False
-        """Whether there is a file of keys, so that a request needs one; it may be a file without any."""
+        """Whether a file of keys exists, so that requests need a key. The file may have no key."""
         self._index()
 
     @classmethod
     def read(cls, files: Iterable[Path]) -> Self:
-        """
+        """Read the keys.
+
         Args:
-            files: those that may be there.
+            files: the files that may exist.
 
         Raises:
-            InvalidFileError: one is there, and cannot be read for what it says.
+            InvalidFileError: a file exists and is invalid.
         """
         keys = cls(tuple(files), {})
         problem = keys._look()
@@ -115,14 +117,13 @@ class Keys:
         return keys
 
     def refresh(self, report: Callable[[ConfigError], None]) -> None:
-        """Read again what has changed; for a timer: it costs a stat(2) for each file. ``report`` hears of each problem
-        once."""
+        """Read the files that have changed. It costs a stat(2) for each file. ``report`` gets each problem once."""
         problem = self._look()
         if problem is not None:
             report(problem)
 
     def authenticate(self, authorization: bytes | None, x_api_key: bytes | None) -> Key | None:
-        """The key that a request came with, in whichever of the two headers; None: none that is valid.
+        """Return the key in one of a request's two headers; None if there is no valid one.
 
         ``Authorization`` may be ``Bearer`` or ``Basic``, for browsers: then the password is the key.
         """
@@ -133,14 +134,14 @@ class Keys:
         return None if x_api_key is None else self._find(x_api_key)
 
     def of_digest(self, digest: str) -> Key | None:
-        """The key whose secret has this SHA-256, in hexadecimal; None: there is none any more."""
+        """Return the key whose secret has this SHA-256, in hexadecimal; None if it exists no more."""
         return self._by_digest.get(bytes.fromhex(digest))
 
     def _find(self, secret: bytes) -> Key | None:
         return self._by_digest.get(hashlib.sha256(secret.strip(), usedforsecurity=True).digest())
 
     def _look(self) -> InvalidFileError | None:
-        """Read what has changed; the first problem there was."""
+        """Read the files that have changed. Return the first problem."""
         problem: InvalidFileError | None = None
         for file in self._files:
             stamp = _stamp(file)
@@ -157,7 +158,7 @@ class Keys:
                     self._unread.add(file)
                 if is_new:
                     problem = problem or error
-                self._kept.setdefault(file, ())  # nobody is let in by a file that was never right
+                self._kept.setdefault(file, ())  # a file that was never valid has no keys
             self._stamps[file] = stamp
         self._index()
         return problem
@@ -168,18 +169,18 @@ class Keys:
 
 
 def file_of(paths: Paths) -> Path:
-    """The file that ``gpusvc key`` writes."""
+    """Return the file that ``gpusvc key`` writes."""
     return paths.config / "keys.toml"
 
 
 def files_of(paths: Paths, environment: Mapping[str, str]) -> tuple[Path, ...]:
-    """All files that may hold keys for a service with this environment."""
+    """Return the files that may hold keys for a service with this environment."""
     directory = environment.get("CREDENTIALS_DIRECTORY")
     return (file_of(paths), *([Path(directory, CREDENTIAL)] if directory else []))
 
 
 def read(file: Path) -> list[Key]:
-    """The keys in a file.
+    """Return the keys in a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,7 +197,7 @@ def read(file: Path) -> list[Key]:
         raise _invalid(file, f"It cannot be read: {os.strerror(error.errno or 0)}.", hint) from error
     except RecursionError as error:
         raise _invalid(file, "It is nested too deeply.") from error
-    except ValueError as error:  # of TOML, UTF-8, numbers of thousands of digits; or it is no file
+    except ValueError as error:  # wrong TOML or UTF-8, a number of thousands of digits, or no regular file
         raise _invalid(file, f"It is no TOML: {error}.") from error
     if len(content) > _MAX_FILE_BYTES:
         raise _invalid(file, "It is larger than 1 MiB.")
@@ -211,10 +212,10 @@ def read(file: Path) -> list[Key]:
 
 
 def check_name(name: str) -> None:
-    """Whether a key can be called so.
+    """Check the name of a key.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: no key can have this name.
     """
     if len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
         raise UsageError(
@@ -224,7 +225,7 @@ def check_name(name: str) -> None:
 
 
 def make(name: str, *, models: Sequence[str] = (), rights: Sequence[Right] = (Right.USE,)) -> tuple[Key, str]:
-    """A new key, and its secret, which is kept nowhere."""
+    """Return a new key and its secret. The secret is stored nowhere."""
     check_name(name)
     secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     digest = hashlib.sha256(secret.encode()).hexdigest()
@@ -232,10 +233,10 @@ def make(name: str, *, models: Sequence[str] = (), rights: Sequence[Right] = (Ri
 
 
 def group() -> int:
-    """The group that the file belongs to.
+    """Return the group that the file belongs to.
 
     Raises:
-        GpusvcError: the package's groups were not made yet.
+        GpusvcError: there is no such group.
     """
     if is_user_instance():
         return os.getgid()
@@ -243,24 +244,24 @@ def group() -> int:
         return grp.getgrnam(GROUP).gr_gid
     except KeyError:
         raise GpusvcError(
-            f"There is no group {GROUP}, which the gateway reads its keys as.",
-            hint="The package makes it; systemd-sysusers makes what is missing.",
+            f"The group {GROUP} does not exist; the gateway reads its keys as this group.",
+            hint="The package creates it; `systemd-sysusers` creates missing groups.",
         ) from None
 
 
 @contextlib.contextmanager
 def editing(file: Path, gid: int) -> Iterator[dict[str, Key]]:
-    """The keys of the file by their names, to be changed by one at a time.
+    """Yield the keys of the file by name, for the block to change. One process at a time.
 
-    After that it is written, whole or not at all, as root:``gid`` and 0640; not if the block raised.
+    Then the file is written as root:``gid`` with mode 0640, unless the block raised.
 
     Raises:
-        InvalidFileError: what there is cannot be read.
-        PermissionDeniedError, GpusvcError: it cannot be written.
+        InvalidFileError: the file is invalid.
+        PermissionDeniedError, GpusvcError: the file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         with files.changing(file):
-            files.make_directory(file.parent)  # a user may begin with this
+            files.make_directory(file.parent)  # this may be a user's first command
             stack.enter_context(locks.held(_lock_of(file), timeout_seconds=_LOCK_SECONDS))
         try:
             keys = {key.name: key for key in read(file)}
@@ -280,10 +281,10 @@ def _lock_of(file: Path) -> Path:
 
 
 def text(keys: Iterable[Key]) -> str:
-    """What the file says."""
+    """Return the text of the file."""
     parts = [_HEAD]
     for key in keys:
-        # What a name may be needs no escape, and JSON's strings are TOML's as long as they are printable.
+        # Names need no escapes, and printable JSON strings are TOML strings.
         lines = [f'["{key.name}"]', f'sha256 = "{key.digest}"']
         lines += [f"models = {json.dumps(key.models, ensure_ascii=False)}"] if key.models else []
         lines += [f"rights = {json.dumps(key.rights)}"]
@@ -292,7 +293,7 @@ def text(keys: Iterable[Key]) -> str:
 
 
 def _key(name: str, top: Table) -> Key:
-    """One table of the file; what is wrong is noted."""
+    """Return the key of one table of the file. Problems are recorded in ``table``."""
     table = top.table(name)
     if len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
         top.problem(name, "That cannot be a key's name.")
@@ -316,7 +317,7 @@ def _key(name: str, top: Table) -> Key:
 
 
 def _secret_in(authorization: bytes) -> bytes:
-    """The secret in a header that does not begin with "Bearer " to the letter; b"" if there is none."""
+    """Return the secret of a header that does not begin with exactly "Bearer "; b"" if it has none."""
     scheme, _, value = authorization.strip().partition(b" ")
     match scheme.lower():
         case b"bearer":
@@ -331,13 +332,13 @@ def _secret_in(authorization: bytes) -> bytes:
 
 
 def _stamp(file: Path) -> object:
-    """Return what tells the file from its next version; None if there is no file."""
+    """Return a value that changes with the file; None if there is no file."""
     try:
         return files.stamp(file)
     except FileNotFoundError:
         return None
     except OSError as error:
-        return error.errno  # read() says what is wrong, once
+        return error.errno  # read() reports it, once
 
 
 def _invalid(file: Path, message: str, hint: str | None = None) -> InvalidFileError:

@@ -1,4 +1,4 @@
-"""Two versions of a model's file: which keys differ, and which of those take effect with the next start."""
+"""Compare two versions of a model's file: which keys differ, and when the changes take effect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpusvc.config.section import walk
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """Keys that differ, dotted."""
+    """The dotted keys that differ."""
 
     at_once: tuple[str, ...]
     at_start: tuple[str, ...]
@@ -20,7 +20,7 @@ class Revision:
 
 
 def compare(old: ModelConfig, new: ModelConfig) -> Revision:
-    """The keys that differ; each takes effect as its declaration says."""
+    """Return the keys that differ. The declaration of a key says when a change takes effect."""
     pairs = zip(walk(old), walk(new), strict=True)
     changed = [entry for before, entry in pairs if entry.value != before.value and entry.key.is_shown]
     return Revision(

@@ -41,10 +41,10 @@ class Key:
         """
         Args:
             name: the key in the file, dotted if it stands in another table than the section's; None: no file has it.
-            read: None: whoever reads the section finds the value himself.
-            default: the value where the file has none; a callable returns it.
+            read: reads the value; None: the reader of the section finds it.
+            default: the value if the file has none, or a callable that returns it.
             host: the dotted key of the host's file that gives the default.
-            live: a change takes effect without a restart of the engine.
+            live: whether a change takes effect without a restart of the engine.
             shown: whether ``gpusvc config`` shows it.
             unit: "seconds" or "bytes": how the value is written.
             section: the section that is the value; an empty name puts its keys beside those of this section.
@@ -64,12 +64,12 @@ class Key:
 
 
 def outside() -> Any:
-    """A field that no key of the file decides."""
+    """Declare a field without a key in the file."""
     return Key(None)
 
 
 def composed(name: str, *, shown: bool = True) -> Any:
-    """A key whose value hangs on other keys: the section's own reader reads it."""
+    """Declare a key whose value depends on other keys: the section's own reader reads it."""
     return Key(name, shown=shown)
 
 
@@ -105,7 +105,7 @@ def duration(
     zero: bool = False,
     live: bool = False,
 ) -> Any:
-    """Seconds."""
+    """Declare a duration. The value is in seconds."""
 
     def read(table: Table, key: str, default: float) -> float:
         return table.duration(key, default, minimum=minimum, zero=zero)
@@ -114,19 +114,19 @@ def duration(
 
 
 def size(name: str, *, default: int | None, minimum: int = 0) -> Any:
-    """Bytes."""
+    """Declare a size. The value is in bytes."""
     return Key(
         name, lambda table, key, default: table.size(key, default, minimum=minimum), default=default, unit="bytes"
     )
 
 
 def devices(name: str, *, default: tuple[str, ...] = ()) -> Any:
-    """GPUs, each as DeviceSelector.parse() takes it."""
+    """Declare a list of GPUs, each as DeviceSelector.parse() takes it."""
     return Key(name, lambda table, key, _: table.devices(key), default=default)
 
 
 def section(name: str, kind: type[Section], *, default: Any = _NO_DEFAULT) -> Any:
-    """A table of the file; an empty name: keys beside those of the section itself."""
+    """Declare a table of the file. With an empty name, its keys stand beside those of the section itself."""
     return Key(name, default=default, section=kind)
 
 
@@ -144,7 +144,7 @@ class Section:
         del kw_only
         cls.keys = tuple(key for key in vars(cls).values() if isinstance(key, Key))
         for key in cls.keys:
-            # The declaration makes way for the default, which an instance without a value of its own shows.
+            # The default replaces the declaration, so that an instance without a value of its own has the default.
             if key.default is _NO_DEFAULT or callable(key.default):
                 delattr(cls, key.field)
             else:
@@ -203,7 +203,7 @@ _S = TypeVar("_S", bound=Section)
 
 
 def walk(config: Section, prefix: str = "") -> Iterator[Entry]:
-    """All keys of a configuration with their values, in the order of their declaration."""
+    """Yield all keys of a configuration with their values, in the order of their declaration."""
     for key in config.keys:
         value = getattr(config, key.field)
         if key.section is not None:
@@ -213,7 +213,7 @@ def walk(config: Section, prefix: str = "") -> Iterator[Entry]:
 
 
 def names(kind: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all fields."""
+    """Yield the dotted keys of all fields."""
     for key in kind.keys:
         if key.section is not None:
             yield from names(key.section, f"{prefix}{key.name}." if key.name else prefix)
@@ -222,19 +222,19 @@ def names(kind: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def find(config: Section, name: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     return next(entry.value for entry in walk(config) if entry.name == name)
 
 
 def read(kind: type[Section], table: Table, host: Section | None = None) -> dict[str, Any]:
-    """The values of a section by their fields, as ``table`` has them.
+    """Return the values of a section by field, read from ``table``. Sections within it are read too.
 
-    A section within it is read too. Missing are the fields that no key decides, and those that are ``composed()``.
+    The result lacks the fields that are ``outside()`` or ``composed()``.
 
     Args:
         kind: the section.
-        table: its table. What is wrong is noted there, and the default stands in for it.
-        host: the host's configuration, which has the defaults of some keys.
+        table: its table, which records problems. A wrong value gives the default.
+        host: the host's configuration, for keys whose defaults it has.
     """
     values: dict[str, Any] = {}
     for key in kind.keys:

@@ -1,4 +1,4 @@
-"""TOML files read key by key; what is wrong is noted, one sentence each, and reading goes on with the default.
+"""Read TOML files key by key. A wrong value is recorded as a problem, and reading goes on with the default.
 
 It knows types and ranges, but no key: ``host.py``, ``model.py`` and ``serving.py`` declare those.
 """
@@ -19,10 +19,10 @@ from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.quantity import format_duration, format_size, parse_duration, parse_size, shown
 from gpusvc.record import Record
 
-# Far more than any configuration has, and little enough to read without a thought.
+# Larger than any configuration, and small enough to read at once.
 MAX_FILE_BYTES = 1024 * 1024
 
-# Of the dots in a line. Python takes a time that grows with the square of a key's parts, and hours for a file of them.
+# The dots in a line. Python's time grows with the square of the parts of a dotted key: hours for a file of them.
 _MAX_DOTS = 1000
 
 Default = TypeVar("Default")
@@ -30,7 +30,7 @@ Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class Problem(Record):
-    """One thing that is wrong with one file."""
+    """One problem of a file."""
 
     file: Path
     key: str | None  # dotted, as in "gpu.count"; None: the file itself
@@ -39,8 +39,8 @@ class Problem(Record):
 
     @property
     def sentence(self) -> str:
-        """File, key and message, without the hint."""
-        file = str(self.file).encode(errors="replace").decode()  # a name need not be UTF-8, but a terminal wants it
+        """The sentence with file and key, without the hint."""
+        file = str(self.file).encode(errors="replace").decode()  # the name of a file may not be UTF-8
         return f"{file}: {self.message}" if self.key is None else f"{file}: {self.key}: {self.message}"
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Problem(Record):
 
 
 class InvalidFileError(ConfigError):
-    """All that is wrong with a file; the first problem is the message."""
+    """A file has problems. The message is the first one."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -60,9 +60,9 @@ class InvalidFileError(ConfigError):
 
 
 class Table:
-    """One TOML table. Each getter names a key, and returns its default where the key is absent or wrong.
+    """One TOML table. Each getter takes a key, and returns the default if the key is absent or wrong.
 
-    The getters called are the keys known: ``finish()`` complains of all others.
+    A key is known once a getter asked for it: ``finish()`` reports all others.
     """
 
     def __init__(self, file: Path, values: Mapping[str, object], prefix: str = "") -> None:
@@ -73,7 +73,7 @@ class Table:
         self._known: dict[str, Table | None] = {}
 
     def problem(self, key: str, message: str, hint: str | None = None) -> None:
-        """Note what is wrong with a key of this table."""
+        """Record a problem of a key of this table."""
         printable = key if key.isprintable() and len(key) <= 60 else shown(key)
         self.problems.append(Problem(self.file, self._prefix + printable, message, hint))
 
@@ -81,20 +81,20 @@ class Table:
         return key in self._values
 
     def known_keys(self) -> list[str]:
-        """The dotted names of all keys asked for so far, here and in the tables below."""
+        """Return the dotted names of the known keys, here and in the tables below."""
         keys = []
         for key, table in self._known.items():
             keys += [self._prefix + key] if table is None else table.known_keys()
         return keys
 
     def finish(self) -> None:
-        """Note the keys that nobody asked for. Raises InvalidFileError if anything is wrong, here or below."""
+        """Record unknown keys. Raises InvalidFileError if there is any problem, here or in the tables below."""
         problems = self._collect(self.known_keys())
         if problems:
             raise InvalidFileError(problems)
 
     def check(self) -> None:
-        """Raises InvalidFileError if any key asked for is wrong, here or below, and lets all others be."""
+        """Raise InvalidFileError if a known key is wrong, here or in the tables below. Unknown keys are ignored."""
         problems = self._noted()
         if problems:
             raise InvalidFileError(problems)
@@ -104,7 +104,7 @@ class Table:
         for key in self._values:
             if key not in self._known:
                 self.problem(key, "There is no such key.", self._hint_for_unknown(key, known))
-        self.problems += noted  # a misspelt key is often the cause of what was missed
+        self.problems += noted  # a misspelt key often explains a missing one
         problems = list(self.problems)
         for table in self._known.values():
             if table is not None:
@@ -128,7 +128,7 @@ class Table:
     # -- one value ----------------------------------------------------------------------------------------------------
 
     def text(self, key: str, default: Default) -> str | Default:
-        """A string without NUL, which neither exec(2) nor a path could carry."""
+        """Return a string. NUL is refused: no path or argument of exec(2) can have it."""
         value: str | None = self._take(key, str, "a string")
         if value is None:
             return default
@@ -162,7 +162,7 @@ class Table:
         return type(default)(value)
 
     def duration(self, key: str, default: float, *, minimum: float = 0.001, zero: bool = False) -> float:
-        """Seconds; at least ``minimum``, or 0 too where ``zero`` allows it."""
+        """Return seconds: ``minimum`` or more, or 0 if ``zero`` allows it."""
         value: str | float | None = self._take(key, (str, int, float), "a duration")
         if value is None:
             return default
@@ -177,7 +177,7 @@ class Table:
         return seconds
 
     def size(self, key: str, default: Default, *, minimum: int = 0) -> int | Default:
-        """Bytes; at least ``minimum``."""
+        """Return bytes: ``minimum`` or more."""
         value: str | int | None = self._take(key, (str, int), "a size", "Write 9GiB, 512M or 9.5G, in quotes.")
         if value is None:
             return default
@@ -195,7 +195,7 @@ class Table:
     # -- several values -----------------------------------------------------------------------------------------------
 
     def texts(self, key: str) -> tuple[str, ...] | None:
-        """A list of strings; None if absent or wrong."""
+        """Return a list of strings; None if it is absent or wrong."""
         values: list[object] | None = self._take(key, list, "a list of strings", 'Write it as a list: ["…", "…"].')
         if values is None:
             return None
@@ -210,7 +210,7 @@ class Table:
         return tuple(texts) if len(texts) == len(values) else None
 
     def devices(self, key: str) -> tuple[str, ...]:
-        """A list of GPUs that ``DeviceSelector`` understands, as strings; empty if absent or wrong."""
+        """Return GPUs as DeviceSelector.parse() takes them; empty if the list is absent or wrong."""
         values: list[object] | None = self._take(
             key, list, "a list of GPUs", 'Write it as a list: [0], ["GPU-8a3f…"] or ["*4090*"].'
         )
@@ -230,7 +230,7 @@ class Table:
         return tuple(found)
 
     def table(self, key: str) -> Table:
-        """A table below this one, the same one each time; empty if absent or wrong."""
+        """Return a table below this one, always the same object; empty if it is absent or wrong."""
         known = self._known.get(key)
         if known is not None:
             return known
@@ -240,7 +240,7 @@ class Table:
         return table
 
     def words(self, key: str, kinds: tuple[type[str] | type[int] | type[bool], ...]) -> dict[str, str]:
-        """A table whose keys are the user's own, its values of these kinds and turned into strings."""
+        """Return a table with arbitrary keys. Its values, which must be of ``kinds``, become strings."""
         found: dict[str, str] = {}
         values: dict[str, object] = self._take(key, dict, "a table", f"Write [{key}], and its keys below.") or {}
         for name, value in values.items():
@@ -258,7 +258,7 @@ class Table:
         return found
 
     def json(self, key: str) -> dict[str, object]:
-        """A table whose keys are the user's own, its values whatever JSON has; it has no dates or infinities."""
+        """Return a table with arbitrary keys and values that JSON can express: no dates, no infinities."""
         found: dict[str, object] = {}
         values: dict[str, object] = (
             self._take(key, dict, "a table", f"Write [{self._prefix}{key}], and its keys below.") or {}
@@ -268,16 +268,16 @@ class Table:
             if wrong is None:
                 found[name] = value
             else:
-                self.problem(f"{key}.{name}", f"JSON has nothing like {wrong}.")
+                self.problem(f"{key}.{name}", f"JSON cannot express {wrong}.")
         return found
 
     def _take(self, key: str, kinds: type | tuple[type, ...], wanted: str, hint: str | None = None) -> Any:
-        """The value if it is of one of the kinds; None if absent or wrong, as TOML has no null."""
+        """Return the value if it is of one of the kinds; None if it is absent or wrong, as TOML has no null."""
         self._known.setdefault(key, None)
         if key not in self._values:
             return None
         value = self._values[key]
-        if isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool):  # to Python, it is an integer too
+        if isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool):  # bool is a subclass of int
             return value
         self.problem(key, f"It must be {wanted}, not {_kind(value)}.", hint)
         return None
@@ -298,7 +298,7 @@ def _kind(value: object) -> str:
 
 
 def _not_json(value: object) -> str | None:
-    """What it is, or has in it, that JSON cannot say; None: nothing."""
+    """Return what in ``value`` JSON cannot express; None if it can express all."""
     match value:
         case str() | int():  # booleans too
             return None
@@ -313,7 +313,7 @@ def _not_json(value: object) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A question that names the nearest of ``known``; None if none is near."""
+    """Return a question with the most similar word of ``known``; None if none is similar."""
     from difflib import get_close_matches  # noqa: PLC0415 - only once something is wrong: the launcher starts faster
 
     by_folded = {name.casefold(): name for name in known}
@@ -322,10 +322,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """What TOML says, in a time that its length bounds.
+    """Parse TOML, in a time that its length bounds.
 
     Raises:
-        ValueError: it is no TOML; UnicodeDecodeError and tomllib.TOMLDecodeError are such.
+        ValueError: it is not valid TOML; among them UnicodeDecodeError and tomllib.TOMLDecodeError.
         RecursionError: it is nested too deeply.
     """
     text = content.decode("utf-8")
@@ -336,7 +336,7 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """What a configuration's file holds.
+    """Return the content of a configuration file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -359,11 +359,11 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_table(file: Path) -> Table:
-    """The file's top table.
+    """Return the top table of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InvalidFileError: it cannot be read, or is no TOML.
+        InvalidFileError: it cannot be read, or is not valid TOML.
     """
     content = read_bytes(file)
     try:
@@ -373,7 +373,7 @@ def read_table(file: Path) -> Table:
         raise _invalid(file, f"Line {line} is not UTF-8.", "Save the file as UTF-8.") from error
     except RecursionError as error:
         raise _invalid(file, "It is nested too deeply.") from error
-    except ValueError as error:  # TOMLDecodeError, and what Python itself says of absurdly long numbers
+    except ValueError as error:  # TOMLDecodeError, and Python's own error for a number of thousands of digits
         reason, _, place = str(error).removesuffix(")").partition(" (at ")
         sentence = f"It is not valid TOML{place and f' at {place}'}: {reason[:1].lower()}{reason[1:]}."
         raise _invalid(file, sentence) from error

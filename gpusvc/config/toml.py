@@ -1,4 +1,4 @@
-"""Values written as TOML; the standard library only reads it. It knows no key of any file."""
+"""Write values as TOML, which the standard library can only read. It knows no keys."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def document(keys: Mapping[str, object]) -> str:
-    """A whole file: plain keys in their order, then each mapping as a table of its own; what is deeper is inline.
+    """Return a whole file: plain keys in their order, then each mapping as a table; deeper mappings are inline.
 
     Raises:
-        ValueError: TOML has no such value, as null.
+        ValueError: TOML cannot express a value, such as null.
     """
     plain = [_line(key, value) for key, value in keys.items() if not isinstance(value, Mapping)]
     tables = [
@@ -29,7 +29,7 @@ def document(keys: Mapping[str, object]) -> str:
 
 
 def inline(value: object) -> str:
-    """A value in one line. Raises ValueError if TOML has no such value."""
+    """Return a value in one line. Raises ValueError if TOML cannot express it."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -49,7 +49,7 @@ def inline(value: object) -> str:
 
 
 def comment(text: str) -> str:
-    """Lines of comment that say ``text``, whatever is in it."""
+    """Return ``text`` as comment lines, without unprintable characters."""
     return "".join(
         f"# {''.join(character if character.isprintable() else '�' for character in line)}".rstrip() + "\n"
         for line in text.splitlines()
@@ -64,7 +64,7 @@ def _line(key: str, value: object) -> str:
 
 
 def _filled(items: Iterable[str]) -> Iterable[str]:
-    """As many items in a line as fit."""
+    """Yield lines, each with as many items as fit."""
     line = "   "
     for item in items:
         if len(line) + len(item) + 2 > _WIDTH and line.strip():
@@ -79,5 +79,5 @@ def _key(key: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    # A JSON string is a TOML string, but for DEL.
+    # A JSON string is a TOML string, except for DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

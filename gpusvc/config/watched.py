@@ -1,4 +1,4 @@
-"""The configuration for a daemon: read again when a file changes. Of an invalid file, the last valid version counts.
+"""The configuration for a daemon: files are read again when they change. An invalid file keeps its last valid version.
 
 Each call costs a stat(2) per file. Not for several threads.
 """
@@ -22,11 +22,11 @@ from gpusvc.paths import Paths
 
 Value = TypeVar("Value")
 
-# An editor may be writing still, or have moved the old file away; and two changes may share one tick of the kernel's
-# clock, 10 ms at most. After this long a file is what it was meant to be.
+# An editor may still write, or have moved the old file away; and two changes may have the same time, as the kernel's
+# clock ticks every 10 ms at most. After this time a file counts as complete.
 SETTLED_SECONDS = 0.1
 
-# The cause need not be the file: this process may have had no descriptor left to open it with.
+# An invalid file is read again: the cause may be that this process had no descriptor left.
 RETRY_SECONDS = 10.0
 
 _ABSENT = Stamp(0, 0, 0, 0, 0)
@@ -37,17 +37,17 @@ class _Kept(Generic[Value]):
     """The state of one file."""
 
     file: Path
-    value: Value | None = None  # the last good one
-    stamp: Stamp | None = None  # of the file that was read last; None: read it whatever it is
+    value: Value | None = None  # the last valid one
+    stamp: Stamp | None = None  # of the version that was read last; None: read it in any case
     read_at: float = 0.0
-    complaint: str | None = None  # what is wrong with it since, and was reported
+    complaint: str | None = None  # the problem that was reported last
 
 
 class Watched:
-    """The host's and the models' configuration, the last good of each.
+    """The last valid configuration of the host and of each model.
 
-    ``report`` is called once for each problem, and again only after the file was right, or wrong in another way.
-    ``now`` tells the time as the file system does, in seconds since 1970.
+    ``report`` is called once for each problem, and again only after the file was valid or had another problem.
+    ``now`` returns the time of the file system's clock, in seconds since 1970.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class Watched:
         return self._look(self._host, partial(load_host, self._paths))
 
     def model(self, name: str) -> ModelConfig | None:
-        """A model's configuration; None: there is no file, or neither it nor the host's was ever right."""
+        """Return a model's configuration; None if there is no file, or it or the host's was never valid."""
         return self._model(name, self.host())
 
     def models(self, names: Iterable[str]) -> dict[str, ModelConfig | None]:
-        """The same of several models at once, for which the host's file is looked at once."""
+        """Return the configurations of several models. The host's file is checked only once."""
         host = self.host()
         return {name: self._model(name, host) for name in names}
 
     def serving(self, name: str) -> Serving | None:
-        """How a model is offered, for which the host's file does not count; None: there is no file.
+        """Return how a model is offered to clients; None if there is no file. The host's file is not needed.
 
-        One whose file was never right is offered with the defaults: why it does not start is for its start to say.
+        A model whose file was never valid has the defaults: its start reports the problem.
         """
         kept = self._kept(self._servings, name)
         if kept is None:
@@ -89,7 +89,7 @@ class Watched:
             return None
 
     def reread(self) -> None:
-        """Read every file when it is next asked for, changed or not, and report again what is wrong then."""
+        """Have every file read at its next use, changed or not, and its problems reported again."""
         self._host.stamp = self._host.complaint = None
         for model in self._models.values():
             model.stamp = model.complaint = None
@@ -113,11 +113,11 @@ class Watched:
             return None
 
     def _kept(self, models: dict[str, _Kept[Value]], name: str) -> _Kept[Value] | None:
-        """What is kept of a model's file; None: there is none."""
+        """Return the state of a model's file; None if there is no file."""
         kept = models.get(name)
         if kept is None and names.is_name(name):
             file = self._paths.model_file(name)
-            # Nothing is kept of one that is not there: names may be what a client made up.
+            # Nothing is stored for a missing file: a client may make up any number of names.
             if os.path.lexists(file):
                 kept = models[name] = _Kept(file)
         return kept

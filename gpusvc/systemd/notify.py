@@ -62,5 +62,5 @@ class Notifier:
 
 
 def _line(sentence: str) -> str:
-    """Return ``sentence`` as one printable line: a newline would begin another assignment, and systemctl(1) prints all."""
+    """Return ``sentence`` as one printable line: a newline would begin another assignment."""
     return printable(sentence.replace("\n", " "), width=_MAX_SENTENCE)

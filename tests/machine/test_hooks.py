@@ -86,7 +86,7 @@ def test_a_hook_that_hangs_is_ended_with_all_that_it_started(hooks: Hooks) -> No
     hooks.happens("b")
     hooks.machine.wait_until(lambda: hooks.read("other") == ["a", "b"], "the next event had its turn", timeout=60)
     assert hooks.living(*pids) == []
-    assert "hangs took longer than 10 s for ready of a, and is ended." in hooks.warned()
+    assert "hangs took longer than 10 s for ready of a and was ended." in hooks.warned()
 
 
 def test_a_hook_that_obeys_sigterm_may_clean_up(hooks: Hooks) -> None:

@@ -373,8 +373,8 @@ def test_without_a_directory_there_are_no_models(paths: Paths) -> None:
             "[filter]\nset = 1",
             "filter.set: It must be a table, not an integer. Write [filter.set], and its keys below.",
         ),
-        ("[filter]\nset = { a = [{ b = nan }] }", "filter.set.a: JSON has nothing like nan."),
-        ("[filter]\nset.a = { b = 1979-05-27 }", "filter.set.a: JSON has nothing like a date or time."),
+        ("[filter]\nset = { a = [{ b = nan }] }", "filter.set.a: JSON cannot express nan."),
+        ("[filter]\nset.a = { b = 1979-05-27 }", "filter.set.a: JSON cannot express a date or time."),
     ],
 )
 def test_a_wrong_key_is_named_with_what_is_wrong(paths: Paths, text: str, said: str) -> None:
