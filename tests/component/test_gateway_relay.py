@@ -19,6 +19,7 @@ from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.client import Client as GatewayClient
 from gpusvc.gateway.relay.upstream import Address, Upstream
 from gpusvc.state import use
+from gpusvc.state.counters import NO_ANSWERS
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
     STREAM,
@@ -629,8 +630,10 @@ def test_a_probe_neither_loads_a_model_nor_keeps_it(run: Run, target: str) -> No
         last = use.last_use(rig.paths, "qwen")
         assert (await client.get(target.format("qwen"))).body == b"state"
         assert (uses, use.last_use(rig.paths, "qwen")) == ([False], last)
+        assert rig.answers() == NO_ANSWERS, "it does not say whether the engine does its work"
         assert (await client.ask()).status == 200
         assert uses == [False, True]
+        assert rig.answers().succeeded == 1
 
     run(scenario)
 

@@ -66,6 +66,19 @@ def test_a_quiet_connection_does_not_keep_its_model_and_goes_on(run: Run) -> Non
     run(scenario, limits=Limits(sweep_seconds=0.02, quiet_seconds=0.2))
 
 
+def test_an_open_connection_does_not_hide_that_all_other_answers_are_errors(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = echo_websocket
+        await upgraded(rig)
+        rig.engine.answer = whole(b"{}", status="500 Internal Server Error")
+        for _ in range(2):
+            assert (await (await rig.client()).ask()).status == 500
+        assert rig.answers().failed == 2
+        assert (rig.answers().succeeded, rig.answers().succeeding) == (0, 0)
+
+    run(scenario)
+
+
 def test_what_a_client_says_too_early_is_not_lost(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.engine.answer = echo_websocket

@@ -7,11 +7,13 @@ import time
 from gpusvc.gateway.relay.response import Response
 from gpusvc.state.counters import Counters, ModelCounters
 
+_SWITCHING_PROTOCOLS = 101
+
 
 class Account:
     """Of one request."""
 
-    __slots__ = ("_all", "_began_seconds", "_counters", "_is_attached", "_is_waiting", "_status")
+    __slots__ = ("_all", "_began_seconds", "_counters", "_is_attached", "_is_probe", "_is_waiting", "_status")
 
     def __init__(self, counters: Counters) -> None:
         self._all = counters
@@ -19,12 +21,17 @@ class Account:
         self._counters: ModelCounters | None = None
         self._is_waiting = False
         self._is_attached = False
+        self._is_probe = False
         self._status = 0
 
     def open(self, model: str) -> None:
         """The request is for this model."""
         self._counters = self._all.of(model)
         self._counters.began()
+
+    def is_for_state(self) -> None:
+        """The request asks for the engine's state: its response does not say whether the engine does its work."""
+        self._is_probe = True
 
     def wait(self) -> None:
         """Count the request as one that waits for its model."""
@@ -42,8 +49,10 @@ class Account:
         """The engine's response begins, with this status."""
         counters = self._counters
         if counters is not None:
-            self._status = status
-            counters.response_began(status)
+            # An upgraded connection says as little, and may stay open for days.
+            if not self._is_probe and status != _SWITCHING_PROTOCOLS:
+                self._status = status
+                counters.response_began(status)
             counters.first_byte(time.monotonic() - self._began_seconds)
 
     def set_attached(self, *, attached: bool) -> None:

@@ -204,6 +204,7 @@ class Exchange:
         if destination.serving is None or self._passage is not None:
             self._forward(destination, body)
         elif destination.is_probe:
+            self._account.is_for_state()
             self._passage = self._shared.activation.look_at(destination.serving)
             if self._passage is None:
                 raise not_loaded(destination.serving)
