@@ -140,6 +140,8 @@ def summary(generation: str, seed: int, tally: Tally, failures: int) -> str:
         f"looks: {tally.looks}; violations: {failures}",
         f"requests answered: {sum(tally.statuses.values())}: {_counts(tally.statuses)}",
         f"uses by flock: {tally.holds}; models seen stuck: {tally.stuck}; cooldowns at a settling: {tally.cooldowns}",
+        f"quiet connections: {tally.connections}; probes answered: {_counts(tally.probes)}",
+        f"clients of short patience served: {tally.insisted}; verdicts: {_counts(tally.verdicts)}",
         f"settlings: {tally.settlings}, the longest {tally.longest_settling_seconds:.1f} s",
         f"operations: {_counts(tally.steps)}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -14,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.campaign import invariants
-from tests.campaign.invariants import EVERYBODY, Cause, Lingering, Noted, Unprovable, Used
+from tests.campaign.invariants import EVERYBODY, Cause, Judged, Lingering, Noted, Unprovable, Used
 from tests.campaign.observer import Observer
+from tests.campaign.patience import Wedges, check_connections, loaded_by_probes
 from tests.campaign.plan import Step
 from tests.campaign.snapshot import Held, Process, Snapshot
-from tests.campaign.stage import FULL_RUN, FULL_VAR, MODELS, PACKAGE, Stage
+from tests.campaign.stage import FULL_RUN, FULL_VAR, MODELS, PACKAGE, PROBED, Stage
 from tests.campaign.users import Hold, Users
 from tests.fakegpu import NEVER, FakeGpu, Faults, Return
 from tests.machine.container import MachineError
@@ -40,6 +42,13 @@ _UNIT_OF = {who: f"gpusvc-{who}.service" for who in ("watchdog", "gateway", "api
 _JOURNAL = """journalctl -q --no-pager -o short-unix --since="@$1" | grep -v "^[^ ]* [^ ]* test-engine\\[" |
     sed "s/^[^ ]* [^ ]* [^ ]*: //" | grep -A25 "^Traceback" | head -n 120"""
 
+
+# The watchdog's verdicts, which somebody else than the models must have earned.
+_VERDICTS = """journalctl -q --no-pager -o json --output-fields=GPUSVC_EVENT,GPUSVC_MODEL,MESSAGE --since="@$1" \
+    GPUSVC_EVENT=stuck GPUSVC_EVENT=failing"""
+
+# Of the models that are swapped for each other, no three fit on the GPUs together.
+_LARGE = ("draw", "hear", "vague", "code")
 
 # How a Python that is only just loading its modules may end, by what was done.
 _EXCUSED = {
@@ -83,6 +92,10 @@ class Tally:
     stuck: int = 0
     """Models whose release was not proven in time, each once between two settlings."""
     cooldowns: int = 0
+    connections: int = 0
+    probes: Counter[str] = field(default_factory=Counter)
+    insisted: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)
     tracebacks: list[str] = field(default_factory=list)
 
     @property
@@ -106,12 +119,13 @@ class Campaign:
         self._lingering = Lingering(LINGER_SECONDS)
         self._stuck_for = Lingering(STUCK_SECONDS)
         self._counted_stuck: set[str] = set()
+        self._wedges = Wedges()
         self._edited: set[str] = set()
         self._policy = False
         self._pinned: set[str] = set()
-        self._busy: int | None = None
+        self._busy: dict[Cause, int] = {}
         self._settled = time.monotonic()
-        self._settled_wall = time.time()
+        self._settled_wall = self._judged_wall = time.time()
 
     def close(self) -> None:
         self._users.close()
@@ -140,6 +154,40 @@ class Campaign:
     def _do_hold(self, step: Step) -> None:
         self._users.hold(step.model, step.seconds)
         self.tally.holds += 1
+
+    def _do_crowd(self, step: Step) -> None:
+        """All models are asked at once, twice each, and no three of the large ones fit."""
+        for name in (*MODELS, *MODELS):
+            self._users.request(name, step.seconds)
+
+    def _do_swap(self, step: Step) -> None:
+        """Two clients ask for large models in turn, so that each answer needs another eviction."""
+        place = _LARGE.index(step.model) if step.model in _LARGE else 0
+        one, two, three = (_LARGE[(place + number) % len(_LARGE)] for number in range(3))
+        self._users.swap([one, two, one, three], step.seconds)
+        self._users.swap([three, one, two], step.seconds)
+
+    def _do_insist(self, step: Step) -> None:
+        self._users.insist(step.model, 0.5 + step.seconds, tries=20)
+
+    def _do_socket(self, step: Step) -> None:
+        self._users.connect(step.model, step.seconds)
+        self.tally.connections += 1
+
+    def _do_probe(self, step: Step) -> None:
+        self._users.probe(step.model, step.what)
+        self._users.probe(PROBED.name, step.what)
+
+    def _do_wedge(self, step: Step) -> None:
+        """The engine's health stays 200, and it answers each chat with 500, as long as it lives."""
+        lease = self._observer.look(units=False).leases.get(step.model)
+        targets = self._targets("engine", step.model)
+        if lease is None or not lease.ready or not targets:
+            return
+        self._note(step, Cause.WEDGED, Cause.ENDS, until=None)
+        self._signal(targets, signal.SIGUSR2)
+        self._wedges.begin(lease)
+        self._users.insist(step.model, 10.0, tries=1000)
 
     def _do_start(self, step: Step) -> None:
         self._systemctl("start", "--no-block", f"model@{step.model}.service")
@@ -209,7 +257,9 @@ class Campaign:
             self._note(step, Cause.ENDS)
         elif step.what in {"proof", "everything"}:
             self._note(step, Cause.ENDS, Cause.START, Cause.PROOF)
-            self._note(replace(step, model=EVERYBODY), Cause.BUSY)
+            self._note(replace(step, model=EVERYBODY), Cause.HELD)
+        elif step.what == "watchdog":
+            self._note(replace(step, model=EVERYBODY), Cause.WATCHDOG)
         self._signal(targets, signal.SIGKILL)
 
     def _do_freeze(self, step: Step) -> None:
@@ -220,7 +270,7 @@ class Campaign:
             "proof": (Cause.ENDS, Cause.START, Cause.PROOF),
             "gateway": (Cause.GATEWAY,),
             "api": (Cause.GATEWAY, Cause.START),
-            "watchdog": (),
+            "watchdog": (Cause.WATCHDOG,),
         }[step.what]
         model = step.model if step.what in {"launcher", "engine", "proof"} else EVERYBODY
         self._signal(targets, signal.SIGSTOP)
@@ -234,7 +284,7 @@ class Campaign:
             "launcher": (Cause.ENDS, Cause.START, Cause.PROOF),
             "gateway": (Cause.GATEWAY,),
             "api": (Cause.GATEWAY, Cause.START),
-            "watchdog": (),
+            "watchdog": (Cause.WATCHDOG,),
         }[step.what]
         before = []
         for process in targets:
@@ -269,7 +319,7 @@ class Campaign:
         gpus = self._stage.gpus
         self._end_fault("driver")
         index = sorted(MODELS).index(step.model) % GPU_COUNT
-        start, proof = (Cause.START, Cause.BUSY), (Cause.START, Cause.BUSY, Cause.PROOF)
+        start, proof = (Cause.START, Cause.HELD), (Cause.START, Cause.HELD, Cause.PROOF)
         causes: tuple[Cause, ...] = ()
         unprovable: Callable[[Held], bool] | None = None
 
@@ -279,7 +329,7 @@ class Campaign:
         match step.what:
             case "slow":
                 gpus.configure(slow_ms=15)
-                causes = (Cause.BUSY,)
+                causes = (Cause.HELD,)
             case "init-error":
                 gpus.configure(init_error=Return.DRIVER_NOT_LOADED)
                 causes, unprovable = proof, lambda lease: True
@@ -293,7 +343,7 @@ class Campaign:
                 gpus.lose(index)
             case "late":
                 gpus.configure(release_delay_ms=1000)
-                causes = (Cause.BUSY,)
+                causes = (Cause.HELD,)
             case "never":
                 gpus.configure(release_delay_ms=NEVER)
                 causes, unprovable = proof, lambda lease: True
@@ -318,7 +368,7 @@ class Campaign:
     def _do_full(self, step: Step) -> None:
         file = FULL_RUN if step.what == "run" else FULL_VAR
         self._stage.fill(file)
-        causes = (Cause.START, Cause.BUSY) if step.what == "run" else ()
+        causes = (Cause.START, Cause.HELD) if step.what == "run" else ()
         self._start_fault(
             step, replace(step, model=EVERYBODY), causes, lambda: self._stage.empty(file), key=f"full {step.what}"
         )
@@ -336,12 +386,12 @@ class Campaign:
 
     def _do_service(self, step: Step) -> None:
         if step.what == "polkit.service" or step.what == "dbus.service":
-            self._note(replace(step, model=EVERYBODY), Cause.START, Cause.BUSY, lasts=3.0)
+            self._note(replace(step, model=EVERYBODY), Cause.START, Cause.HELD, lasts=3.0)
         self._systemctl("restart", step.what)
 
     def _do_reinstall(self, step: Step) -> None:
         everybody = replace(step, model=EVERYBODY)
-        self._note(everybody, Cause.START, Cause.GATEWAY, Cause.BUSY, Cause.PROOF, until=None)
+        self._note(everybody, Cause.START, Cause.GATEWAY, Cause.HELD, Cause.PROOF, Cause.WATCHDOG, until=None)
         self._begin("dpkg", "--install", PACKAGE)
 
     def _do_reboot(self, step: Step) -> None:
@@ -365,7 +415,8 @@ class Campaign:
         self._observer.rebooted()
         now = time.monotonic()
         self._notes = [note if note.what == "edit" else replace(note, ended=note.ended or now) for note in self._notes]
-        self._busy = None
+        self._busy.clear()
+        self._wedges.clear()
         self._used.clear()
         self._unprovable.clear()
         self._pinned.clear()
@@ -388,14 +439,15 @@ class Campaign:
         for name in self._pinned:
             self._stage.run("gpusvc", "unpin", name, check=False)
         self._pinned.clear()
-        self._end_notes(lambda note: True)
-        self._busy = None
+        self._end_notes(lambda note: note.what != "wedge")
+        self._busy.clear()
         began = time.monotonic()
         while True:
             snapshot = self._look()
             self._check(snapshot)
             wrong = list(invariants.unlike_new(snapshot, self._states()))
             wrong += [f"a request to {model} waits" for model, _ in list(self._users.pending.values())]
+            wrong += [f"a client asks for {model} again and again" for model in list(self._users.insisting)]
             took = time.monotonic() - began
             if not wrong:
                 break
@@ -406,9 +458,11 @@ class Campaign:
         self.tally.longest_settling_seconds = max(self.tally.longest_settling_seconds, took)
         self._say(f"as new after {took:.2f} s")
         self._read_journal()
+        self._read_verdicts()
         # From here on nothing that was done before explains anything.
         self._notes.clear()
-        self._busy = None
+        self._busy.clear()
+        self._wedges.clear()
         self._counted_stuck.clear()
         self._serve_as_new(began)
         self._settled = time.monotonic()
@@ -450,6 +504,21 @@ class Campaign:
         if not ends or not all(any(re.search(pattern, end) for pattern in excused) for end in ends):
             raise ViolationError([f"a traceback in the journal:\n{found}"])
 
+    def _read_verdicts(self) -> None:
+        """No model was judged stuck or failing, unless it was made so."""
+        since, self._judged_wall = self._judged_wall, time.time()
+        ahead = time.time() - time.monotonic()
+        found = self._stage.run("sh", "-c", _VERDICTS, "sh", f"{since:.6f}", check=False, timeout=60).stdout
+        wrong: list[str] = []
+        for line in found.splitlines():
+            entry = json.loads(line)
+            when = int(entry["__REALTIME_TIMESTAMP"]) / 1e6 - ahead
+            judged = Judged(entry["GPUSVC_MODEL"], entry["GPUSVC_EVENT"], when, str(entry.get("MESSAGE")))
+            self.tally.verdicts[judged.kind] += 1
+            wrong += invariants.misjudged(judged, self._notes)
+        if wrong:
+            raise ViolationError(wrong)
+
     def _states(self) -> dict[str, str]:
         said = self._stage.run("systemctl", "is-active", *OWN_UNITS, check=False).stdout.split()
         return dict(zip(OWN_UNITS, said, strict=False))
@@ -475,6 +544,7 @@ class Campaign:
         wrong += invariants.falsely_released(snapshot, self._observer.owners)
         wrong += self._check_proofs(snapshot)
         wrong += self._check_uses(snapshot)
+        wrong += self._check_patience(snapshot)
         now = snapshot.ended
         wrong += self._lingering.look(now, invariants.failed_alive(snapshot))
         wrong += self._check_stuck(snapshot)
@@ -483,8 +553,30 @@ class Campaign:
             answer = self._users.answers.pop(0)
             self.tally.statuses[str(answer.status)] += 1
             wrong += invariants.untrue(answer, self._notes)
+        while self._users.probed:
+            probed = self._users.probed.pop(0)
+            self.tally.probes[str(probed.status)] += 1
+            wrong += invariants.untrue_state(probed, self._notes)
+        while self._users.insisted:
+            insisted = self._users.insisted.pop(0)
+            self.tally.insisted += insisted.tries is None
+            wrong += invariants.starved(insisted, self._notes)
         if wrong:
             raise ViolationError(wrong)
+
+    def _check_patience(self, snapshot: Snapshot) -> Iterable[str]:
+        """Wedged engines, quiet connections, and the model that nobody may load."""
+        yield from loaded_by_probes(snapshot, PROBED.name)
+        for name in self._wedges.over(snapshot):
+            self._end_notes(lambda note, name=name: note.what == "wedge" and note.model == name)  # type: ignore[misc]
+        yield from self._wedges.unnoticed(snapshot, self._notes, is_faulty=bool(self._faults))
+        connections = list(self._users.connections)
+        yield from check_connections(
+            connections, snapshot, self._notes, lambda lease: self._is_settled(snapshot, lease)
+        )
+        for connection in connections:
+            if connection.is_over:
+                self._users.connections.remove(connection)
 
     def _check_proofs(self, snapshot: Snapshot) -> Iterable[str]:
         for fault in self._faults.values():
@@ -539,13 +631,17 @@ class Campaign:
     def _note_busy(self, snapshot: Snapshot) -> None:
         loading = any(not lease.ready for lease in snapshot.leases.values()) or snapshot.changing
         stuck = any(True for _ in invariants.stuck(snapshot))
-        busy = bool(self._users.holds or self._users.pending or self._pinned or loading or stuck or self._policy)
-        if busy and self._busy is None:
-            self._busy = len(self._notes)
-            self._notes.append(Noted(Cause.BUSY, EVERYBODY, time.monotonic(), None, "busy"))
-        elif not busy and self._busy is not None:
-            self._notes[self._busy] = replace(self._notes[self._busy], ended=time.monotonic())
-            self._busy = None
+        self._note_while(Cause.BUSY, is_so=bool(self._users.holds or self._users.pending or loading))
+        self._note_while(Cause.HELD, is_so=bool(self._pinned or stuck or self._policy))
+
+    def _note_while(self, cause: Cause, *, is_so: bool) -> None:
+        """Begin the note of ``cause`` when it becomes so, and end it when it is so no more."""
+        if is_so and cause not in self._busy:
+            self._busy[cause] = len(self._notes)
+            self._notes.append(Noted(cause, EVERYBODY, time.monotonic(), None, "busy"))
+        elif not is_so and cause in self._busy:
+            number = self._busy.pop(cause)
+            self._notes[number] = replace(self._notes[number], ended=time.monotonic())
 
     # Causes and faults
 

@@ -154,7 +154,10 @@ class Cause(StrEnum):
     GATEWAY = "the gateway was stopped, killed, frozen, or out of something"
     START = "something that a start needs was broken or taken away"
     GONE = "its file was taken away"
-    BUSY = "other models were in use, pinned, loading or stuck"
+    BUSY = "other models were in use or loading"
+    HELD = "other models were pinned or stuck, a rule was in the way, or GPUs were not to be seen"
+    WEDGED = "its engine was made to answer with 500"
+    WATCHDOG = "the watchdog was stopped, killed, frozen, or could not see"
     PROOF = "its release could not be proven, or the proof was killed"
 
 
@@ -192,6 +195,8 @@ class Answer:
     status: int | None = None
     body: bytes = b""
     problem: str = ""
+    is_patient: bool = True
+    """False: its client went away after a moment, as it does. Then no answer is no fault."""
 
 
 # What a cause leaves behind goes on for a moment: a unit that is on its way down, a restart that waits.
@@ -200,14 +205,21 @@ AFTERMATH_SECONDS = 10.0
 _CAUSES: Mapping[int, tuple[Cause, ...]] = {
     404: (Cause.GONE,),
     409: (Cause.ENDS, Cause.START),
+    500: (Cause.WEDGED,),
     502: (Cause.ENDS,),
     503: (Cause.ENDS, Cause.START, Cause.GATEWAY, Cause.GONE),
-    504: (Cause.ENDS, Cause.START, Cause.GATEWAY, Cause.BUSY),
+    504: (Cause.ENDS, Cause.START, Cause.GATEWAY, Cause.BUSY, Cause.HELD),
 }
 
-_NO_ROOM = re.compile(
-    r"does not have that free now|may not start now|came into use|is in use|ran out of VRAM|still busy"
-)
+# A request waits for those who use or load other models. What stays refuses it: pins, what is stuck, rules.
+_NO_ROOM = re.compile(r"does not have that free now|may not start now|came into use|is in use|come first|comes first")
+_RAN_OUT = re.compile(r"ran out of VRAM")
+
+
+def _room_causes(message: str) -> tuple[Cause, ...]:
+    if _RAN_OUT.search(message):
+        return (Cause.BUSY, Cause.HELD)
+    return (Cause.HELD,) if _NO_ROOM.search(message) else ()
 
 
 def untrue(answer: Answer, notes: Sequence[Noted]) -> Iterator[str]:
@@ -219,7 +231,7 @@ def untrue(answer: Answer, notes: Sequence[Noted]) -> Iterator[str]:
         return any(note.explains(cause, answer.model, since, answer.ended) for note in notes for cause in causes)
 
     if answer.status is None:
-        if not has(Cause.GATEWAY):
+        if answer.is_patient and not has(Cause.GATEWAY):
             yield f"{where} was not answered after {answer.ended - answer.began:.1f} s: {answer.problem}"
         return
     try:
@@ -238,8 +250,74 @@ def untrue(answer: Answer, notes: Sequence[Noted]) -> Iterator[str]:
         yield f"{where} got {answer.status}, which nothing explains: {message}"
     elif message.startswith("The last start of "):
         return  # it repeats what was judged when it was said first
-    elif not has(*_CAUSES[answer.status], *((Cause.BUSY,) if _NO_ROOM.search(message) else ())):
+    elif not has(*_CAUSES[answer.status], *_room_causes(message)):
         yield f"{where} got {answer.status}, and nothing that was done makes that true: {message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Insisted:
+    """A client with a short patience that asked again and again. ``tries`` is how often; None: it was served."""
+
+    model: str
+    began: float
+    ended: float
+    tries: int | None
+
+
+def starved(insisted: Insisted, notes: Sequence[Noted]) -> Iterator[str]:
+    """A client that asks again and again is served in the end, if nothing was in the way."""
+    since = insisted.began - AFTERMATH_SECONDS
+    if insisted.tries is None or any(
+        note.explains(cause, insisted.model, since, insisted.ended) for note in notes for cause in Cause
+    ):
+        return
+    yield f"{insisted.model} was asked {insisted.tries} times in {insisted.ended - insisted.began:.0f} s for nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What became of a request that looks at a model without loading it."""
+
+    model: str
+    path: str
+    began: float
+    ended: float
+    status: int | None
+    code: str = ""
+    problem: str = ""
+
+
+def untrue_state(probed: Probed, notes: Sequence[Noted]) -> Iterator[str]:
+    """A probe is answered by the engine, or told at once that the model is not loaded."""
+    if probed.status in {200, 404} or (probed.status, probed.code) == (503, "model_not_loaded"):
+        return
+    since = probed.began - AFTERMATH_SECONDS
+    causes = (Cause.ENDS, Cause.GATEWAY, Cause.GONE, Cause.START, Cause.PROOF)
+    if not any(note.explains(cause, probed.model, since, probed.ended) for note in notes for cause in causes):
+        got = probed.problem or f"{probed.status} {probed.code}"
+        yield f"the probe {probed.path} of {probed.model} got {got} after {probed.ended - probed.began:.1f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A verdict of the watchdog in the journal: stuck or failing, and when, by the clock of the notes."""
+
+    model: str
+    kind: str
+    when: float
+    message: str = ""
+
+
+# How long what made a model stuck may be over when it is judged: its busy_timeout, and a few ticks.
+_JUDGED_SECONDS = 20.0
+
+
+def misjudged(judged: Judged, notes: Sequence[Noted]) -> Iterator[str]:
+    """No model is judged stuck or failing that was not made so."""
+    causes = (Cause.WEDGED,) if judged.kind == "failing" else (Cause.ENDS, Cause.GATEWAY, Cause.START, Cause.WEDGED)
+    since = judged.when - _JUDGED_SECONDS - AFTERMATH_SECONDS
+    if not any(note.explains(cause, judged.model, since, judged.when) for note in notes for cause in causes):
+        yield f"{judged.model} was judged {judged.kind}, and nothing was done to it: {judged.message}"
 
 
 # In the end
@@ -318,7 +396,8 @@ INSTANT = (escaped, outlived, without_lease, overcommitted)
 """Those that one snapshot is enough for."""
 
 __all__ = [
-    "AFTERMATH_SECONDS", "EVERYBODY", "INSTANT", "SERVICES", "Answer", "Cause", "Late", "Lingering", "Noted",
-    "Unprovable", "Used", "escaped", "evicted_in_use", "failed_alive", "falsely_released", "outlived", "overcommitted",
-    "stuck", "unlike_new", "untrue", "without_lease", "wrongly_proven",
+    "AFTERMATH_SECONDS", "EVERYBODY", "INSTANT", "SERVICES", "Answer", "Cause", "Insisted", "Judged", "Late",
+    "Lingering", "Noted", "Probed", "Unprovable", "Used", "escaped", "evicted_in_use", "failed_alive",
+    "falsely_released", "misjudged", "outlived", "overcommitted", "starved", "stuck", "unlike_new", "untrue",
+    "untrue_state", "without_lease", "wrongly_proven",
 ]  # fmt: skip

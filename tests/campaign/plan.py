@@ -74,6 +74,11 @@ _KINDS: dict[str, tuple[float, Callable[[random.Random, str, str, float], Step]]
     # Use
     "request": (26, _timed(1.0)),
     "hold": (8, _timed(3.0)),
+    "crowd": (2, _timed(0.5)),
+    "swap": (1.5, _timed(0.3)),
+    "insist": (3, _timed(1.5)),
+    "socket": (4, _timed(24.0)),
+    "probe": (6, _one_of("health", "metrics", "props", "slots", "v1/models", "ask?autoload=false")),
     # Words of operators
     "start": (5, _plain),
     "stop": (4, _plain),
@@ -88,6 +93,7 @@ _KINDS: dict[str, tuple[float, Callable[[random.Random, str, str, float], Step]]
     # Faults of processes
     "kill": (12, _one_of(*WHO, *WHO[:2])),
     "freeze": (4, _one_of("launcher", "engine", "watchdog", "gateway", "api", "proof", longest=8)),
+    "wedge": (2, _plain),
     "descriptors": (2, _one_of("launcher", "watchdog", "gateway", "api", longest=8)),
     "processes": (1, _one_of("1", "4", "12", longest=5)),
     # Faults of the driver

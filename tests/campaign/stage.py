@@ -72,6 +72,9 @@ start_timeout = "8s"
 stop_timeout = "300ms"
 health_timeout = "8s"
 idle_timeout = "{idle}"
+busy_timeout = "14s"
+failing_time = "2s"
+probe = {{path = "/v1/chat/completions", body = {{messages = [{{role = "user", content = "Hi"}}]}}}}
 priority = {priority}
 [gpu]
 count = {self.gpus}
@@ -90,6 +93,9 @@ MODELS = {
         Model("vague", 10, is_declared=False, load_seconds=0.2),
     )
 }
+
+PROBED = Model("unasked", 4)
+"""It has a file, and is only ever asked how it is: nothing may load it."""
 
 
 class Stage(Host):
@@ -124,7 +130,7 @@ class Stage(Host):
         self.write("/etc/systemd/system/model@.service.d/campaign.conf", _MODEL_UNIT)
         self.write("/etc/systemd/journald.conf.d/campaign.conf", "[Journal]\nSystemMaxUse=48M\nRateLimitBurst=0\n")
         self.write_policy()
-        for model in MODELS.values():
+        for model in (*MODELS.values(), PROBED):
             self.write_file(model.name, model.file())
         self.run("systemctl", "daemon-reload")
         self.run("systemctl", "restart", "systemd-journald.service", "gpusvc-watchdog.service")

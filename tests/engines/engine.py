@@ -5,7 +5,8 @@ It serves ``GET /health`` (503 until loaded, then 200), ``GET /v1/models`` and `
 simulated VRAM through ``libfakecuda.so`` where asked to, and has a switch for each thing that real engines do wrong.
 Standard library only, one file, started in a few tens of milliseconds: it is copied into machines as ``test-engine``.
 
-SIGUSR1 makes it hang: connections are accepted and nothing is ever answered.
+SIGUSR1 makes it hang: connections are accepted and nothing is ever answered. SIGUSR2 makes it wedged: ``/health`` stays
+200, and every chat is answered with 500. A request with ``Upgrade: websocket`` becomes a connection that echoes bytes.
 """
 
 # Nothing is imported that takes long.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import json
 import os
 import signal
@@ -264,8 +266,10 @@ class Server:
         self._gpus = gpus
         self.is_loaded = False
         self.is_hung = False
+        self.is_wedged = False
         self._healthy_answers = 0
         signal.signal(signal.SIGUSR1, self._hang)
+        signal.signal(signal.SIGUSR2, self._wedge)
         self._socket = socket.create_server((options.listen, options.port), backlog=128)
         options.port = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -273,6 +277,10 @@ class Server:
     def _hang(self, *_: object) -> None:
         self.is_hung = True
         say("hanging")
+
+    def _wedge(self, *_: object) -> None:
+        self.is_wedged = True
+        say("wedged")
 
     def _accept(self) -> None:
         while True:
@@ -284,14 +292,19 @@ class Server:
             try:
                 while request := stream.readline():
                     method, path, _ = request.decode("latin-1").split(" ", 2)
-                    length = 0
+                    length, upgrade = 0, b""
                     while (line := stream.readline().strip()) != b"":
                         name, _, value = line.partition(b":")
                         if name.lower() == b"content-length":
                             length = int(value)
+                        elif name.lower() == b"upgrade":
+                            upgrade = value.strip().lower()
                     body = stream.read(length)
                     if self.is_hung or (self.options.hang_health and path == "/health"):
                         threading.Event().wait()
+                    if upgrade == b"websocket" and self.is_loaded:
+                        echo(connection, stream)
+                        return
                     status, answer = self._answer(method, path, body)
                     data = json.dumps(answer).encode()
                     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -315,6 +328,10 @@ class Server:
                 self._gpus.allocate(uuid, size(json.loads(body)["vram"]))
             return "200 OK", {}
         if (method, path) == ("POST", "/v1/chat/completions"):
+            if self.is_wedged:
+                return "500 Internal Server Error", {
+                    "error": {"code": 500, "message": "CUDA error: unspecified failure"}
+                }
             asked = json.loads(body)
             question = asked["messages"][-1]["content"]
             time.sleep(float(asked.get("seconds", 0)))  # how long the answer takes
@@ -328,6 +345,13 @@ class Server:
             self._healthy_answers += 1
             if self._healthy_answers == self.options.die_after_health:
                 die(self.options)
+
+
+def echo(connection: socket.socket, stream: io.BufferedReader) -> None:
+    """Switches protocols, and sends back what comes until the client has enough."""
+    connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    while data := stream.read1(65536):
+        connection.sendall(data)
 
 
 if __name__ == "__main__":

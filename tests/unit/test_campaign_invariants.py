@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
 from tests.campaign import invariants, plan
-from tests.campaign.invariants import EVERYBODY, Answer, Cause, Lingering, Noted, Unprovable, Used
+from tests.campaign.invariants import (
+    EVERYBODY,
+    Answer,
+    Cause,
+    Insisted,
+    Judged,
+    Lingering,
+    Noted,
+    Probed,
+    Unprovable,
+    Used,
+)
+from tests.campaign.patience import WEDGED_SECONDS, Wedges, check_connections, loaded_by_probes
 from tests.campaign.snapshot import Given, Held, Late, Process, Snapshot, Unit
 from tests.campaign.stage import MODELS
+from tests.campaign.users import Connection
 
 GIB = 1 << 30
 UP = Unit("active", "running", "success")
@@ -125,7 +139,14 @@ def test_an_answer_is_right_only_if_it_is_the_models_own_to_this_question() -> N
 
 @pytest.mark.parametrize(
     ("status", "cause"),
-    [(404, Cause.GONE), (409, Cause.ENDS), (502, Cause.ENDS), (503, Cause.START), (504, Cause.BUSY)],
+    [
+        (404, Cause.GONE),
+        (409, Cause.ENDS),
+        (502, Cause.ENDS),
+        (503, Cause.START),
+        (504, Cause.BUSY),
+        (500, Cause.WEDGED),
+    ],
 )
 def test_an_error_is_true_only_if_something_was_done_that_makes_it_so(status: int, cause: Cause) -> None:
     got = answer(status, error())
@@ -137,9 +158,10 @@ def test_an_error_is_true_only_if_something_was_done_that_makes_it_so(status: in
     assert list(invariants.untrue(got, [noted(cause, began=200.0)]))
 
 
-def test_no_room_is_true_only_if_others_were_in_the_way_and_a_failure_is_not_excused_by_them() -> None:
+def test_no_room_is_true_only_if_others_stay_and_not_because_they_are_busy() -> None:
     no_room = answer(503, error("qwen needs 8 GiB on a GPU, and this machine does not have that free now."))
-    assert not list(invariants.untrue(no_room, [noted(Cause.BUSY)]))
+    assert not list(invariants.untrue(no_room, [noted(Cause.HELD)]))
+    assert list(invariants.untrue(no_room, [noted(Cause.BUSY)]))
     assert list(invariants.untrue(answer(503, error()), [noted(Cause.BUSY)]))
 
 
@@ -147,8 +169,64 @@ def test_no_answer_and_a_failure_of_the_gateway_itself_need_a_reason() -> None:
     silence = answer(None, b"", problem="it waits for ever")
     assert list(invariants.untrue(silence, [noted(Cause.ENDS)]))
     assert not list(invariants.untrue(silence, [noted(Cause.GATEWAY)]))
-    assert list(invariants.untrue(answer(500, error()), [noted(cause) for cause in Cause]))
+    assert list(invariants.untrue(answer(500, error()), [noted(cause) for cause in Cause if cause != Cause.WEDGED]))
     assert list(invariants.untrue(answer(503, b"no JSON"), []))
+
+
+def test_a_client_that_asks_again_and_again_is_served_unless_something_was_done() -> None:
+    insisted = Insisted("qwen", 100.0, 110.0, 20)
+    assert list(invariants.starved(insisted, []))
+    assert not list(invariants.starved(insisted, [noted(Cause.BUSY)]))
+    assert not list(invariants.starved(replace(insisted, tries=None), []))
+
+
+def test_a_probe_is_answered_by_the_engine_or_told_that_the_model_is_not_loaded() -> None:
+    probed = Probed("qwen", "health", 100.0, 101.0, 200)
+    assert not list(invariants.untrue_state(probed, []))
+    assert not list(invariants.untrue_state(replace(probed, status=503, code="model_not_loaded"), []))
+    assert list(invariants.untrue_state(replace(probed, status=503, code="too_many_waiting"), []))
+    assert list(invariants.untrue_state(replace(probed, status=None, problem="no answer"), []))
+    assert not list(invariants.untrue_state(replace(probed, status=502), [noted(Cause.ENDS)]))
+
+
+def test_no_probe_loads_a_model() -> None:
+    assert not list(loaded_by_probes(SOUND, "other"))
+    assert list(loaded_by_probes(SOUND, "qwen"))
+    assert list(loaded_by_probes(replace(SOUND, units={"model@other.service": Unit("activating")}), "other"))
+
+
+@pytest.mark.parametrize(("kind", "cause"), [("stuck", Cause.ENDS), ("failing", Cause.WEDGED)])
+def test_a_verdict_is_earned(kind: str, cause: Cause) -> None:
+    judged = Judged("qwen", kind, 101.0)
+    assert list(invariants.misjudged(judged, []))
+    assert not list(invariants.misjudged(judged, [noted(cause)]))
+    assert list(invariants.misjudged(judged, [noted(cause, "other"), noted(Cause.BUSY)]))
+
+
+def test_a_wedged_engine_that_goes_on_is_not_noticed_unless_nobody_could() -> None:
+    wedges = Wedges()
+    wedges.begin(LEASE)
+    later = replace(SOUND, ended=time.monotonic() + 2 * WEDGED_SECONDS)
+    assert not list(wedges.unnoticed(SOUND, [], is_faulty=False))
+    assert wedges.over(later) == []
+    assert list(wedges.unnoticed(later, [], is_faulty=False))
+    assert not list(wedges.unnoticed(later, [], is_faulty=True))
+    assert not list(wedges.unnoticed(later, [], is_faulty=False))  # it begins anew with the end of the fault
+    assert wedges.over(replace(SOUND, processes=())) == ["qwen"]
+    assert not list(wedges.unnoticed(replace(later, ended=later.ended * 2), [], is_faulty=False))
+
+
+def test_a_connection_is_cut_off_only_with_its_engine_or_by_what_was_done() -> None:
+    def said(snapshot: Snapshot, *notes: Noted) -> list[str]:
+        return list(check_connections([connection], snapshot, notes, lambda lease: lease.ready))
+
+    connection = Connection("qwen", is_open=True)
+    assert said(SOUND) == []
+    assert connection.run == LEASE.created
+    connection.problem = "was closed"
+    assert said(SOUND)
+    assert not said(SOUND, noted(Cause.GATEWAY, began=0.05))
+    assert not said(replace(SOUND, leases={"qwen": replace(LEASE, created=2.0)}))
 
 
 def test_what_lingers_is_told_of_only_after_a_while_and_only_if_it_was_there_throughout() -> None:
