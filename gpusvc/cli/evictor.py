@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpusvc.gpu.selector import DeviceSelector
     from gpusvc.paths import Paths
     from gpusvc.placement.eviction import Attempt, Doors
-    from gpusvc.status.inventory import ModelStatus
+    from gpusvc.status.models import ModelStatus
     from gpusvc.systemd.manager import Manager
 
 PAUSE_SECONDS = 0.05
@@ -49,7 +49,7 @@ class Evictor:
     def clear(self, selector: DeviceSelector) -> None:
         """Evict the idle models of the GPUs that ``selector`` matches, and name the others."""
         from gpusvc.status import inventory
-        from gpusvc.status.inventory import ModelState
+        from gpusvc.status.models import ModelState
 
         readings = _snapshot()
         uuids = {gpu.uuid for gpu in matching(readings, selector)}

@@ -113,8 +113,8 @@ class Room:
         host = _without_limits(self._host, named=named)
         with waitlist.placement_lock(self._paths):
             line = waitlist.ahead(self._paths, self._ticket)
-            held = occupancy.holdings(self._paths)
-            scene = occupancy.scene(self._paths, host, held, gpus, line, drained=doors.drained)
+            occupants = occupancy.occupants(self._paths)
+            scene = occupancy.scene(self._paths, host, occupants, gpus, line, drained=doors.drained)
             outcome = plan(request, gpus, scene.claims, scene.residents, host, scene.line)
             found = outcome if isinstance(outcome, Plan) else outcome.after_drain
             if not isinstance(outcome, Plan) and found is None and (is_late or not outcome.can_wait):

@@ -81,9 +81,13 @@ class Cgroup(Record):
     def pids(self) -> tuple[int, ...]:
         """Return the processes in the group and below it. Zombies are not listed."""
         found: list[int] = []
-        for directory in (self.directory, *self._children()):
+        pending = [f"{ROOT}{self.path}"]
+        for directory in pending:
             try:
-                found += map(int, (directory / "cgroup.procs").read_text().split())
+                with open(f"{directory}/cgroup.procs") as file:  # noqa: PTH123  as in _read()
+                    found += map(int, file.read().split())
+                with os.scandir(directory) as entries:
+                    pending += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
             except OSError:
                 continue
         return tuple(found)
@@ -121,12 +125,6 @@ class Cgroup(Record):
             OSError: the caller may not write cgroup.kill, or the group is removed.
         """
         (self.directory / "cgroup.kill").write_text("1")
-
-    def _children(self) -> list[Path]:
-        try:
-            return [entry for entry in self.directory.rglob("*") if entry.is_dir()]
-        except OSError:
-            return []
 
 
 def _read(file: str) -> str:

@@ -127,13 +127,13 @@ class Admission:
 
     def _decide(self, stack: ExitStack) -> tuple[Plan | NoPlan | None, Admitted | None]:
         """Plan with what is true at this moment, and write the plan down. None: there are other GPUs than before."""
-        held, gpus = occupancy.look(self._paths, self._read_gpus, but=self._config.name)
+        occupants, gpus = occupancy.look(self._paths, self._read_gpus, but=self._config.name)
         if self._needs is None or self._needs[0] != _types(gpus):
             self._needs = None
             return None, None
         needs = self._needs[1]
         line = waitlist.ahead(self._paths, self._ticket, self._config.priority)
-        scene = occupancy.scene(self._paths, self._host, held, gpus, line, drained=self._doors.drained)
+        scene = occupancy.scene(self._paths, self._host, occupants, gpus, line, drained=self._doors.drained)
         self._is_behind_waiters = bool(line)
         request = self._request(needs.bytes)
         outcome = self._plan(request, gpus, scene)

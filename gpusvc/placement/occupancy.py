@@ -1,4 +1,4 @@
-"""Which model holds what on the GPUs: the leases of all models joined with one reading of NVML."""
+"""What a placement knows of the models that hold a lease, and of the room that each of them takes or gives back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from gpusvc import names
 from gpusvc.config.files import load_sound_model
-from gpusvc.gpu.reading import total
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.placement.request import Claim, Resident, Wish
 from gpusvc.quantity import format_amount
 from gpusvc.record import Record
+from gpusvc.state import holdings, readiness, use
 from gpusvc.state import lease as leases
-from gpusvc.state import readiness, use
+from gpusvc.state.holdings import Holding
 from gpusvc.state.lease import BrokenLeaseError, Lease
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 _LOOKS = 10
 
 
-class Holding(Record):
-    """A lease and the processes that stand behind it now."""
+class Occupant(Record):
+    """A lease, and the state of its model as the kernel tells it."""
 
     lease: Lease
-    pids: frozenset[int]
     populated: bool
     """Whether any process is in its control group."""
     attended: bool
@@ -43,10 +42,14 @@ class Holding(Record):
     def loading(self) -> bool:
         return self.attended and not self.lease.ready
 
-    def claims(self, gpus: Sequence[Gpu]) -> list[Claim]:
+    def claims(self, gpus: Sequence[Gpu], pids: Collection[int]) -> list[Claim]:
         """Return what the model was promised and has not taken; a ready model has taken all.
 
         A model that ends keeps its promise until its release is proven, and other starts wait for that.
+
+        Args:
+            gpus: a reading of NVML.
+            pids: the model's processes in it.
         """
         if self.lease.ready and self.populated and not self.ending:
             return []
@@ -60,7 +63,7 @@ class Holding(Record):
             if promised is None and self.lease.ready:
                 promised = leased.used_bytes  # its need was unknown, and this is what it was seen to hold
             if promised is not None:
-                outstanding = max(0, promised - (gpu.used_by(self.pids) or 0))
+                outstanding = max(0, promised - (gpu.used_by(pids) or 0))
             else:
                 # Its need is unknown: until it is loaded, it may take all that is free.
                 outstanding = (gpu.free_bytes or 0) if self.loading else 0
@@ -71,8 +74,8 @@ class Holding(Record):
         return found
 
 
-def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
-    """Return all leases that can be read, without that of the model ``but``."""
+def occupants(paths: Paths, *, but: str | None = None) -> list[Occupant]:
+    """Return the models whose leases can be read, without the model ``but``."""
     found = []
     for name in leases.holders(paths):
         try:
@@ -84,9 +87,8 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
         inside = Cgroup(lease.cgroup).pids() if lease.cgroup is not None else ()
         service = Cgroup(f"{paths.control_group}/{names.service(name)}")
         found.append(
-            Holding(
+            Occupant(
                 lease=lease,
-                pids=frozenset(inside) | {process.pid for process in lease.processes if lease.owned(process.pid)},
                 populated=bool(inside),
                 attended=leases.is_held(paths, name),
                 ending=lease.ready and lease.pid not in inside and service.populated(),
@@ -97,8 +99,8 @@ def holdings(paths: Paths, *, but: str | None = None) -> list[Holding]:
 
 def look(
     paths: Paths, read_gpus: Callable[[], Sequence[Gpu]], *, but: str | None = None
-) -> tuple[list[Holding], Sequence[Gpu]]:
-    """Return the leases and a reading of NVML, both of the same moment.
+) -> tuple[list[Occupant], Sequence[Gpu]]:
+    """Return the models that hold a lease and a reading of NVML, both of the same moment.
 
     Both are read again if a model became ready or died in between: its claim and NVML's bytes would not fit together.
 
@@ -107,18 +109,18 @@ def look(
         read_gpus: reads NVML.
         but: the model that is not counted.
     """
-    before = holdings(paths, but=but)
+    before = occupants(paths, but=but)
     for _ in range(_LOOKS):
         gpus = read_gpus()
-        held = holdings(paths, but=but)
-        if _states(held) == _states(before):
+        found = occupants(paths, but=but)
+        if _states(found) == _states(before):
             break
-        before = held
-    return held, gpus
+        before = found
+    return found, gpus
 
 
-def _states(held: Sequence[Holding]) -> list[object]:
-    return [(h.lease.model, h.lease.created, h.lease.ready, h.populated, h.attended, h.ending) for h in held]
+def _states(found: Sequence[Occupant]) -> list[object]:
+    return [(o.lease.model, o.lease.created, o.lease.ready, o.populated, o.attended, o.ending) for o in found]
 
 
 class Scene(Record):
@@ -130,7 +132,7 @@ class Scene(Record):
     line: tuple[Wish, ...] = ()
 
     def holders(self, gpus: Sequence[Gpu], now_seconds: float) -> dict[str, list[str]]:
-        """in_words(), with each model's standing at ``now_seconds`` since the epoch."""
+        """Return in_words(), with each model's state at ``now_seconds`` since the epoch."""
         from gpusvc.placement.refusal import state_in_words  # noqa: PLC0415  for a refusal only
 
         return in_words(gpus, self.held, {r.model: state_in_words(r, now_seconds) for r in self.residents})
@@ -139,7 +141,7 @@ class Scene(Record):
 def scene(
     paths: Paths,
     host: HostConfig,
-    held: Sequence[Holding],
+    found: Sequence[Occupant],
     gpus: Sequence[Gpu],
     ahead: Sequence[Wish],
     *,
@@ -150,21 +152,23 @@ def scene(
     Args:
         paths: where their files are.
         host: the policy.
-        held: what models hold.
+        found: the models that hold a lease.
         gpus: a reading of NVML, of the same moment; see look().
         ahead: the wishes of the starts that come first in the line.
         drained: the models whose doors the caller holds closed, and that nobody uses.
     """
-    claims = tuple(claim for holding in held for claim in holding.claims(gpus))
-    leaving = frozenset(name for holding in held if holding.loading for name in holding.lease.evicting)
-    found = residents(paths, host, held, gpus, drained=drained, leaving=leaving)
-    return Scene(tuple(held), claims, tuple(found), tuple(ahead))
+    held = holdings.join((occupant.lease for occupant in found), gpus)
+    claims = tuple(claim for each in found for claim in each.claims(gpus, held[each.lease.model].pids))
+    leaving = frozenset(name for occupant in found if occupant.loading for name in occupant.lease.evicting)
+    others = residents(paths, host, found, held, gpus, drained=drained, leaving=leaving)
+    return Scene(tuple(held.values()), claims, tuple(others), tuple(ahead))
 
 
 def residents(
     paths: Paths,
     host: HostConfig,
-    held: Sequence[Holding],
+    occupants: Sequence[Occupant],
+    held: Mapping[str, Holding],
     gpus: Sequence[Gpu],
     *,
     drained: Collection[str],
@@ -175,31 +179,33 @@ def residents(
     Args:
         paths: where their files are.
         host: the policy.
-        held: what they hold.
+        occupants: they.
+        held: what each of them holds.
         gpus: a reading of NVML.
         drained: the models whose doors the caller holds closed, and that nobody uses.
         leaving: the models that another start evicts already.
     """
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     found = []
-    for holding in held:
-        lease = holding.lease
-        stays = holding.populated and _must_stay(paths, lease.model, host.eviction.min_stay_seconds)
+    for occupant in occupants:
+        lease = occupant.lease
+        pids = held[lease.model].pids
+        stays = occupant.populated and _must_stay(paths, lease.model, host.eviction.min_stay_seconds)
         config = load_sound_model(paths, lease.model, host)
         given = {leased.uuid: by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid}
         found.append(
             Resident(
                 model=lease.model,
-                gives={uuid: gpu.used_by(holding.pids) or 0 for uuid, gpu in given.items()},
+                gives={uuid: gpu.used_by(pids) or 0 for uuid, gpu in given.items()},
                 priority=config.priority if config is not None else 0,
                 last_use=use.last_use(paths, lease.model) or lease.created,
                 # A model whose lock cannot be tried counts as in use.
                 busy=lease.model not in drained and use.is_used(paths, lease.model) is not False,
                 pinned=is_pinned(paths, lease.model, config),
                 # A start waits for the end of min_stay as it waits for a load: the door stays open.
-                loading=holding.loading or holding.ending or stays,
-                leaving=lease.model in leaving or holding.ending,
-                stuck=not (holding.populated or holding.loading or holding.ending),
+                loading=occupant.loading or occupant.ending or stays,
+                leaving=lease.model in leaving or occupant.ending,
+                stuck=not (occupant.populated or occupant.loading or occupant.ending),
                 exclusive=frozenset(config.exclusive) if config is not None else frozenset(),
             )
         )
@@ -217,30 +223,26 @@ def is_pinned(paths: Paths, name: str, config: ModelConfig | None) -> bool:
 
 
 def in_words(
-    gpus: Sequence[Gpu], held: Sequence[Holding], standings: Mapping[str, str] | None = None
+    gpus: Sequence[Gpu], held: Sequence[Holding], states: Mapping[str, str] | None = None
 ) -> dict[str, list[str]]:
-    """By the GPU's UUID: each model and each foreign process on it, with the bytes that NVML attributes to it.
+    """Return who holds what, by the GPU's UUID: models and foreign processes, with the bytes that NVML reports.
 
     Args:
         gpus: a reading of NVML.
-        held: the leases.
-        standings: by model, whether it is in use, and since when it is not.
+        held: what models hold.
+        states: by model, whether it is in use, and since when it is not.
     """
-    said = {model: f" ({standing})" for model, standing in (standings or {}).items()}
-    owner = {pid: holding.lease.model for holding in held for pid in holding.pids}
     found: dict[str, list[str]] = {}
     for gpu in gpus:
-        by_model: dict[str, list[int | None]] = {}
+        models, foreign = holdings.shares(gpu, held)
         words = []
-        for process in gpu.processes or ():
-            model = owner.get(process.pid)
-            if model is not None:
-                by_model.setdefault(model, []).append(process.used_bytes)
-            else:
-                command = processes.command(process.pid) or "gone"
-                words.append(f"PID {process.pid} ({command}) {format_amount(process.used_bytes)}")
-        models = [
-            f"{model} {format_amount(total(used))}{said.get(model, '')}" for model, used in sorted(by_model.items())
-        ]
-        found[gpu.uuid] = models + words
+        for share in models:
+            name = share.holding.lease.model
+            if share.is_listed:
+                state = f" ({states[name]})" if states and name in states else ""
+                words.append(f"{name} {format_amount(share.used_bytes)}{state}")
+        for process in foreign:
+            command = processes.command(process.pid) or "gone"
+            words.append(f"PID {process.pid} ({command}) {format_amount(process.used_bytes)}")
+        found[gpu.uuid] = words
     return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpusvc.quantity import MIB, format_size
 from gpusvc.record import Record
+from gpusvc.state import holdings
 
 if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
@@ -71,11 +72,10 @@ def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Proce
     """
     found: list[Obstacle] = []
     recorded = {process.pid for process in lease.processes}
-    for gpu in gpus:
-        for process in gpu.processes or ():
-            if lease.owned(process.pid, identify) is not None:
-                held = "" if process.used_bytes is None else f" with {format_size(process.used_bytes)}"
-                found.append(Obstacle(f"NVML lists PID {process.pid} on GPU {gpu.index}{held}", process.pid))
+    for stray in holdings.strays(lease, holdings.listed(gpus), identify=identify):
+        held = "" if stray.used_bytes is None else f" with {format_size(stray.used_bytes)}"
+        pid = stray.process.pid
+        found.append(Obstacle(f"NVML lists PID {pid} on GPU {stray.gpu_index}{held}", pid))
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     for leased in lease.gpus:
         own = by_uuid.get(leased.uuid)

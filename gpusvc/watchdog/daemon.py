@@ -27,7 +27,7 @@ from gpusvc.systemd.notify import Notifier
 from gpusvc.watchdog import announcements, verdicts
 from gpusvc.watchdog.evictions import Evictions
 from gpusvc.watchdog.judge import Finding, History, Judgement, Pressure, judge
-from gpusvc.watchdog.leaks import Strays, Unattended
+from gpusvc.watchdog.leaks import Strays, Unattended, in_words
 from gpusvc.watchdog.observer import Observation, Observer
 from gpusvc.watchdog.probe import Probing
 
@@ -167,10 +167,12 @@ class Watchdog:
         """Name what models left behind, and have it cleared away where that can be done."""
         now = seen.now_seconds
         for stray in self._strays.news(now, seen.strays):
-            announcements.leak(str(stray), stray.model, "a process", gpu=[stray.gpu_index], vram_bytes=stray.used_bytes)
+            announcements.leak(
+                in_words(stray), stray.model, "a process", gpu=[stray.gpu_index], vram_bytes=stray.used_bytes
+            )
 
         def in_the_way(name: str) -> tuple[object, ...]:
-            return seen.problem, frozenset(stray for stray in seen.strays if stray.model == name)
+            return seen.problem, frozenset(stray.identity for stray in seen.strays if stray.model == name)
 
         due = self._unattended.due(now, seen.unattended, in_the_way)
         states = (

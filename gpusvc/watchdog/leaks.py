@@ -1,67 +1,62 @@
-"""What models left behind: whose release has to be proven again, and which of their processes still hold VRAM.
+"""Leaks: the models whose release has to be proven again, and their processes that hold VRAM outside of a scope.
 
-Looks go in, what is to be done or said comes out. Nothing is done or said at the first look: what ends, ends in steps.
+Observations go in, and come out if there is something to do or to report. The first observation is never enough,
+because a model ends in steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gpusvc.backoff import Backoff
-from gpusvc.linux.processes import Process
 from gpusvc.quantity import format_size
 
-# Between the end of a service and the end of what is left of it there is a moment.
+if TYPE_CHECKING:
+    from gpusvc.state.holdings import Stray
+
+# The processes of a model may end this much later than its service.
 _PATIENCE_SECONDS = 3.0
 
-# The driver lets go of the memory of the dead within this time, or is slow enough to be worth a word.
+# The driver mostly frees the memory of an ended process within this time; a later one is reported.
 _STRAY_SECONDS = 5.0
 
-# A proof that failed has been tried for all of its release_timeout already; one that was killed has not.
+# Between two proofs. Each of them tries for release_timeout.
 _FIRST_PAUSE_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 1800.0
 
 
-@dataclass(frozen=True, slots=True)
-class Stray:
-    """A process that was a model's, is in its scope no more, and is on the driver's list all the same."""
-
-    model: str
-    process: Process
-    gpu_index: int
-    alive: bool
-    used_bytes: int | None = field(compare=False)
-
-    def __str__(self) -> str:
-        held = "VRAM" if self.used_bytes is None else format_size(self.used_bytes)
-        if self.alive:
-            return f"PID {self.process.pid} of {self.model} holds {held} of GPU {self.gpu_index} outside of its scope."
-        return (
-            f"PID {self.process.pid} of {self.model} is gone, but the driver counts {held} of GPU {self.gpu_index} "
-            "as its."
-        )
+def in_words(stray: Stray) -> str:
+    """Return a sentence about a stray."""
+    held = "VRAM" if stray.used_bytes is None else format_size(stray.used_bytes)
+    if stray.alive:
+        return f"PID {stray.process.pid} of {stray.model} holds {held} of GPU {stray.gpu_index} outside of its scope."
+    return (
+        f"PID {stray.process.pid} of {stray.model} has ended, but the driver counts {held} of GPU {stray.gpu_index} "
+        "as its memory."
+    )
 
 
 class Strays:
-    """Tells of each stray once, when it has been there for a while."""
+    """Reports each stray once, after it was seen for some time."""
 
     def __init__(self) -> None:
-        self._since: dict[Stray, float] = {}
-        self._told: set[Stray] = set()
+        self._since: dict[tuple[object, ...], float] = {}
+        self._told: set[tuple[object, ...]] = set()
 
     def news(self, now_seconds: float, strays: Iterable[Stray]) -> list[Stray]:
-        """Of these, which are all that there are, those to be told of now."""
-        self._since = {stray: self._since.get(stray, now_seconds) for stray in strays}
+        """Return those of ``strays``, which are all of this moment, that are to be reported now."""
+        found = {stray.identity: stray for stray in strays}
+        self._since = {identity: self._since.get(identity, now_seconds) for identity in found}
         self._told &= self._since.keys()
-        ripe = {stray for stray, since in self._since.items() if now_seconds - since >= _STRAY_SECONDS}
-        news = sorted(ripe - self._told, key=lambda stray: (stray.model, stray.process, stray.gpu_index))
+        ripe = {identity for identity, since in self._since.items() if now_seconds - since >= _STRAY_SECONDS}
+        news = [found[identity] for identity in ripe - self._told]
         self._told |= ripe
-        return news
+        return sorted(news, key=lambda stray: (stray.model, stray.process, stray.gpu_index))
 
 
 class Unattended:
-    """The models of which something is left while nobody seems to be at them."""
+    """The models that left something behind, and whose service does not run."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
@@ -72,13 +67,13 @@ class Unattended:
     def due(
         self, now_seconds: float, models: Collection[str], sign: Callable[[str], object] = lambda _: None
     ) -> list[str]:
-        """Of these, which are all that there are, those to be looked into now.
+        """Return those of ``models``, which are all of this moment, whose release is to be proven now.
 
         Args:
             now_seconds: by a clock that nobody sets.
             models: their names.
-            sign: of a model, what is seen to be in the way of its proof. Where that changes, the proof is worth another
-                try soon, however long ago the last one failed.
+            sign: returns what is seen to be in the way of a model's proof. If that changes, the proof is soon tried
+                again, however long the pause after the last failure is.
         """
         self._since = {model: self._since.get(model, now_seconds) for model in models}
         before, self._signs = self._signs, {model: sign(model) for model in models}
@@ -97,10 +92,10 @@ class Unattended:
         )
 
     def is_new(self, model: str) -> bool:
-        """Whether it was never postponed."""
+        """Return whether no proof of ``model`` was tried yet."""
         return model not in self._postponed
 
     def postpone(self, now_seconds: float, model: str) -> None:
-        """All was done that can be done now."""
+        """Note that a proof of ``model`` is tried now; the next try follows after a pause."""
         self._postponed.add(model)
         self._pauses[model].postpone(now_seconds)

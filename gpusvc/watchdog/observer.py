@@ -15,15 +15,13 @@ from gpusvc import files, names
 from gpusvc.config.host import BusyAction
 from gpusvc.files import Stamp
 from gpusvc.gpu.meter import Reading
-from gpusvc.gpu.reading import total
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
-from gpusvc.state import counters, use
+from gpusvc.state import counters, holdings, use
 from gpusvc.state import lease as leases
 from gpusvc.state.counters import NO_ANSWERS
 from gpusvc.state.lease import BrokenLeaseError, Lease
 from gpusvc.watchdog.judge import Evidence, GpuEvidence
-from gpusvc.watchdog.leaks import Stray
 
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from gpusvc.gpu.meter import Meter
     from gpusvc.paths import Paths
     from gpusvc.state.counters import Answers
+    from gpusvc.state.holdings import Holding, Stray
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -106,7 +105,7 @@ class Observer:
         now, wall = self._now(), self._wall()
         configs = self._watched.models(held)
         reading = self._read_gpus(now, wall, held)
-        members = self._members(reading, held)
+        joined = holdings.join(held.values(), reading.gpus, self._group_of)
         answers = counters.answers(counters.directory(self._paths)) if held else {}
         leaving = {*leaving, *_evicted(held, attended)}
         return Observation(
@@ -115,21 +114,20 @@ class Observer:
             leases=held,
             evidence={
                 name: self._evidence(
-                    lease,
+                    joined[name],
                     host,
                     configs[name],
                     reading,
-                    members.get(name, frozenset()),
                     now,
                     wall,
                     answers.get(name, NO_ANSWERS),
                     leaving=name in leaving,
                 )
-                for name, lease in held.items()
+                for name in held
             },
             gpus=_free(reading, host),
             unattended=frozenset({*self._kept, *_populated(self._scopes, but=attended)} - attended),
-            strays=tuple(self._strays(reading, members)),
+            strays=tuple(stray for holding in joined.values() for stray in holding.strays),
             problem=reading.problem,
         )
 
@@ -172,52 +170,24 @@ class Observer:
             return Reading()
         return self._meter.read(now, wall, of_interest)
 
-    def _members(self, reading: Reading, held: Mapping[str, Lease]) -> dict[str, frozenset[int]]:
-        """Of each model, the processes on GPUs that are in its control group or below."""
-        owners = {lease.cgroup: name for name, lease in held.items() if lease.cgroup is not None}
-        found: dict[str, set[int]] = {}
-        for pid in {process.pid for gpu in reading.gpus for process in gpu.processes or ()}:
-            group = self._group_of(pid)
-            path = "" if group is None else group.path
-            while path:
-                if path in owners:
-                    found.setdefault(owners[path], set()).add(pid)
-                    break
-                path = path.rpartition("/")[0]
-        return {name: frozenset(pids) for name, pids in found.items()}
-
-    def _strays(self, reading: Reading, members: Mapping[str, frozenset[int]]) -> Iterator[Stray]:
-        inside = frozenset[int]().union(*members.values())
-        for gpu in reading.gpus:
-            for listed in gpu.processes or ():
-                if listed.pid in inside:
-                    continue
-                for name, kept in self._kept.items():
-                    known = kept.lease.owned(listed.pid) if kept.lease is not None else None
-                    if known is not None:
-                        alive = processes.identify(listed.pid) is not None
-                        yield Stray(name, known, gpu.index, alive=alive, used_bytes=listed.used_bytes)
-
     def _evidence(
         self,
-        lease: Lease,
+        holding: Holding,
         host: HostConfig | None,
         config: ModelConfig | None,
         reading: Reading,
-        pids: frozenset[int],
         now: float,
         wall: float,
         answers: Answers | None,
         *,
         leaving: bool,
     ) -> Evidence:
+        lease = holding.lease
         name = lease.model
         policy = config or (host.watchdog if host is not None else None)
         is_kept = config is not None and config.serving.keep
         kept = self._kept[name]
         glance = use.glance(kept.directory)
-        by_uuid = {gpu.uuid: gpu for gpu in reading.gpus}
-        given = [by_uuid[leased.uuid] for leased in lease.gpus if leased.uuid in by_uuid]
         # Frozen by somebody it makes no progress, and is not stuck.
         is_frozen = kept.cgroup is not None and glance.in_use is True and kept.cgroup.frozen()
         return Evidence(
@@ -230,10 +200,10 @@ class Observer:
             last_use=glance.last_use,
             last_progress=glance.last_progress,
             unused_seconds=None if glance.last_use is None else min(max(0.0, wall - glance.last_use), _age(kept, now)),
-            gpu_active=_has_worked(lease, reading, pids),
+            gpu_active=_has_worked(lease, reading, holding.inside),
             cpu_seconds=kept.cgroup.cpu_seconds() if kept.cgroup is not None else None,
             gpu_uuids=tuple(gpu.uuid for gpu in lease.gpus),
-            vram_bytes=total(gpu.used_by(pids) for gpu in given),
+            vram_bytes=holdings.used_bytes(lease, reading.gpus, holding.pids),
             pinned=(config is not None and config.pinned) or os.path.exists(kept.pin),  # noqa: PTH110
             # Where the policy is unknown, nothing follows from these.
             idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None and not is_kept else 0.0,

@@ -28,7 +28,8 @@ from gpusvc.gpu.reading import Gpu, GpuProcess
 from gpusvc.journal.events import MESSAGE_IDS, EventType
 from gpusvc.paths import Paths
 from gpusvc.quantity import GIB
-from gpusvc.status.inventory import GpuStatus, HeldGpu, Holder, ModelState, ModelStatus
+from gpusvc.status.gpus import GpuStatus, Holder
+from gpusvc.status.models import HeldGpu, ModelState, ModelStatus
 from gpusvc.status.standing import Standing
 
 T = TypeVar("T")

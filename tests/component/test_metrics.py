@@ -20,7 +20,7 @@ from gpusvc.api.backend.journal import Loads
 from gpusvc.quantity import GIB
 from gpusvc.state import counters
 from gpusvc.state.counters import Counters
-from gpusvc.status.inventory import ModelState
+from gpusvc.status.models import ModelState
 from tests.component.scene import Scene, furnish, refusal, serving
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"

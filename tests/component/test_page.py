@@ -13,7 +13,7 @@ import pytest
 from gpusvc.api.page.clock import duration
 from gpusvc.journal.events import EventType
 from gpusvc.quantity import GIB
-from gpusvc.status.inventory import ModelState
+from gpusvc.status.models import ModelState
 from tests.component.browser import PROGRAM, Browser, Page, opened
 from tests.component.scene import TRAIN, Scene, furnish, refusal, serving
 

@@ -714,7 +714,7 @@ def test_a_ghost_in_the_driver_is_named_once(ticker: Ticker) -> None:
     ticker.fleet.holders["qwen"].kill()
     ticker.fleet.holders["qwen"].wait()
     ticker.tick(20)
-    said = f"PID {pid} of qwen is gone, but the driver counts 1.0 GiB of GPU 0 as its."
+    said = f"PID {pid} of qwen has ended, but the driver counts 1.0 GiB of GPU 0 as its memory."
     assert ticker.told() == [f"leak qwen: {said}"]
 
 

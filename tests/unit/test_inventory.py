@@ -7,11 +7,11 @@ from fnmatch import fnmatch
 
 import pytest
 
-from gpusvc.gpu.reading import Gpu, GpuProcess
 from gpusvc.paths import Paths
 from gpusvc.record import replace
 from gpusvc.state.lease import BrokenLeaseError, Lease, LeasedGpu
-from gpusvc.status.inventory import HeldGpu, ModelState, ModelStatus, derive_state, describe, models, status_of, vram_of
+from gpusvc.status.inventory import models
+from gpusvc.status.models import HeldGpu, ModelState, ModelStatus, derive_state, describe, status_of
 from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
 GIB = 1 << 30
@@ -30,10 +30,6 @@ SAID = ServiceStatus(text="", result="success", exit_status=0, since=1_700_000_1
 
 def unit(active: ActiveState, sub: str = "") -> Unit:
     return Unit(name="model@qwen.service", active=active, sub=sub, path="/")
-
-
-def gpu(index: int, uuid: str, *processes: GpuProcess) -> Gpu:
-    return Gpu(index=index, uuid=uuid, name="GPU", minor=index, pci_bus_id="", processes=processes)
 
 
 def status(active: ActiveState | None, lease: Lease | BrokenLeaseError | None, text: str = "") -> ModelStatus:
@@ -141,32 +137,6 @@ def test_json_has_a_time_zone_and_null_for_the_unknown() -> None:
     value = status(ActiveState.ACTIVE, None).to_json()
     assert datetime.fromisoformat(value["since"]).timestamp() == 1_700_000_100
     assert (value["state"], value["gpus"], value["vram_bytes"], value["port"]) == ("ready", [], None, None)
-
-
-def test_vram_is_that_of_the_models_processes_on_its_own_gpus() -> None:
-    readings = [
-        gpu(0, "GPU-a", GpuProcess(10, 3), GpuProcess(99, 1000)),
-        gpu(1, "GPU-b", GpuProcess(10, 100)),
-        gpu(2, "GPU-c", GpuProcess(11, 4)),
-    ]
-    assert vram_of(LEASE, readings, [10, 11]) == 7
-
-
-@pytest.mark.parametrize(
-    "readings",
-    [
-        None,
-        [gpu(0, "GPU-a")],  # the other one is lost
-        [gpu(0, "GPU-a"), gpu(2, "GPU-c", GpuProcess(10, None))],
-        [gpu(0, "GPU-a"), replace(gpu(2, "GPU-c"), processes=None)],
-    ],
-)
-def test_vram_that_nvml_does_not_tell_is_unknown_and_not_zero(readings: list[Gpu] | None) -> None:
-    assert vram_of(LEASE, readings, [10]) is None
-
-
-def test_without_a_gpu_no_vram_is_held_whatever_nvml_says() -> None:
-    assert vram_of(replace(LEASE, gpus=()), None, [10]) == 0
 
 
 class Units:

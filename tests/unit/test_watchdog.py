@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +10,12 @@ import pytest
 from gpusvc.backoff import Backoff
 from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
+from gpusvc.record import replace
+from gpusvc.state.holdings import Stray
 from gpusvc.watchdog import verdicts
 from gpusvc.watchdog.daemon import status
 from gpusvc.watchdog.judge import Finding, History, Judgement, Pressure, Source, Verdict
-from gpusvc.watchdog.leaks import Stray, Strays, Unattended
+from gpusvc.watchdog.leaks import Strays, Unattended, in_words
 from gpusvc.watchdog.verdicts import LastVerdict
 from tests.unit.readings import GIB, uuid_of
 
@@ -78,11 +79,11 @@ def test_a_stray_that_went_and_came_is_told_again_after_as_long() -> None:
     [
         (True, 4 * GIB, "PID 7 of qwen holds 4.0 GiB of GPU 0 outside of its scope."),
         (True, None, "PID 7 of qwen holds VRAM of GPU 0 outside of its scope."),
-        (False, 4 * GIB, "PID 7 of qwen is gone, but the driver counts 4.0 GiB of GPU 0 as its."),
+        (False, 4 * GIB, "PID 7 of qwen has ended, but the driver counts 4.0 GiB of GPU 0 as its memory."),
     ],
 )
 def test_a_stray_is_named_with_what_it_holds(*, alive: bool, used: int | None, sentence: str) -> None:
-    assert str(replace(STRAY, alive=alive, used_bytes=used)) == sentence
+    assert in_words(replace(STRAY, alive=alive, used_bytes=used)) == sentence
 
 
 # Those that nobody attends to

@@ -24,8 +24,7 @@ from gpusvc.paths import Paths
 from gpusvc.placement import eviction
 from gpusvc.state import lease as leases
 from gpusvc.state.demand import Demand
-from gpusvc.status import inventory
-from gpusvc.status.inventory import ModelState
+from gpusvc.status.models import ModelState, derive_state
 from gpusvc.systemd.jobs import JobResult
 from gpusvc.systemd.units import ActiveState, ServiceStatus
 
@@ -349,7 +348,7 @@ class Jobs:
             await finish(self._bus, "Stop", service)
             unit = self._bus.ask(lambda manager: manager.unit(service))
         self._on_change()
-        state = inventory.derive_state(unit, leased=name in leases.holders(self._paths))
+        state = derive_state(unit, leased=name in leases.holders(self._paths))
         if state is ModelState.STUCK:
             eviction.require_released(self._paths, name)
         if state not in {ModelState.STOPPED, ModelState.FAILED}:

@@ -30,7 +30,8 @@ from gpusvc.gpu.reading import total
 from gpusvc.journal.events import EventType
 from gpusvc.state import counters
 from gpusvc.state.counters import BOUNDS, Histogram, Totals
-from gpusvc.status.inventory import GpuStatus, ModelState, ModelStatus
+from gpusvc.status.gpus import GpuStatus
+from gpusvc.status.models import ModelState, ModelStatus
 
 if TYPE_CHECKING:
     from gpusvc.api.backend.journal import Loads

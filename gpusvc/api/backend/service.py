@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Service:
     """The parts of one running API. Use them only in the loop's thread.
 
-    - ``await snapshots.models()``: list[inventory.ModelStatus] with standing, of all models, sorted by name.
-    - ``await snapshots.gpus()``: list[inventory.GpuStatus]; empty on a machine without GPUs. ``snapshots.problem``: why
+    - ``await snapshots.models()``: list[ModelStatus] with standing, of all models, sorted by name.
+    - ``await snapshots.gpus()``: list[GpuStatus]; empty on a machine without GPUs. ``snapshots.problem``: why
       NVML did not answer last, as an error, or None. All requests within a second share one reading.
     - ``events.seen``: Counter of (kind, reason, model) since the API was started; reasons are a few fixed words.
     - ``events.loads``: model → Loads(count, total_seconds, last_seconds), from start to ready.

@@ -17,7 +17,8 @@ from gpusvc.gpu.nvml import Nvml
 from gpusvc.gpu.reading import Gpu
 from gpusvc.paths import Paths
 from gpusvc.status import inventory
-from gpusvc.status.inventory import GpuStatus, ModelProcess, ModelStatus
+from gpusvc.status.gpus import GpuStatus
+from gpusvc.status.models import ModelProcess, ModelStatus
 from gpusvc.systemd.connection import Connection
 from gpusvc.systemd.manager import Manager as SystemManager
 

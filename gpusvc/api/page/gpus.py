@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpusvc.api.page.html import Content, Html, element
 from gpusvc.quantity import format_size
-from gpusvc.status.inventory import GpuStatus, Holder
+from gpusvc.status.gpus import GpuStatus, Holder
 
 _BAR = 1000
 

@@ -10,7 +10,7 @@ from gpusvc.api.page.clock import since, until
 from gpusvc.api.page.html import Content, Html, element
 from gpusvc.api.page.moment import Facts
 from gpusvc.quantity import format_size
-from gpusvc.status.inventory import ModelState, ModelStatus
+from gpusvc.status.models import ModelState, ModelStatus
 
 # Relative, so that all of it works below a prefix of a front proxy, too.
 _MODELS = "gpusvc/models"

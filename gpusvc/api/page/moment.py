@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpusvc.journal.eventlog import Event
-from gpusvc.status.inventory import GpuStatus, ModelStatus
+from gpusvc.status.gpus import GpuStatus
+from gpusvc.status.models import ModelStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from gpusvc.api.backend.service import Service
 from gpusvc.api.routes.endpoints import Endpoint
 from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.log import log
-from gpusvc.status.inventory import ModelState, url
+from gpusvc.status.models import ModelState, url
 
 _MODEL = {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
 

@@ -71,7 +71,7 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
     """Stop models, and wait until their VRAM is proven free."""
     from gpusvc.state import lease
     from gpusvc.status import inventory
-    from gpusvc.status.inventory import ModelState
+    from gpusvc.status.models import ModelState
     from gpusvc.systemd.manager import Manager
 
     paths = paths_of(context)
@@ -244,7 +244,7 @@ def _said(manager: Manager, name: str) -> str:
 
 def doing_of(manager: Manager, name: str) -> str:
     """Return a sentence on a model whose job is not done."""
-    from gpusvc.status.inventory import ModelState, derive_state, describe
+    from gpusvc.status.models import ModelState, derive_state, describe
 
     unit = manager.unit(service(name))
     state = derive_state(unit, leased=False)

@@ -18,7 +18,8 @@ from gpusvc.printable import printable
 if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.paths import Paths
-    from gpusvc.status.inventory import GpuStatus, Holder, ModelProcess, ModelState, ModelStatus
+    from gpusvc.status.gpus import GpuStatus, Holder
+    from gpusvc.status.models import ModelProcess, ModelState, ModelStatus
     from gpusvc.status.standing import Standing
     from gpusvc.watchdog.verdicts import LastVerdict
 
@@ -142,7 +143,7 @@ def _cell(title: str, model: ModelStatus, now: float) -> str:
 
 def _use(state: ModelState, standing: Standing, now: float) -> str | None:
     """Return "in use" or for how long the model is idle; None if it is not ready or that is unknown."""
-    from gpusvc.status.inventory import ModelState
+    from gpusvc.status.models import ModelState
 
     if standing.in_use and state in {ModelState.READY, ModelState.STARTING}:
         return "in use"
@@ -173,7 +174,7 @@ def _card(
     processes: Sequence[ModelProcess],
     log: Sequence[str],
 ) -> list[str]:
-    from gpusvc.status.inventory import ModelState, url
+    from gpusvc.status.models import ModelState, url
 
     facts = [("State", str(model.state) if model.since is None else f"{model.state} since {_when(model.since)}")]
     facts.append(("Status", printable(model.text)))

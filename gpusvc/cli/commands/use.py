@@ -50,6 +50,7 @@ def use(context: typer.Context, name: str = _NAME, command: list[str] = _COMMAND
 
     from gpusvc.state import lease
     from gpusvc.status import inventory
+    from gpusvc.status.models import url
 
     paths = paths_of(context)
     command = command[1:] if command[0] == "--" else command
@@ -63,7 +64,7 @@ def use(context: typer.Context, name: str = _NAME, command: list[str] = _COMMAND
     environment = os.environ | {
         "GPUSVC_MODEL": name,
         "GPUSVC_PORT": str(held.port),
-        "GPUSVC_URL": inventory.url(held.address, held.port),
+        "GPUSVC_URL": url(held.address, held.port),
     }
     _become(command, environment, entered)
 

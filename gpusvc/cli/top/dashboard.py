@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from gpusvc.cli import table
 from gpusvc.printable import printable
 from gpusvc.quantity import format_amount, format_duration, format_size
-from gpusvc.status.inventory import GpuStatus, ModelState, ModelStatus
+from gpusvc.status.gpus import GpuStatus
+from gpusvc.status.models import ModelState, ModelStatus
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

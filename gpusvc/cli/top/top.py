@@ -24,7 +24,7 @@ from gpusvc.cli.top.dashboard import Order, Row, View
 from gpusvc.errors import GpusvcError, NvmlError
 from gpusvc.names import service
 from gpusvc.printable import printable
-from gpusvc.status.inventory import ModelState, ModelStatus
+from gpusvc.status.models import ModelState, ModelStatus
 
 if TYPE_CHECKING:
     from gpusvc.config.watched import Watched
