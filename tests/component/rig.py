@@ -23,6 +23,7 @@ from gpusvc.gateway.activation.activation import Activation
 from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.process.gateway import Gateway
+from gpusvc.gateway.relay.client import Client as Connected
 from gpusvc.gateway.relay.shared import Shared
 from gpusvc.paths import Paths
 from gpusvc.state import counters, use
@@ -198,6 +199,10 @@ class Rig:
         client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
         self._clients.append(client)
         return client
+
+    def clients(self) -> list[Connected]:
+        """The gateway's side of the connections that it serves."""
+        return [connection for connection in self.gateway._connections if isinstance(connection, Connected)]
 
     def is_used(self, name: str = "qwen") -> bool | None:
         return use.is_used(self.paths, name)

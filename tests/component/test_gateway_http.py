@@ -62,9 +62,9 @@ def test_answers_to_what_is_sent_ahead_wait_for_their_reader(run: Run) -> None:
         client.stop_reading()
         number = 1000
         await client.say(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * number)
-        (connection,) = rig.gateway._connections
+        (connection,) = rig.clients()
         await rig.eventually(lambda: connection._is_blocked)
-        await rig.eventually(lambda: connection._served + connection._buffer.count(b"GET") == number)
+        await rig.eventually(lambda: connection._served + connection._incoming.buffer.count(b"GET") == number)
         assert connection._transport.get_write_buffer_size() < IN_SOCKETS_BYTES
         client.go_on_reading()
         for _ in range(40):
@@ -462,7 +462,7 @@ def test_bodies_of_all_connections_together_have_a_budget_of_memory(run: Run, tm
                 f"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 20}\r\n\r\n".encode(),
                 b'{"x": "' + b"a" * (size - 7),
             )
-        await rig.eventually(lambda: sum(came(each) for each in rig.gateway._connections) == number * size)
+        await rig.eventually(lambda: sum(came(each) for each in rig.clients()) == number * size)
         held = rig.gateway._shared.budget.held_bytes
         assert 0 < held <= 1_000_000
         for client in clients:

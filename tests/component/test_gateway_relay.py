@@ -197,7 +197,7 @@ def test_a_client_that_reads_slowly_holds_up_its_engine(run: Run) -> None:
         client = await rig.client()
         client.stop_reading()
         await client.post(b'{"model": "qwen"}')
-        (connection,) = rig.gateway._connections
+        (connection,) = rig.clients()
         await rig.eventually(lambda: is_paused(connection))
         assert sent < IN_SOCKETS_BYTES
         client.go_on_reading()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from gpusvc.gateway.relay.client import Client
+from gpusvc.gateway.relay.connection import Connection
 from gpusvc.gateway.relay.shared import Shared
 
 
@@ -14,7 +15,7 @@ class Gateway:
     def __init__(self, shared: Shared) -> None:
         """``shared`` is the state that all connections use. Use the gateway from its loop's thread only."""
         self._shared = shared
-        self._connections: set[Client] = set()
+        self._connections: set[Connection] = set()
         self._all_gone = asyncio.Event()
         self._timer = shared.loop.call_later(shared.limits.sweep_seconds, self._sweep)
 
@@ -25,20 +26,20 @@ class Gateway:
     async def drain(self) -> None:
         """Finish the requests that the connections wait for, accept no others, and return when all have closed."""
         self._shared.is_draining = True
-        for client in list(self._connections):
-            client.drain()
+        for connection in list(self._connections):
+            connection.drain()
         if self._connections:
             await self._all_gone.wait()
 
     def close(self) -> None:
         """Abort all connections and their requests."""
         self._timer.cancel()
-        for client in list(self._connections):
-            client.abort()
+        for connection in list(self._connections):
+            connection.abort()
         self._shared.pool.close()
 
-    def _forget(self, client: Client) -> None:
-        self._connections.discard(client)
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
         if not self._connections and self._shared.is_draining:
             self._all_gone.set()
 
@@ -46,5 +47,5 @@ class Gateway:
         shared = self._shared
         self._timer = shared.loop.call_later(shared.limits.sweep_seconds, self._sweep)
         shared.sweep()
-        for client in list(self._connections):
-            client.sweep(shared.now)
+        for connection in list(self._connections):
+            connection.sweep(shared.now)

@@ -1,7 +1,7 @@
 """A client's connection: requests are read from it one after the other, and each is answered before the next begins.
 
-Requests that are sent ahead (pipelining) wait here, up to a limit; then nothing more is read. A client that closes its
-side while it waits for a response is taken to be gone, as most servers do: nothing distinguishes the two.
+Requests that are sent ahead (pipelining) wait here, up to a limit; then nothing more is read. If a client closes its
+side while it waits for a response, the gateway takes it to be gone, as most servers do: the two look the same.
 """
 
 from __future__ import annotations
@@ -9,190 +9,195 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import cast
 
 from gpusvc.gateway.entry import routes
 from gpusvc.gateway.http import replies
 from gpusvc.gateway.http import request_head as heads
 from gpusvc.gateway.http.body_reader import BodyReader
-from gpusvc.gateway.http.chunks import BadChunkError
-from gpusvc.gateway.http.fields import END
+from gpusvc.gateway.http.incoming import Incoming
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.response_head import write_whole
 from gpusvc.gateway.relay import tcp
+from gpusvc.gateway.relay.closing import Closing
+from gpusvc.gateway.relay.connection import Connection
 from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.shared import Shared
 
-# Requests that were sent ahead and are answered at once, before others have their turn.
+# The most requests sent ahead that are answered at once, before other connections have their turn.
 _TURNS = 32
 
 
-class Client(asyncio.Protocol):
-    """One connection. It is what exchange.Downstream says."""
+class Client(Connection):
+    """One connection, as the event loop and the exchange (shared.Downstream) see it. At its end Closing takes over."""
 
     __slots__ = (
-        "_body",
-        "_buffer",
         "_came_bytes",
-        "_deadline",
         "_exchange",
-        "_is_blocked",
+        "_incoming",
         "_is_detached",
-        "_is_lingering",
         "_is_processing",
-        "_is_reading",
         "_keeps_alive",
-        "_linger_bytes",
         "_on_closed",
         "_on_open",
         "_served",
-        "_shared",
-        "_stall_deadline",
-        "_transport",
-        "address",
-        "forwarded",
-        "scheme",
     )
 
     def __init__(
-        self, shared: Shared, *, on_open: Callable[[Client], None], on_closed: Callable[[Client], None]
+        self, shared: Shared, *, on_open: Callable[[Connection], None], on_closed: Callable[[Connection], None]
     ) -> None:
         """
         Args:
             shared: by all connections.
-            on_open: called when there is a connection.
-            on_closed: called when there is none any more.
+            on_open: called with the object that has the connection from now on.
+            on_closed: called with an object that has no connection any more.
         """
-        self._shared = shared
+        super().__init__(shared)
         self._on_open = on_open
         self._on_closed = on_closed
+        self._incoming = Incoming()
         self._exchange: Exchange | None = None
-        self._buffer = b""  # what came and has not had its turn
-        self._body: BodyReader | None = None  # of the request, while more of it must come
         self._came_bytes = 0  # of the body, since its deadline was set
-        self._linger_bytes = 0  # how much more is read of a request that was refused
         self._keeps_alive = False
-        self._is_processing = self._is_lingering = self._is_detached = False
-        self._is_blocked = False  # the client does not take what was written
-        self._is_reading = True
+        self._is_processing = False
+        self._is_detached = False  # a tunnel has the connection
         self._served = 0
         self._deadline = shared.now + shared.limits.head_seconds
-        self._stall_deadline = math.inf
-        self.address = b"unknown"
-        self.scheme = b"http"
-        self.forwarded: list[bytes] = []
 
     # The connection, as the loop sees it.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
         self._on_open(self)
-        peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple):
-            self.address = peer[0].encode()
-        if transport.get_extra_info("sslcontext") is not None:
-            self.scheme = b"https"
-        self.forwarded = [b"X-Forwarded-For: " + self.address, b"X-Forwarded-Proto: " + self.scheme]
 
     def data_received(self, data: bytes) -> None:
+        incoming = self._incoming
+        if incoming.body is not None and self._exchange is not None:
+            self._take_body(self._exchange, incoming.body, data)
+            return
+        incoming.buffer = incoming.buffer + data if incoming.buffer else data
         if self._exchange is None:
-            if self._is_lingering:
-                self._drop(data)
-            else:
-                self._buffer = self._buffer + data if self._buffer else data
-                self._process()
-        elif self._body is not None:
-            self._take_body(self._exchange, self._body, data)
+            self._process()
         else:
-            self._buffer += data
             self._bound()
 
     def eof_received(self) -> bool:
-        exchange = self._exchange
-        if self._is_lingering or (exchange is None and not self._buffer):
-            return False
-        if exchange is None and END in self._buffer:
-            return False  # it is gone, while its requests had to wait for their turn
+        exchange, incoming = self._exchange, self._incoming
         if exchange is None:
-            self._refuse(heads.malformed("it ends in the middle of its head"))
-        elif self._body is not None:
-            self._body = None
+            if incoming.ends_in_head:
+                self._refuse(heads.malformed("it ends in the middle of its head"))
+        elif incoming.body is not None:
+            incoming.body = None
             exchange.fail(heads.malformed("it ends in the middle of its body"))
         else:
-            exchange.cancel()
             self._exchange = None
+            exchange.cancel()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._on_closed(self)
-        self._buffer = b""
+        self._incoming.clear()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.cancel()
 
     def pause_writing(self) -> None:
-        self._is_blocked = True
-        self._stall_deadline = self._shared.now + self._shared.limits.stall_seconds
+        super().pause_writing()
         if self._exchange is not None:
             self._exchange.pause()
 
     def resume_writing(self) -> None:
-        self._is_blocked = False
-        self._stall_deadline = math.inf
+        super().resume_writing()
         if self._exchange is not None:
             self._exchange.resume()
-        elif not self._transport.is_closing() and not self._is_lingering:
+        elif not self._transport.is_closing():
             self._deadline = self._shared.now + self._shared.limits.idle_seconds
             self._process()
 
-    # What the worker asks of it.
+    # Requests, in the order in which they came.
 
-    def sweep(self, now: float) -> None:
-        """Look whether something takes too long."""
-        if self._is_detached:
-            if tcp.is_reset(self._transport):  # which the tunnel does not notice while it does not read
-                self.abort()
-            elif self._exchange is not None:
-                self._exchange.check(now)
-        elif now >= self._stall_deadline or (not self._is_reading and tcp.is_left(self._transport)):
-            self.abort()
-        elif now >= self._deadline:
-            self._be_late()
-        elif self._exchange is not None:
-            self._exchange.check(now)
+    def _process(self) -> None:
+        """Begin with the requests that are there, as long as each is answered at once, and its response is taken."""
+        if not self._is_reading:
+            self.resume()
+        turns = _TURNS
+        self._is_processing = True
+        while self._exchange is None and self._incoming.buffer and not self._is_blocked and self._begin():
+            turns -= 1
+            if not turns:
+                self._shared.loop.call_soon(self._go_on)
+                break
+        self._is_processing = False
+        self._bound()
 
-    def drain(self) -> None:
-        """Close, if that disturbs nobody; else the answer that is under way will be the last."""
-        if self._exchange is None and not self._buffer and not self._is_lingering:
-            if self._served:
-                self._close()
-            else:  # it has come just now, and its request with it
-                self._deadline = min(self._deadline, self._shared.now + self._shared.limits.linger_seconds)
+    def _go_on(self) -> None:
+        if self._exchange is None and self._incoming.buffer and not self._transport.is_closing():
+            self._process()
 
-    def abort(self) -> None:
-        """Close at once, by a reset."""
-        tcp.reset(self._transport)
+    def _begin(self) -> bool:
+        """Begin with the next request. Return False if it is not there."""
+        try:
+            request = self._incoming.next(self._shared.limits)
+        except HttpError as error:
+            self._refuse(error)
+            return False
+        if request is None:
+            self._expect_head()
+            return False
+        head, whole, first = request
+        self._keeps_alive = head.keeps_alive
+        self._deadline = math.inf
+        exchange = self._exchange = Exchange(self._shared, self, head)
+        exchange.begin(whole)
+        if whole is None and self._exchange is exchange:
+            self._await_body()
+            if first:
+                exchange.feed(first)
+            elif head.expects_continue:
+                self._transport.write(heads.CONTINUE)
+        return True
 
-    # What the exchange asks of it.
+    def _expect_head(self) -> None:
+        """Begin the time in which the rest of a head must come. It has begun already for the first head."""
+        deadline = self._shared.now + self._shared.limits.head_seconds
+        if self._incoming.buffer and self._served and self._deadline > deadline:
+            self._deadline = deadline
+
+    def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
+        self._came_bytes += len(data)
+        if self._came_bytes >= self._shared.limits.body_bytes:
+            self._await_body()
+        try:
+            part = self._incoming.feed(body, data)
+        except HttpError as error:
+            exchange.fail(error)
+            return
+        if body.ended:
+            self._deadline = math.inf
+        if part:
+            exchange.feed(part)
+        if body.ended and self._exchange is exchange:
+            exchange.end()
+
+    def _await_body(self) -> None:
+        """Begin the time in which body_bytes of the body must come, or its end."""
+        self._came_bytes = 0
+        self._deadline = self._shared.now + self._shared.limits.body_seconds
+
+    def _bound(self) -> None:
+        """Limit the bytes that are read ahead."""
+        if len(self._incoming.buffer) > self._shared.limits.pipelined_bytes:
+            self.pause()
+
+    # What the exchange asks of it (shared.Downstream).
 
     @property
     def is_kept(self) -> bool:
-        return self._keeps_alive and self._body is None and not self._shared.is_draining
-
-    def write(self, data: bytes) -> None:
-        self._transport.write(data)
-
-    def pause(self) -> None:
-        if self._is_reading:
-            self._is_reading = False
-            self._transport.pause_reading()
-            self._deadline = math.inf
+        return self._keeps_alive and self._incoming.body is None and not self._shared.is_draining
 
     def resume(self) -> None:
         if not self._is_reading:
-            self._is_reading = True
-            self._transport.resume_reading()
-            if self._body is not None:
+            super().resume()
+            if self._incoming.body is not None:
                 self._await_body()
 
     def finish(self, *, is_kept: bool) -> None:
@@ -200,17 +205,16 @@ class Client(asyncio.Protocol):
         self._served += 1
         if self._is_detached:
             self._on_closed(self)
-            return
-        if not is_kept or self._shared.is_draining:
+        elif not is_kept or self._shared.is_draining:
             self._end()
-            return
-        self._deadline = self._shared.now + self._shared.limits.idle_seconds
-        if self._is_processing:
-            return
-        if self._buffer:
-            self._process()
         else:
-            self.resume()
+            self._deadline = self._shared.now + self._shared.limits.idle_seconds
+            if self._is_processing:
+                return
+            if self._incoming.buffer:
+                self._process()
+            elif not self._is_reading:
+                self.resume()
 
     def break_off(self) -> None:
         self._exchange = None
@@ -219,124 +223,42 @@ class Client(asyncio.Protocol):
     def detach(self) -> tuple[asyncio.Transport, bytes]:
         self._is_detached = True
         self._is_reading = True  # as the tunnel will have it
-        early, self._buffer = self._buffer, b""
+        early, self._incoming.buffer = self._incoming.buffer, b""
         self._deadline = self._stall_deadline = math.inf
         return self._transport, early
 
-    # Requests.
+    # What the worker asks of it.
 
-    def _process(self) -> None:
-        """Begin with the requests that are there, as long as each is answered at once, and its answer is taken."""
-        self.resume()
-        if not self._is_free():
-            self._bound()
-            return
-        self._is_processing = True
-        turns = _TURNS
-        while self._begin():
-            turns -= 1
-            if not self._is_free():
-                break
-            if not turns:
-                self._shared.loop.call_soon(self._go_on)
-                break
-        self._is_processing = False
-        self._bound()
+    def sweep(self, now: float) -> None:
+        if not self._is_detached:
+            super().sweep(now)
+        elif tcp.is_reset(self._transport):  # which the tunnel does not notice while it does not read
+            self.abort()
+        if self._exchange is not None:
+            self._exchange.check(now)
 
-    def _is_free(self) -> bool:
-        """Whether the next request may have its turn."""
-        return self._exchange is None and bool(self._buffer) and not self._is_blocked and not self._is_lingering
+    def drain(self) -> None:
+        """Close if that disturbs nobody; else the response under way is the last one."""
+        if self._exchange is None and not self._incoming.buffer:
+            if self._served:
+                self._end()
+            else:  # it has come just now, and its request with it
+                self._deadline = min(self._deadline, self._shared.now + self._shared.limits.linger_seconds)
 
-    def _go_on(self) -> None:
-        if self._is_free() and not self._transport.is_closing():
-            self._process()
-
-    def _bound(self) -> None:
-        """Read no more than so much ahead."""
-        if len(self._buffer) > self._shared.limits.pipelined_bytes:
-            self.pause()
-
-    def _begin(self) -> bool:
-        """Begin with the next request; False: it is not there."""
-        if self._buffer[0] in b"\r\n":  # RFC 9112, 2.2
-            self._buffer = self._buffer.lstrip(b"\r\n")
-        buffer, limits = self._buffer, self._shared.limits
-        end = buffer.find(END) + len(END)
-        try:
-            if end < len(END) or end > limits.head_bytes:
-                if buffer:
-                    self._expect_head(buffer)
-                return False
-            head = heads.read_request(buffer[:end], limits)
-            whole, payload = self._frame(head, buffer, end)
-        except BadChunkError as error:
-            self._refuse(heads.malformed(str(error)))
-            return False
-        except HttpError as error:
-            self._refuse(error)
-            return False
-        self._keeps_alive = head.keeps_alive
-        self._deadline = math.inf
-        exchange = self._exchange = Exchange(self._shared, self, head)
-        exchange.begin(whole)
-        if whole is None and self._exchange is exchange:
-            self._await_body()
-            if payload:
-                exchange.feed(payload)
-            elif head.expects_continue:
-                self._transport.write(heads.CONTINUE)
-        return True
-
-    def _frame(self, head: heads.RequestHead, buffer: bytes, end: int) -> tuple[bytes | None, bytes]:
-        """The body in ``buffer``, after the head's ``end``: all of it, or else None and the part that is there.
-
-        Raises:
-            BadChunkError: it is not valid.
-        """
-        length = None if head.chunked else head.content_length or 0
-        if length is not None and len(buffer) - end >= length:
-            self._buffer = buffer[end + length :]
-            return buffer[end : end + length], b""
-        body = BodyReader(length)
-        payload = body.feed(buffer[end:])
-        self._buffer = body.left
-        if body.ended:
-            return payload, b""
-        self._body = body
-        return None, payload
-
-    def _expect_head(self, partial: bytes) -> None:
-        limits = self._shared.limits
-        heads.check_beginning(partial, limits)
-        if self._served and self._deadline > self._shared.now + limits.head_seconds:
-            self._deadline = self._shared.now + limits.head_seconds
-
-    def _await_body(self) -> None:
-        """Begin the time in which body_bytes of the body must come, or its end."""
-        self._came_bytes = 0
-        self._deadline = self._shared.now + self._shared.limits.body_seconds
-
-    def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
-        self._came_bytes += len(data)
-        if self._came_bytes >= self._shared.limits.body_bytes:
-            self._await_body()
-        try:
-            payload = body.feed(data)
-        except BadChunkError as error:
-            exchange.fail(heads.malformed(str(error)))
-            return
-        if body.ended:
-            self._body = None
-            self._deadline = math.inf
-            self._buffer = body.left
-        if payload:
-            exchange.feed(payload)
-        if body.ended and self._exchange is exchange:
-            exchange.end()
+    def _be_late(self) -> None:
+        if self._is_blocked and self._exchange is None:
+            return  # the client has to read first, and stall_seconds is the time for that
+        late = HttpError(408, "The request did not come to its end in time.", code="request_timeout", close=True)
+        if self._exchange is not None:
+            self._exchange.fail(late)
+        elif self._incoming.buffer:
+            self._refuse(late)
+        else:
+            self._end()
 
     def _refuse(self, error: HttpError) -> None:
         """Answer a request whose head is not valid, so that it has no exchange."""
-        line = self._buffer.split(b" ", 2)
+        line = self._incoming.buffer.split(b" ", 2)
         dialect = routes.dialect_of(line[1] if len(line) > 1 else b"")
         reply = replies.error_reply(dialect, error)
         self._transport.write(write_whole(reply, self._shared.date))
@@ -345,47 +267,11 @@ class Client(asyncio.Protocol):
         counters.ended(reply.status, 0.0)
         self._end(is_sending=True)
 
-    # The end.
-
-    def _be_late(self) -> None:
-        self._deadline = math.inf
-        if self._transport.is_closing():
-            self.abort()  # what was written last is not taken
-            return
-        if self._is_blocked and self._exchange is None and not self._is_lingering:
-            return  # it is not the client who has to say something, and there is a time for that
-        late = HttpError(408, "The request did not come to its end in time.", code="request_timeout", close=True)
-        if self._is_lingering:
-            self._close()
-        elif self._exchange is not None:
-            self._exchange.fail(late)
-        elif self._buffer:
-            self._refuse(late)
-        else:
-            self._close()
-
-    def _close(self) -> None:
-        """When all that was written has arrived, or does not in time."""
-        self._transport.close()
-        self._deadline = self._shared.now + self._shared.limits.stall_seconds
-
     def _end(self, *, is_sending: bool = False) -> None:
-        """Close when all that was written has arrived. A client that still sends would get a reset instead of its
-        response, so that what it sends is read and dropped, for a while."""
-        is_sending = is_sending or self._body is not None or bool(self._buffer)
-        self._buffer = b""
-        self._body = None
-        if is_sending and not self._transport.is_closing():
-            self._is_lingering = True
-            self._linger_bytes = self._shared.limits.linger_bytes
-            if self._transport.can_write_eof():  # TLS cannot; the response says that the connection closes
-                self._transport.write_eof()
-            self.resume()
-            self._deadline = self._shared.now + self._shared.limits.linger_seconds
-        else:
-            self._close()
-
-    def _drop(self, data: bytes) -> None:
-        self._linger_bytes -= len(data)
-        if self._linger_bytes < 0:
-            self._transport.abort()
+        """Leave the connection to its end. ``is_sending``: the client is known to send on."""
+        is_sending = is_sending or not self._incoming.is_between_requests
+        self._incoming.clear()
+        closing = Closing(self._shared, self._transport, stall_deadline=self._stall_deadline, on_closed=self._on_closed)
+        self._on_open(closing)
+        self._on_closed(self)
+        closing.begin(is_sending=is_sending)
