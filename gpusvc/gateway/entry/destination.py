@@ -9,7 +9,7 @@ from gpusvc.config.serving import Serving
 from gpusvc.gateway.body.body import Body
 from gpusvc.gateway.entry.catalog import Allowed, Catalog
 from gpusvc.gateway.entry.routes import Route, Target
-from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.http.replies import HttpError, Reply, reply_json
 from gpusvc.gateway.http.request_head import RequestHead
 
 # What monitoring and pages ask engines for, time and again: state, not work.
@@ -32,6 +32,10 @@ _PROBED = frozenset(
     }
 )
 
+
+_FORWARDED = frozenset({Target.MODEL, Target.NAMED, Target.ORIGIN, Target.MANAGEMENT})
+
+_JSON = ((b"content-type", b"application/json"),)
 
 # In Python 3.11 each access to a member of an enum class is a call.
 _MODEL, _MANAGEMENT, _NAMED = Target.MODEL, Target.MANAGEMENT, Target.NAMED
@@ -78,6 +82,22 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
         serving, path = catalog.resolve(route.name, allowed=allowed), route.path
     is_probe = head.method != b"POST" and _is_probe(head.method, path)
     return Destination(serving, path, target is _MODEL, is_probe)
+
+
+def own_reply(catalog: Catalog, route: Route, allowed: Allowed) -> Reply | None:
+    """Return the response to a request that the gateway answers itself; None: it has another destination.
+
+    Raises:
+        HttpError: 404 there is no such model, or the key is not for it.
+    """
+    target = route.target
+    if target in _FORWARDED:
+        return None
+    if target is Target.MODELS:
+        return Reply(200, _JSON, catalog.listing(allowed))
+    if target is Target.MODEL_CARD:
+        return Reply(200, _JSON, catalog.card(route.name or "", allowed=allowed))
+    return reply_json(200, {"status": "ok"})
 
 
 def _is_probe(method: bytes, path: bytes) -> bool:

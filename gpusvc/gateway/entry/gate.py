@@ -1,10 +1,12 @@
-"""Who may send a request: by its Host and origin, and by its key. It knows no route and no model."""
+"""Who may send a request: by its Host and origin, and by its key. It knows no models."""
 
 from __future__ import annotations
 
 from gpusvc.config.keys import Key, Keys, Right
-from gpusvc.gateway.entry.engine_origin import Sessions, hide_session, missing_session, to_engine
+from gpusvc.gateway.entry import routes
+from gpusvc.gateway.entry.engine_origin import Sessions, hide_session, missing_session, model_in, to_engine
 from gpusvc.gateway.entry.origin import Guard
+from gpusvc.gateway.entry.routes import Route
 from gpusvc.gateway.http.replies import Headers, HttpError, Reply
 from gpusvc.gateway.http.request_head import RequestHead
 
@@ -41,6 +43,18 @@ class Gate:
             request_headers=head.request_headers,
             private_network=head.private_network,
         )
+
+    def admit(self, head: RequestHead) -> tuple[Route, Key | None]:
+        """Return the route of a request, and its key; None: none is needed.
+
+        Raises:
+            HttpError: as routes.route(), authorise() and authorise_page().
+        """
+        engine = model_in(head.host)
+        if engine is None:
+            route = routes.route(head.method, head.target)
+            return route, self.authorise(head, route.right)
+        return routes.engine_route(engine, head.target), self.authorise_page(head, engine)
 
     def authorise_page(self, head: RequestHead, model: str) -> Key | None:
         """As authorise(), at an engine's own origin: a browser has a ticket or a cookie, programs have a key.

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import httptools
 
 from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.limits import Limits
 
 END = b"\r\n\r\n"
 NO_BODY = frozenset({204, 304})
@@ -46,6 +47,10 @@ _LONGEST_KNOWN_BYTES = 256
 
 class MalformedError(Exception):
     """The head is not valid; the message says why, without a period."""
+
+
+class TooManyFieldsError(MalformedError):
+    """The head has more fields than the limits allow."""
 
 
 class Head:
@@ -96,19 +101,28 @@ def _usual(name: bytes) -> bytes:
     return b"-".join(part.capitalize() for part in name.split(b"-"))
 
 
-class KnownLines(Generic[H]):
-    """How each field of one kind of head is handled, and the lines of earlier valid heads."""
+class HeadReader(Generic[H]):
+    """Reads one kind of head: how each field is handled, and the lines of earlier valid heads."""
 
     def __init__(
-        self, noted: dict[bytes, Callable[[H, bytes], None]], dropped: tuple[bytes, ...], volatile: bytes
+        self,
+        parser: Callable[[Any], Any],
+        first: bytes,
+        noted: dict[bytes, Callable[[H, bytes], None]],
+        dropped: tuple[bytes, ...],
+        volatile: bytes,
     ) -> None:
         """
         Args:
+            parser: of httptools, for this kind of head.
+            first: a valid first line with its line end. The parser gets it instead of the head's own.
             noted: for fields that are not simply passed on, the name in lower case and the function to call.
             dropped: prefixes of the names of further fields that are not passed on.
             volatile: a pattern of names whose lines are not remembered: they differ each time, or are secrets.
         """
         # Also under the usual spelling, so that volatile lines need no conversion.
+        self._parser = parser
+        self._first = first
         self._noted: dict[bytes, Callable[[H, bytes], None]] = noted | {_usual(name): noted[name] for name in noted}
         self.dropped = dropped
         self._volatile = re.compile(rb"(" + volatile + rb"):(" + VALUE + rb")", re.IGNORECASE)
@@ -119,7 +133,30 @@ class KnownLines(Generic[H]):
         """Return whether a field of this name, in lower case, is not simply passed on."""
         return name in self._noted or name.startswith(self.dropped)
 
-    def put_together(self, head: H, lines: Iterable[bytes]) -> bool:
+    def read(self, make: Callable[[], H], block: bytes, lines: list[bytes], limits: Limits) -> H:
+        """Return the head whose fields are ``lines``.
+
+        Args:
+            make: returns a head without fields.
+            block: the whole head, with its empty line.
+            lines: all of ``block`` after the first line, split at line ends.
+            limits: ``fields`` applies.
+
+        Raises:
+            MalformedError, HttpError: a field is not valid.
+            TooManyFieldsError: there are too many of them.
+        """
+        if len(lines) > limits.fields:
+            raise TooManyFieldsError("it has too many fields")
+        del lines[-2:]
+        head = make()
+        if not self._put_together(head, lines):
+            head = make()
+            self._parse(head, block[block.index(b"\r\n") + 2 :])
+            self._learn(lines)
+        return head
+
+    def _put_together(self, head: H, lines: Iterable[bytes]) -> bool:
         """Fill ``head`` from remembered and volatile lines. Return False if another line is among them."""
         known, kept = self._known, head.kept
         for line in lines:
@@ -150,7 +187,22 @@ class KnownLines(Generic[H]):
         elif not lower.startswith(self.dropped):
             head.kept.append(name + b": " + value.strip(b" \t"))
 
-    def learn(self, lines: Iterable[bytes]) -> None:
+    def _parse(self, head: H, fields: bytes) -> None:
+        """Fill ``head`` from ``fields``, which end with the empty line."""
+        if _FIELDS.fullmatch(fields) is None:
+            raise MalformedError(NOT_HTTP)
+        taken = _Fields(self, head)
+        try:
+            self._parser(taken).feed_data(self._first + fields)
+        except httptools.HttpParserUpgrade:
+            pass  # it only says where the head ends, which is known
+        except httptools.HttpParserError as error:
+            if taken.error is None:
+                raise MalformedError(str(error) or NOT_HTTP) from None
+        if taken.error is not None:
+            raise taken.error
+
+    def _learn(self, lines: Iterable[bytes]) -> None:
         """Remember ``lines``, which must be of a valid head."""
         for line in lines:
             if len(line) > _LONGEST_KNOWN_BYTES or self._volatile.fullmatch(line) is not None:
@@ -167,30 +219,16 @@ class KnownLines(Generic[H]):
 class _Fields(Generic[H]):
     """The callbacks of httptools for one head."""
 
-    def __init__(self, lines: KnownLines[H], head: H) -> None:
-        self._lines: KnownLines[H] = lines
+    def __init__(self, reader: HeadReader[H], head: H) -> None:
+        self._reader: HeadReader[H] = reader
         self._head: H = head
         self.error: Exception | None = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
         try:
-            self._lines.take(self._head, name, value)
+            self._reader.take(self._head, name, value)
         except (HttpError, MalformedError) as error:
             self.error = self.error or error  # not raised here: httptools would wrap it
-
-
-def parse(parser: Callable[[Any], Any], line: bytes, fields: bytes, lines: KnownLines[H], head: H) -> None:
-    """Fill ``head`` from ``fields``, which end with the empty line. ``line`` replaces the first line."""
-    if _FIELDS.fullmatch(fields) is None:
-        raise MalformedError(NOT_HTTP)
-    taken = _Fields(lines, head)
-    try:
-        parser(taken).feed_data(line + fields)
-    except httptools.HttpParserUpgrade:
-        pass  # it only says where the head ends, which is known
-    finally:
-        if taken.error is not None:
-            raise taken.error
 
 
 def drop(_head: Head, _value: bytes) -> None:

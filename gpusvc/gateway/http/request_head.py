@@ -14,10 +14,10 @@ from gpusvc.gateway.http.fields import (
     NOT_HTTP,
     TOKEN,
     Head,
-    KnownLines,
+    HeadReader,
     MalformedError,
+    TooManyFieldsError,
     drop,
-    parse,
 )
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.target import in_origin_form
@@ -149,20 +149,13 @@ def read_request(block: bytes, limits: Limits) -> RequestHead:
     method, target, is_http10 = _read_request_line(first)
     if len(target) > limits.target_bytes:
         raise too_long_target(limits)
-    if len(lines) > limits.fields:
-        raise too_large(limits)
-    del lines[-2:]
-    head = RequestHead(method, target, is_http10)
     try:
-        if not _OF_REQUESTS.put_together(head, lines):
-            head = RequestHead(method, target, is_http10)
-            parse(httptools.HttpRequestParser, b"GET / HTTP/1.1\r\n", block[len(first) + 2 :], _OF_REQUESTS, head)
-            _OF_REQUESTS.learn(lines)
+        head = _READER.read(lambda: RequestHead(method, target, is_http10), block, lines, limits)
         head.finish()
+    except TooManyFieldsError:
+        raise too_large(limits) from None
     except MalformedError as error:
         raise malformed(str(error)) from None
-    except httptools.HttpParserError as error:
-        raise malformed(str(error) or NOT_HTTP) from None
     except HttpError as refusal:
         refusal.close = True
         raise
@@ -223,7 +216,9 @@ def _note(name: str) -> Callable[[RequestHead, bytes], None]:
     return note
 
 
-_OF_REQUESTS: KnownLines[RequestHead] = KnownLines(
+_READER: HeadReader[RequestHead] = HeadReader(
+    httptools.HttpRequestParser,
+    b"GET / HTTP/1.1\r\n",
     {
         **dict.fromkeys((*HOP_BY_HOP, b"proxy-authorization", b"http2-settings"), drop),
         b"host": RequestHead.note_host,
@@ -254,4 +249,4 @@ _OF_REQUESTS: KnownLines[RequestHead] = KnownLines(
 
 def is_interpreted(name: bytes) -> bool:
     """Return whether a request field of this name, in lower case, is not simply passed on."""
-    return _OF_REQUESTS.names(name)
+    return _READER.names(name)

@@ -17,10 +17,9 @@ from gpusvc.gateway.http.fields import (
     OWNED_PREFIX,
     VALUE,
     Head,
-    KnownLines,
+    HeadReader,
     MalformedError,
     drop,
-    parse,
 )
 from gpusvc.gateway.http.replies import Reply
 from gpusvc.gateway.limits import Limits
@@ -80,18 +79,11 @@ def read_response(block: bytes, limits: Limits) -> ResponseHead:
     """
     first, *lines = block.split(b"\r\n")
     status, reason, is_http10 = _read_status_line(first)
-    if len(lines) > limits.fields:
-        raise BadResponseError("it has too many fields")
-    del lines[-2:]
-    head = ResponseHead(status, reason, is_http10)
     try:
-        if not _OF_RESPONSES.put_together(head, lines):
-            head = ResponseHead(status, reason, is_http10)
-            parse(httptools.HttpResponseParser, b"HTTP/1.1 200 OK\r\n", block[len(first) + 2 :], _OF_RESPONSES, head)
-            _OF_RESPONSES.learn(lines)
+        head = _READER.read(lambda: ResponseHead(status, reason, is_http10), block, lines, limits)
         head.finish()
-    except (MalformedError, httptools.HttpParserError) as error:
-        raise BadResponseError(str(error) or NOT_HTTP) from None
+    except MalformedError as error:
+        raise BadResponseError(str(error)) from None
     return head
 
 
@@ -125,10 +117,12 @@ def _read_status_line(line: bytes) -> tuple[int, bytes, bool]:
 
 
 def _may_trail(name: bytes) -> bool:
-    return name not in _NEVER_TRAILING and not request_head.is_interpreted(name) and not _OF_RESPONSES.names(name)
+    return name not in _NEVER_TRAILING and not request_head.is_interpreted(name) and not _READER.names(name)
 
 
-_OF_RESPONSES: KnownLines[ResponseHead] = KnownLines(
+_READER: HeadReader[ResponseHead] = HeadReader(
+    httptools.HttpResponseParser,
+    b"HTTP/1.1 200 OK\r\n",
     {
         **dict.fromkeys(HOP_BY_HOP, drop),
         b"content-length": ResponseHead.note_length,

@@ -1,11 +1,12 @@
 """One request and its response: admitted, led to its model, forwarded, counted.
 
-Everything that needs no waiting happens in one call, without a task, a future or a timer:
+The steps follow each other, each as soon as it can. Everything that needs no waiting happens in one call, without a
+task, a future or a timer:
 
-    begin()     the gate (origin, key), the route, the destination (which model)
-    feed()      for a body that comes in pieces: more of it, until the destination is known
-    _enter()    the way into the model: at once, or in a task that waits for the model
-    _forward()  an upstream gets the request, and its response is relayed
+    begin()     the gate (origin, key), the route, and the body as far as it came
+    _lead()     the destination: which model; again for each piece of a body that has not named it yet
+    _go()       the passage into the model: at once, or a Waiting that comes back to on_entered()
+    _forward()  a Forwarding sends the request to the upstream, and relays the response
 
 An exchange ends in one of four ways: the end of the response, an error response, a response that breaks off, or a
 client that is gone.
@@ -13,18 +14,16 @@ client that is gone.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable
 from functools import wraps
 from typing import TypeVarTuple
 
 from gpusvc.config.keys import Key
-from gpusvc.config.serving import Serving
 from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.body.body import Body, body_of
 from gpusvc.gateway.entry import destination as destinations
-from gpusvc.gateway.entry import engine_origin, routes
+from gpusvc.gateway.entry import routes
 from gpusvc.gateway.entry.destination import Destination, allowed_by, not_loaded
 from gpusvc.gateway.entry.routes import Route, Target
 from gpusvc.gateway.http import replies
@@ -33,17 +32,15 @@ from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.account import Account
 from gpusvc.gateway.relay.forwarding import Forwarding, unreachable
+from gpusvc.gateway.relay.request import client_lines
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
+from gpusvc.gateway.relay.waiting import Waiting
 
 _A = TypeVarTuple("_A")
 
 # In Python 3.11 each access to a member of an enum class is a call.
 _MODEL, _NAMED = Target.MODEL, Target.NAMED
-
-_FORWARDED = frozenset({Target.MODEL, Target.NAMED, Target.ORIGIN, Target.MANAGEMENT})
-
-_JSON = ((b"content-type", b"application/json"),)
 
 
 def _failing(step: Callable[[Exchange, *_A], None]) -> Callable[[Exchange, *_A], None]:
@@ -90,50 +87,19 @@ class Exchange:
         self._body: Body | None = None
         self._destination: Destination | None = None
         self._passage: Passage | Onlooker | None = None
-        self._waiting: asyncio.Task[None] | None = None
+        self._waiting: Waiting | None = None
         self._forwarding: Forwarding | None = None
         self._is_retried = False
         self._is_over = False
 
-    # The request, as it comes in.
+    # The request as it comes in.
 
     def begin(self, whole: bytes | None) -> None:
-        """The head is there.
-
-        Args:
-            whole: the body, if all of it is there too; None: feed() and end() follow.
-        """
+        """The head is there. ``whole``: the body, if all of it is there too; None: feed() and end() follow."""
         try:
             self._admit(whole)
         except Exception as error:
             self.fail(faults.to_http_error(error))
-
-    def _admit(self, whole: bytes | None) -> None:
-        head, shared = self._head, self._shared
-        granted = shared.gate.check_origin(head)
-        if granted:
-            if isinstance(granted, Reply):
-                self._reply(granted)
-                return
-            self._response.granted = granted
-        engine = engine_origin.model_in(head.host)
-        if engine is None:
-            route = self._route = routes.route(head.method, head.target)
-            self._key = shared.gate.authorise(head, route.right)
-        else:
-            route = self._route = routes.engine_route(engine, head.target)
-            self._key = shared.gate.authorise_page(head, engine)
-        if route.target not in _FORWARDED:
-            self._reply(self._own_reply(route))
-            return
-        self._body = body_of(
-            head,
-            whole,
-            limit_bytes=shared.settings().max_body_bytes,
-            names_model=route.target is _MODEL,
-            budget=shared.budget,
-        )
-        self._lead(route, self._body)
 
     @_failing
     def feed(self, data: bytes) -> None:
@@ -155,32 +121,44 @@ class Exchange:
             self._leave()
             self._close()
 
-    # Back-pressure, and time.
+    # The steps to the upstream.
 
-    def pause(self) -> None:
-        """The client does not take the response as fast as it comes."""
+    def _admit(self, whole: bytes | None) -> None:
+        head, shared = self._head, self._shared
+        granted = shared.gate.check_origin(head)
+        if granted:
+            if isinstance(granted, Reply):
+                self._reply(granted)
+                return
+            self._response.granted = granted
+        route, self._key = shared.gate.admit(head)
+        self._route = route
+        is_of_model = route.target is _MODEL
+        if not is_of_model:
+            reply = destinations.own_reply(shared.catalog, route, allowed_by(self._key))
+            if reply is not None:
+                self._reply(reply)
+                return
+        self._body = body_of(
+            head,
+            whole,
+            limit_bytes=shared.settings().max_body_bytes,
+            names_model=is_of_model,
+            budget=shared.budget,
+        )
+        self._lead(route, self._body)
+
+    def _advance(self, body: Body) -> None:
+        """Go on with a request of whose body there is more now."""
         if self._forwarding is not None:
-            self._forwarding.pause()
-
-    def resume(self) -> None:
-        """The client takes more."""
-        if self._forwarding is not None:
-            self._forwarding.resume()
-
-    def check(self, now: float) -> None:
-        """Look whether the engine takes too long; ``now`` is by the clock of the sweeps."""
-        if self._forwarding is not None:
-            self._forwarding.check(now)
-
-    # To the destination.
-
-    def _own_reply(self, route: Route) -> Reply:
-        catalog, allowed = self._shared.catalog, allowed_by(self._key)
-        if route.target is Target.MODELS:
-            return Reply(200, _JSON, catalog.listing(allowed))
-        if route.target is Target.MODEL_CARD:
-            return Reply(200, _JSON, catalog.card(route.name or "", allowed=allowed))
-        return replies.reply_json(200, {"status": "ok"})
+            self._forwarding.pump()
+        elif self._destination is not None:
+            if self._waiting is None:
+                self._go(self._destination, body)
+        elif self._route is not None:
+            self._lead(self._route, body)
+        if body.full and not self._is_over:
+            self._client.pause()
 
     def _lead(self, route: Route, body: Body) -> None:
         """Find the destination, as soon as it can be known."""
@@ -198,95 +176,74 @@ class Exchange:
         self._go(destination, body)
 
     def _go(self, destination: Destination, body: Body) -> None:
-        """Go to the destination as far as that is possible now."""
+        """Get into the model, as far as that is possible now."""
         if body.awaited:
             return  # a client that sends slowly must not hold a slot of the model
-        if destination.serving is None or self._passage is not None:
-            self._forward(destination, body)
-        elif destination.is_probe:
-            self._account.is_for_state()
-            self._passage = self._shared.activation.look_at(destination.serving)
-            if self._passage is None:
-                raise not_loaded(destination.serving)
-            self._forward(destination, body)
-        else:
-            self._enter(destination.serving, destination, body)
+        serving = destination.serving
+        if serving is not None and self._passage is None:
+            if destination.is_probe:
+                self._account.is_for_state()
+                self._passage = self._shared.activation.look_at(serving)
+                if self._passage is None:
+                    raise not_loaded(serving)
+            else:
+                self._passage = self._shared.activation.try_enter(serving)
+                if self._passage is None:
+                    self._waiting = Waiting(
+                        self._shared, self, serving, self._head, body, self._response, self._account
+                    )
+                    return
+        self._forward(destination, body)
 
-    def _advance(self, body: Body) -> None:
-        """Go on with a request of whose body there is more now."""
-        if self._forwarding is not None:
-            self._forwarding.pump()
-        elif self._destination is not None:
-            if self._waiting is None:
-                self._go(self._destination, body)
-        elif self._route is not None:
-            self._lead(self._route, body)
-        if body.full and not self._is_over:
-            self._client.pause()
-
-    def _enter(self, serving: Serving, destination: Destination, body: Body) -> None:
-        """Use the model, at once if it is ready."""
-        self._passage = self._shared.activation.try_enter(serving)
-        if self._passage is not None:
-            self._forward(destination, body)
-        else:
-            self._account.wait()
-            self._waiting = self._shared.loop.create_task(self._wait_inside(serving, destination, body))
-
-    async def _wait_inside(self, serving: Serving, destination: Destination, body: Body) -> None:
-        tell = self._tell if self._shared.settings().loading_events else None
-        try:
-            self._passage = await self._shared.activation.enter(serving, on_wait=tell)
-            self._waiting = None
-            self._account.stop_waiting()
-            self._forward(destination, body)
-        except Exception as error:
-            self._waiting = None
-            self.fail(faults.to_http_error(error))
-
-    def _tell(self, sentence: str) -> None:
-        """Show a client that asked for a stream that something happens."""
-        if self._is_over or self._body is None or not self._body.stream:
-            return
-        if not self._response.is_promised:
-            self._response.promise_stream()
-            self._head.refuse_coding()  # the head of the response did not say that it is compressed
-        self._response.comment(sentence)
+    def on_entered(self, passage: Passage) -> None:
+        """The wait is over (waiting.Owner)."""
+        self._waiting = None
+        self._passage = passage
+        if self._destination is not None and self._body is not None:
+            self._forward(self._destination, self._body)
 
     def _forward(self, destination: Destination, body: Body) -> None:
         """Send the request to its upstream, unless more of its body must come before."""
         if not body.ready:
             return
+        head, serving, key = self._head, destination.serving, self._key
+        lines = client_lines(
+            head,
+            self._client,
+            key_name=None if serving is not None or key is None else key.name,
+            # Where the gateway needs no keys, a client's credentials are meant for an engine that has its own.
+            passes_credentials=serving is not None and not self._shared.keys.configured,
+        )
         forwarding = self._forwarding = Forwarding(
             self._shared,
             self._client,
             self,
-            self._head,
+            head,
             body,
             destination.path,
-            self._lines(destination),
+            lines,
             self._response,
             self._account,
             self._passage,
         )
         forwarding.begin()
 
-    def _lines(self, destination: Destination) -> list[bytes]:
-        """Lines for the request's head that tell who the client is."""
-        head, client = self._head, self._client
-        own = [] if destination.serving is None or self._shared.keys.configured else _credentials(head)
-        key = None if destination.serving is not None else self._key
-        if head.forwarded_for is None and head.forwarded_proto is None and key is None:
-            return [*client.forwarded, *own] if own else client.forwarded
-        sources = client.address if head.forwarded_for is None else head.forwarded_for + b", " + client.address
-        lines = [
-            b"X-Forwarded-For: " + sources,
-            b"X-Forwarded-Proto: " + (head.forwarded_proto or client.scheme),  # a proxy in front knows better
-            *own,
-        ]
-        if key is not None:
-            lines.append(b"X-Gpusvc-Key: " + key.name.encode())
-        return lines
+    # Back-pressure and time.
+
+    def pause(self) -> None:
+        """The client does not take the response as fast as it comes."""
+        if self._forwarding is not None:
+            self._forwarding.pause()
+
+    def resume(self) -> None:
+        """The client takes more."""
+        if self._forwarding is not None:
+            self._forwarding.resume()
+
+    def check(self, now: float) -> None:
+        """Look whether the engine takes too long; ``now`` is by the clock of the sweeps."""
+        if self._forwarding is not None:
+            self._forwarding.check(now)
 
     # The end (forwarding.Owner).
 
@@ -305,7 +262,7 @@ class Exchange:
         self._is_retried = True
         self._passage = None
         passage.close()
-        self._enter(serving, destination, body)
+        self._go(destination, body)
 
     def fail(self, error: HttpError) -> None:
         """Answer with an error; or break off a response that has begun."""
@@ -333,9 +290,9 @@ class Exchange:
 
     def _leave(self) -> None:
         """Stop everything that takes time."""
-        task, self._waiting = self._waiting, None
-        if task is not None:
-            task.cancel()
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.cancel()
         forwarding, self._forwarding = self._forwarding, None
         if forwarding is not None:
             forwarding.abort()
@@ -350,13 +307,3 @@ class Exchange:
             received_bytes = self._body.received_bytes
             self._body.close()
         self._account.close(self._response, received_bytes)
-
-
-def _credentials(head: RequestHead) -> list[bytes]:
-    """The client's credentials: where the gateway needs no keys they are meant for an engine that has its own."""
-    lines = []
-    if head.authorization is not None:
-        lines.append(b"Authorization: " + head.authorization)
-    if head.x_api_key is not None:
-        lines.append(b"X-Api-Key: " + head.x_api_key)
-    return lines

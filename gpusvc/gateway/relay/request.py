@@ -1,4 +1,4 @@
-"""The head of a request, written anew for its upstream."""
+"""The head of a request, written anew for its upstream: what is kept, and who the client is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpusvc.gateway.http.fields import END
 from gpusvc.gateway.http.request_head import RequestHead
+from gpusvc.gateway.relay.shared import Downstream
 from gpusvc.gateway.relay.upstream import Address
 
 # RFC 9110, 8.6: a body is expected with these methods, so that none is said by a length of zero.
@@ -41,6 +42,40 @@ def write_head(head: RequestHead, path: bytes, lines: list[bytes], address: Addr
     elif head.takes_trailers:
         lines += (b"Connection: TE", b"TE: trailers")
     return b"\r\n".join(lines) + END
+
+
+def client_lines(
+    head: RequestHead, client: Downstream, *, key_name: str | None, passes_credentials: bool
+) -> list[bytes]:
+    """Return lines for the head that say who the client is.
+
+    Args:
+        head: as the client sent it.
+        client: the connection.
+        key_name: the client's key, for the management API; None: do not say.
+        passes_credentials: whether the client's own credentials are for the upstream.
+    """
+    own = _credentials(head) if passes_credentials else []
+    if head.forwarded_for is None and head.forwarded_proto is None and key_name is None:
+        return [*client.forwarded, *own] if own else client.forwarded
+    sources = client.address if head.forwarded_for is None else head.forwarded_for + b", " + client.address
+    lines = [
+        b"X-Forwarded-For: " + sources,
+        b"X-Forwarded-Proto: " + (head.forwarded_proto or client.scheme),  # a proxy in front knows better
+        *own,
+    ]
+    if key_name is not None:
+        lines.append(b"X-Gpusvc-Key: " + key_name.encode())
+    return lines
+
+
+def _credentials(head: RequestHead) -> list[bytes]:
+    lines = []
+    if head.authorization is not None:
+        lines.append(b"Authorization: " + head.authorization)
+    if head.x_api_key is not None:
+        lines.append(b"X-Api-Key: " + head.x_api_key)
+    return lines
 
 
 @lru_cache(maxsize=256)
