@@ -13,8 +13,9 @@ from gpusvc.config import files as config
 from gpusvc.config import keys
 from gpusvc.config.host import HostConfig
 from gpusvc.errors import GpusvcError
-from gpusvc.gateway.body.fields import FieldScanner, find_model
+from gpusvc.gateway.body.fields import FieldScanner
 from gpusvc.gateway.body.multipart import FormScanner, boundary_of
+from gpusvc.gateway.body.search import find_model
 from gpusvc.gateway.http import request_head, response_head
 from gpusvc.gateway.http.chunks import BadChunkError, Chunks
 from gpusvc.gateway.http.replies import HttpError

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.gateway.body.fields import LONGEST_NAME_BYTES, MOST_MEMBERS, FieldScanner, find_model
+from gpusvc.gateway.body.fields import MOST_MEMBERS, FieldScanner
+from gpusvc.gateway.body.grammar import LONGEST_NAME_BYTES
+from gpusvc.gateway.body.search import find_model
 
 # Texts full of what could confuse a scanner of quotes and backslashes.
 texts = st.one_of(st.text(st.sampled_from('a"\\{}[]:,é𝄞\n\x00/ '), max_size=12), st.text(max_size=8))
@@ -191,8 +193,8 @@ def test_a_scanner_keeps_nothing_of_long_strings() -> None:
     scanner.feed(b'{"prompt":"')
     for _ in range(64):
         scanner.feed(b'text with \\"quotes\\" ' * 1000)
-    assert len(scanner._kept) == 0
+    assert len(scanner._token.raw()) == 0
     scanner.feed(b'","' + b"k" * 10_000)
-    assert len(scanner._kept) <= LONGEST_NAME_BYTES
+    assert len(scanner._token.raw()) <= LONGEST_NAME_BYTES
     scanner.feed(b'":1,"model":"a"')
     assert scanner.model == "a"

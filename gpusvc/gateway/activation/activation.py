@@ -15,6 +15,7 @@ from gpusvc.config.serving import Serving
 from gpusvc.errors import GpusvcError
 from gpusvc.gateway.activation.engine import EngineFinder
 from gpusvc.gateway.activation.entrance import Entrance
+from gpusvc.gateway.activation.fair_slots import FairSlots
 from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.activation.slots import OwnSlots, SharedSlots, Slots
 from gpusvc.gateway.activation.starter import Starter
@@ -106,7 +107,7 @@ class Activation:
                 turnstile=Turnstile(self._paths, name),
                 finder=EngineFinder(self._paths, name),
                 starter=self._starter,
-                make_slots=lambda: self._make_slots(name),
+                slots=FairSlots(lambda: self._make_slots(name)),
             )
         return entrance
 

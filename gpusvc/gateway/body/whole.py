@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.body import fields
+from gpusvc.gateway.body import search
 from gpusvc.gateway.body.edits import edits, filters, spliced
 from gpusvc.gateway.body.fields import FieldScanner
 from gpusvc.gateway.body.multipart import FormScanner, is_form
@@ -82,7 +82,7 @@ def find_model(content_type: bytes | None, data: bytes) -> str | None:
     """Return the name of the model in a whole body by a quick search; None: only a scanner can tell."""
     if content_type != JSON and is_form(content_type):
         return None
-    return fields.find_model(data)
+    return search.find_model(data)
 
 
 def edited(content_type: bytes | None, data: bytes, serving: Serving) -> bytes:
@@ -92,7 +92,7 @@ def edited(content_type: bytes | None, data: bytes, serving: Serving) -> bytes:
         HttpError: 400, it cannot be filtered.
     """
     if serving.served_name is not None and not filters(serving) and not is_form(content_type):
-        span = fields.find_model_span(data)
+        span = search.find_model_span(data)
         if span is not None:
             return b"".join((data[: span[0] - 1], json.dumps(serving.served_name).encode(), data[span[1] + 1 :]))
     scanner = make_scanner(content_type)
