@@ -26,6 +26,9 @@ from __future__ import annotations
 
 import re
 
+# The launcher's exit status where there is no room for the model now: EX_TEMPFAIL of sysexits.h.
+NO_ROOM_STATUS = 75
+
 
 class GpusvcError(Exception):
     """An error with one sentence for a person, and optionally a hint on what to do next."""

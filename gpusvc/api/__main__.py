@@ -15,11 +15,12 @@ from functools import partial
 from aiohttp import web
 
 from gpusvc.api.backend import journal
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.bus import Bus
-from gpusvc.api.backend.jobs import Jobs
 from gpusvc.api.backend.journal import Events
-from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.snapshots import Snapshots
+from gpusvc.api.backend.starts import Starts
+from gpusvc.api.backend.stops import Stops
 from gpusvc.api.backend.streams import Streams
 from gpusvc.api.routes.application import application
 from gpusvc.log import log
@@ -46,7 +47,7 @@ _LONG_LOAD_SECONDS = 300.0
 
 
 @asynccontextmanager
-async def service_of(paths: Paths) -> AsyncIterator[Service]:
+async def backend_of(paths: Paths) -> AsyncIterator[Backend]:
     """Yield what the routes work on; it is closed at the end of the block."""
     loop = asyncio.get_running_loop()
     snapshots = Snapshots(paths)
@@ -63,11 +64,12 @@ async def service_of(paths: Paths) -> AsyncIterator[Service]:
         known = events.loads.get(name)
         return _LONG_LOAD_SECONDS if known is None or not known.count else 2 * known.last_seconds
 
-    jobs = Jobs(paths, bus, journal.last_words, on_change=snapshots.forget, load_seconds=load_seconds)
+    starts = Starts(paths, bus, journal.last_words, on_change=snapshots.forget, load_seconds=load_seconds)
+    stops = Stops(paths, bus, on_change=snapshots.forget)
     streams = Streams()
     follower = asyncio.create_task(events.run())
     try:
-        yield Service(paths, bus, snapshots, events, jobs, streams)
+        yield Backend(paths, bus, snapshots, events, starts, stops, streams)
     finally:
         follower.cancel()
         streams.close()
@@ -82,8 +84,8 @@ async def serve(paths: Paths, listening: socket.socket, notifier: Notifier) -> N
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    async with service_of(paths) as service:
-        runner = web.AppRunner(application(service), access_log=None)
+    async with backend_of(paths) as backend:
+        runner = web.AppRunner(application(backend), access_log=None)
         await runner.setup()
         await web.SockSite(runner, listening, backlog=_BACKLOG).start()
         notifier.ready("Answering.")
@@ -93,7 +95,7 @@ async def serve(paths: Paths, listening: socket.socket, notifier: Notifier) -> N
                 async with asyncio.timeout(_FEED_SECONDS):
                     await ended.wait()
         notifier.stopping()
-        service.streams.close()
+        backend.streams.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await runner.cleanup()

@@ -17,6 +17,9 @@ _OUT_OF_MEMORY = (
 )
 
 
+# What precedes the last words in the launcher's sentence about the end of an engine.
+LEAD = "its last words: "
+
 # How long lines may take from a pipe to the journal where the caller may not run `journalctl --sync`.
 _UNSYNCED_SECONDS = 1.0
 _PAUSE_SECONDS = 0.05

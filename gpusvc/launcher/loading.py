@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gpusvc.errors import EngineError, NvmlError
 from gpusvc.gpu.reading import total
 from gpusvc.launcher import readiness, watching
-from gpusvc.launcher.progress import Reading, moved
+from gpusvc.launcher.progress import Consumption, moved
 from gpusvc.linux import processes
 from gpusvc.quantity import MIB, format_amount, format_duration
 
@@ -44,7 +44,7 @@ class Load:
         """
         run = self._run
         began = last_moved = time.monotonic()
-        reading: Reading | None = None
+        reading: Consumption | None = None
         while not watching.ended(self._pidfd, _pause(time.monotonic() - began)):
             where = readiness.settled_listener(self._cgroup, run.lease.port, run.user, self._pidfd)
             if where is not None and readiness.answers(where, run.config.health, _HEALTH_SECONDS):
@@ -60,7 +60,7 @@ class Load:
             self._report(now - began, reading)
         return None
 
-    def _read(self) -> Reading:
+    def _read(self) -> Consumption:
         run = self._run
         pids = self._cgroup.pids()
         vram: int | None = None
@@ -72,9 +72,9 @@ class Load:
                 self.was_full = any(gpu.free_bytes is not None and gpu.free_bytes < _FULL_BYTES for gpu in own)
         with processes.acting_as(run.user.uid, run.user.gid):
             io = processes.io_bytes(pids)
-        return Reading(time.monotonic(), self._cgroup.cpu_seconds(), io, vram)
+        return Consumption(time.monotonic(), self._cgroup.cpu_seconds(), io, vram)
 
-    def _report(self, elapsed_seconds: float, reading: Reading) -> None:
+    def _report(self, elapsed_seconds: float, reading: Consumption) -> None:
         run = self._run
         vram = "" if not run.gpus else f", {format_amount(reading.vram_bytes)} of VRAM so far"
         run.notifier.waiting(f"Loading on {run.place()}{vram}, {elapsed_seconds:.0f} s.")

@@ -11,7 +11,7 @@ _IO_BYTES = 1 * MIB
 _VRAM_BYTES = 1 * MIB
 
 
-class Reading(Record):
+class Consumption(Record):
     """What an engine has used up to one moment. None: unknown."""
 
     at_seconds: float
@@ -20,7 +20,7 @@ class Reading(Record):
     vram_bytes: int | None
 
 
-def moved(before: Reading, after: Reading) -> bool:
+def moved(before: Consumption, after: Consumption) -> bool:
     """Return whether CPU time, I/O or VRAM changed between the readings by more than they do in an idle process."""
     elapsed = after.at_seconds - before.at_seconds
     if after.io_bytes - before.io_bytes >= _IO_BYTES:

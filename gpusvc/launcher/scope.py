@@ -11,7 +11,7 @@ from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.paths import is_user_instance
 from gpusvc.record import replace
-from gpusvc.systemd.jobs import JobResult
+from gpusvc.systemd.jobs import PAUSE_SECONDS, Absence, JobResult
 from gpusvc.systemd.manager import Manager
 from gpusvc.systemd.units import Scope, set_properties
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from gpusvc.launcher.run import Run
 
 _JOB_SECONDS = 30.0
-_ABSENT_SECONDS = 10.0  # systemd or the bus restarts within this time
-_PAUSE_SECONDS = 0.1
 
 
 def enter(run: Run) -> Cgroup:
@@ -65,7 +63,7 @@ def _make(scope: Scope, pid: int) -> None:
     While systemd executes itself anew, or the bus restarts, the answer is lost. Then the process's control group tells
     whether the scope was made.
     """
-    until = time.monotonic() + _ABSENT_SECONDS
+    absence = Absence()
     may_be_made = False
     while True:
         try:
@@ -74,11 +72,10 @@ def _make(scope: Scope, pid: int) -> None:
             if result is JobResult.DONE:
                 return
             raise SystemdError(f"systemd did not make {scope.name}: its job is {result or 'not done in time'}.")
-        except UnansweredError:
-            if time.monotonic() >= until:
-                raise
+        except UnansweredError as error:
+            absence.bear(error)
             may_be_made = True
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS)
         except SystemdError:
             cgroup = Cgroup.of_process(pid)
             if not may_be_made or cgroup is None or not _is_of(cgroup, scope.name):

@@ -8,14 +8,14 @@ import signal
 from typing import NoReturn
 
 from gpusvc import names
-from gpusvc.errors import EngineError, GpusvcError, NvmlError, UnknownModelError
+from gpusvc.errors import NO_ROOM_STATUS, EngineError, GpusvcError, NvmlError, UnknownModelError
 
 # A SIGTERM whose exception was swallowed delays a stop by this time. It is far longer than a normal unwinding takes.
 _REPEAT_SECONDS = 1.0
 
-# Exit statuses of sysexits.h that systemd does not retry; RestartPreventExitStatus= in model@.service names them too.
+# Exit statuses of sysexits.h that systemd does not retry, as it does not retry NO_ROOM_STATUS: a retry at once would be
+# refused again. RestartPreventExitStatus= in model@.service names them too.
 _EX_NOINPUT = 66  # no such model
-_EX_TEMPFAIL = 75  # no room now: a retry at once would be refused again
 _EX_CONFIG = 78  # the administrator has to change something first
 
 
@@ -43,7 +43,7 @@ def exit_status(error: GpusvcError) -> int:
         return _EX_NOINPUT
     if error.permanent:
         return _EX_CONFIG
-    return _EX_TEMPFAIL if error.http_status == 503 and not isinstance(error, EngineError | NvmlError) else 1
+    return NO_ROOM_STATUS if error.http_status == 503 and not isinstance(error, EngineError | NvmlError) else 1
 
 
 def end_as(status: int) -> NoReturn:

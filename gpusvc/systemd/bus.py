@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from gpusvc.errors import JobConflictError, PermissionDeniedError, SystemdError, UnansweredError
-
-_PAUSE_SECONDS = 0.05
+from gpusvc.systemd import jobs
+from gpusvc.systemd.jobs import Absence
 
 # The connection itself is broken: neither systemd nor the bus sends these.
 _DISCONNECTED = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED, errno.EPIPE})
@@ -84,17 +84,16 @@ def patiently(doing: str, question: Callable[[], _T], *, patience_seconds: float
         UnansweredError: there was no answer in this time, or the connection is broken.
         SystemdError, PermissionDeniedError: systemd refuses.
     """
-    until = time.monotonic() + patience_seconds
+    absence = Absence(patience_seconds)
     while True:
         try:
             with translated(doing):
                 return question()
         except _InterruptedError:
             continue
-        except _AwayError:
-            if time.monotonic() >= until:
-                raise
-        time.sleep(_PAUSE_SECONDS)
+        except _AwayError as error:
+            absence.bear(error)
+        time.sleep(jobs.PAUSE_SECONDS)
 
 
 def code_of(error: Any) -> int:

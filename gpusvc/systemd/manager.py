@@ -30,9 +30,6 @@ _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
 _JOB = b"org.freedesktop.systemd1.Job"
 
-# systemd does not answer while it executes itself anew, which takes no longer than this.
-_ABSENT_SECONDS = 10.0
-
 
 class Manager:
     """One connection to the service manager of this instance; a context manager. Not for threads, nor across a fork.
@@ -43,7 +40,7 @@ class Manager:
         PermissionDeniedError: from every method that changes something, if the caller may not do that.
     """
 
-    def __init__(self, *, patience_seconds: float = _ABSENT_SECONDS) -> None:
+    def __init__(self, *, patience_seconds: float = jobs.ABSENT_SECONDS) -> None:
         """``patience_seconds``: for how long a manager that does not answer is asked again."""
         self._patience_seconds = patience_seconds
         self._jobs = JobTable()
@@ -169,6 +166,20 @@ class Manager:
         self._process()
         return self._jobs.take_all()
 
+    def follow(self, job: str, verb: str, unit: str) -> None:
+        """Follow a job that an earlier connection queued, so that unheard() finds its end."""
+        self._jobs.follow(job, verb, unit)
+
+    def unheard(self) -> list[EndedJob]:
+        """Return the followed jobs that ended although no signal came. Call it at least every LOOK_SECONDS."""
+        found = []
+        for path, job in self._jobs.queued().items():
+            result = self._unheard(path)
+            if result is not None:
+                self._jobs.forget(path)
+                found.append(EndedJob(path, job.unit, result))
+        return found
+
     def units(self, *patterns: str) -> list[Unit]:
         """Return the loaded units whose names match one of the shell ``patterns``."""
         rows = self._call("list units", "ListUnitsByPatterns", "asas", [], list(patterns)) or []
@@ -218,7 +229,7 @@ class Manager:
             return call()
 
     def _remember(self, path: bytes, verb: str, unit: str) -> str:
-        self._jobs.queued(path.decode(), verb, unit)
+        self._jobs.follow(path.decode(), verb, unit)
         return path.decode()
 
     def _unheard(self, path: str) -> JobResult | None:
@@ -236,7 +247,7 @@ class Manager:
             pass  # there is no such job any more
         unit = self.unit(job.unit)
         self._process()
-        return self._jobs.take(path) or job.result_by_state(is_up=unit is not None and unit.active.is_up)
+        return self._jobs.take(path) or job.result_by_state(None if unit is None else unit.active)
 
     def _process(self) -> None:
         with translated("hear from the service manager"), undisturbed():

@@ -32,6 +32,11 @@ class ActiveState(StrEnum):
         """Whether a unit in this state runs."""
         return self in {ActiveState.ACTIVE, ActiveState.RELOADING, ActiveState.REFRESHING}
 
+    @property
+    def is_down(self) -> bool:
+        """Whether a unit in this state neither runs, starts nor stops."""
+        return self in {ActiveState.INACTIVE, ActiveState.FAILED}
+
 
 class Unit(NamedTuple):
     """A loaded unit, as ListUnitsByPatterns describes it."""

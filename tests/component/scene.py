@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.journal import Events
-from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.streams import Streams
 from gpusvc.api.routes.application import application
 from gpusvc.errors import GpusvcError, PlacementError
@@ -134,9 +134,9 @@ class Scene:
         self.url = ""
 
     @property
-    def service(self) -> Service:
-        parts: list[Any] = [self.paths, Bus(), self.snapshots, self.events, self.jobs, self.streams]
-        return Service(*parts)
+    def backend(self) -> Backend:
+        parts: list[Any] = [self.paths, Bus(), self.snapshots, self.events, self.jobs, self.jobs, self.streams]
+        return Backend(*parts)
 
     def add(
         self,
@@ -248,7 +248,7 @@ class Scene:
 @asynccontextmanager
 async def serving(scene: Scene) -> AsyncIterator[Scene]:
     """The scene over HTTP."""
-    runner = web.AppRunner(application(scene.service), access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(application(scene.backend), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

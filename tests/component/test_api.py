@@ -18,13 +18,14 @@ import pytest
 from aiohttp import web
 
 from gpusvc import names
-from gpusvc.api.backend import jobs as jobs_module
+from gpusvc.api.backend import starts as starts_module
 from gpusvc.api.backend import streams as streams_module
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.bus import Bus
-from gpusvc.api.backend.jobs import Jobs
 from gpusvc.api.backend.journal import QUEUE_LENGTH, Events, Subscription
-from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.snapshots import Snapshots
+from gpusvc.api.backend.starts import Starts
+from gpusvc.api.backend.stops import Stops
 from gpusvc.api.backend.streams import Streams
 from gpusvc.api.routes.application import application, endpoints
 from gpusvc.api.routes.openapi import document
@@ -35,7 +36,8 @@ from gpusvc.paths import Paths
 from gpusvc.state import demand, use
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease
-from gpusvc.systemd.jobs import EndedJob, JobResult
+from gpusvc.systemd import jobs as systemd_jobs
+from gpusvc.systemd.jobs import EndedJob, JobResult, QueuedJob
 from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
 T = TypeVar("T")
@@ -59,9 +61,12 @@ class Systemd:
         """Those that are queued: verb and path by unit."""
         self.connections: list[Connection] = []
         self.refuses = False
+        self.is_away = False
         self.count = 0
 
     def connect(self) -> Connection:
+        if self.is_away:
+            raise UnansweredError("Could not reach the service manager: Connection refused.")
         connection = Connection(self)
         self.connections.append(connection)
         return connection
@@ -122,6 +127,7 @@ class Connection:
     def __init__(self, systemd: Systemd) -> None:
         self._systemd = systemd
         self._news: list[EndedJob] = []
+        self._followed: dict[str, tuple[str, str]] = {}
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.is_broken = False
 
@@ -165,6 +171,21 @@ class Connection:
         news, self._news = self._news, []
         return news
 
+    def follow(self, job: str, verb: str, unit: str) -> None:
+        self._followed[job] = (verb, unit)
+
+    def unheard(self) -> list[EndedJob]:
+        self._check()
+        queued = {path for _, path in self._systemd.jobs.values()}
+        ended = [
+            EndedJob(path, unit, QueuedJob(verb, unit, 0.0).result_by_state(ActiveState(self._systemd.states[unit])))
+            for path, (verb, unit) in self._followed.items()
+            if path not in queued
+        ]
+        for job in ended:
+            del self._followed[job.path]
+        return ended
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -178,11 +199,11 @@ class Connection:
 class Api:
     """The application on a socket, and a client."""
 
-    def __init__(self, systemd: Systemd, service: Service, client: aiohttp.ClientSession) -> None:
+    def __init__(self, systemd: Systemd, backend: Backend, client: aiohttp.ClientSession) -> None:
         self.systemd = systemd
-        self.service = service
+        self.backend = backend
         self.client = client
-        self.paths = service.paths
+        self.paths = backend.paths
         self.words: list[str] = []
 
     def model(self, name: str, text: str = "", *, runs: bool = False) -> None:
@@ -233,15 +254,16 @@ async def running(directory: Path) -> AsyncIterator[Api]:
     snapshots = Snapshots(paths, connect=systemd.connect, open_nvml=no_driver)
     bus = Bus(asyncio.get_running_loop(), systemd.connect)
     events, streams = Events(), Streams()
-    jobs = Jobs(paths, bus, read_log, on_change=snapshots.forget)
-    service = Service(paths, bus, snapshots, events, jobs, streams)
-    runner = web.AppRunner(application(service), access_log=None)
+    starts = Starts(paths, bus, read_log, on_change=snapshots.forget)
+    stops = Stops(paths, bus, on_change=snapshots.forget)
+    backend = Backend(paths, bus, snapshots, events, starts, stops, streams)
+    runner = web.AppRunner(application(backend), access_log=None)
     await runner.setup()
     await web.UnixSite(runner, str(directory / "api.sock")).start()
     connector = aiohttp.UnixConnector(str(directory / "api.sock"))
     try:
         async with aiohttp.ClientSession(connector=connector) as client:
-            api = Api(systemd, service, client)
+            api = Api(systemd, backend, client)
             api.words = words
             yield api
     finally:
@@ -256,7 +278,7 @@ async def serving(api: Api, values: AsyncIterator[Any]) -> AsyncIterator[str]:
     """A route of its own that sends ``values`` as an array; its URL."""
 
     async def send(request: web.Request) -> web.StreamResponse:
-        return await api.service.streams.send_array(request, values)
+        return await api.backend.streams.send_array(request, values)
 
     made = web.Application()
     made.router.add_get("/", send)
@@ -330,7 +352,7 @@ def test_one_start_serves_all_who_wait_for_it(api: Run) -> None:
     async def scenario(api: Api) -> None:
         api.model("qwen")
         starts = [api.begin("/gpusvc/models/qwen/start?wait=request") for _ in range(20)]
-        await until(lambda: api.service.jobs.starting == {"qwen": 20})
+        await until(lambda: api.backend.starts.starting == {"qwen": 20})
         api.systemd.ready("qwen")
         assert {(await start)[0] for start in starts} == {200}
         assert [each for each in api.systemd.asked if each[0] == "Start"] == [("Start", "model@qwen.service")]
@@ -431,7 +453,7 @@ def test_after_a_failure_requests_are_refused_for_a_while_and_a_person_is_not(ap
         by_hand = api.begin("/gpusvc/models/qwen/start")
         await api.asked("Start", "qwen")
         joined = api.begin("/gpusvc/models/qwen/start?wait=request")
-        await until(lambda: api.service.jobs.starting == {"qwen": 2})
+        await until(lambda: api.backend.starts.starting == {"qwen": 2})
         api.systemd.ready("qwen")
         assert [(await by_hand)[0], (await joined)[0]] == [200, 200]
 
@@ -480,7 +502,7 @@ def test_a_start_by_a_person_is_no_demand_of_requests(api: Run) -> None:
 def test_a_client_that_tries_again_after_its_start_was_given_up_finds_it_going_on(
     api: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs_module, "ABANDONED_SECONDS", 0.01)
+    monkeypatch.setattr(starts_module, "ABANDONED_SECONDS", 0.01)
 
     async def scenario(api: Api) -> None:
         api.model("qwen")
@@ -492,10 +514,10 @@ def test_a_client_that_tries_again_after_its_start_was_given_up_finds_it_going_o
         second = api.begin("/gpusvc/models/qwen/start?wait=request")
         await api.asked("Start", "qwen")
         second.cancel()
-        await until(lambda: api.service.jobs.starting == {"qwen": 0})
+        await until(lambda: api.backend.starts.starting == {"qwen": 0})
         assert demand.is_there(api.paths, "qwen")
         third = api.begin("/gpusvc/models/qwen/start?wait=request")
-        await until(lambda: api.service.jobs.starting == {"qwen": 1})
+        await until(lambda: api.backend.starts.starting == {"qwen": 1})
         api.systemd.ready("qwen")
         assert (await third)[0] == 200
         assert api.systemd.asked.count(("Start", "model@qwen.service")) == 2
@@ -536,21 +558,21 @@ def test_a_model_that_was_stopped_meanwhile_did_not_fail(api: Run) -> None:
 
 
 def test_a_start_that_nobody_waits_for_is_given_up(api: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs_module, "ABANDONED_SECONDS", 0.05)
+    monkeypatch.setattr(starts_module, "ABANDONED_SECONDS", 0.05)
 
     async def scenario(api: Api) -> None:
         api.model("qwen")
         starts = [api.begin("/gpusvc/models/qwen/start?wait=request") for _ in range(2)]
-        await until(lambda: api.service.jobs.starting == {"qwen": 2})
+        await until(lambda: api.backend.starts.starting == {"qwen": 2})
         await api.asked("Start", "qwen")
         starts[0].cancel()
-        await until(lambda: api.service.jobs.starting == {"qwen": 1})
+        await until(lambda: api.backend.starts.starting == {"qwen": 1})
         assert api.systemd.jobs["model@qwen.service"][0] == "Start"
         starts[1].cancel()
         await api.asked("Stop", "qwen")
         # Whoever comes now gets a start of his own.
         later = api.begin("/gpusvc/models/qwen/start?wait=request")
-        await until(lambda: api.service.jobs.starting == {"qwen": 1})
+        await until(lambda: api.backend.starts.starting == {"qwen": 1})
         api.systemd.stopped("qwen")
         await api.asked("Start", "qwen")
         api.systemd.ready("qwen")
@@ -561,18 +583,18 @@ def test_a_start_that_nobody_waits_for_is_given_up(api: Run, monkeypatch: pytest
 
 @pytest.mark.parametrize("how", ["by a person over HTTP", "by somebody else"])
 def test_a_start_that_others_want_goes_on(api: Run, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    monkeypatch.setattr(jobs_module, "ABANDONED_SECONDS", 0.01)
+    monkeypatch.setattr(starts_module, "ABANDONED_SECONDS", 0.01)
 
     async def scenario(api: Api) -> None:
         api.model("qwen")
         if how == "by somebody else":
             api.systemd.queue("Start", "model@qwen.service", replace=True)
         start = api.begin("/gpusvc/models/qwen/start?wait=request")
-        await until(lambda: api.service.jobs.starting == {"qwen": 1})
+        await until(lambda: api.backend.starts.starting == {"qwen": 1})
         if how == "by a person over HTTP":
             await api.post("/gpusvc/models/qwen/start?wait=no")
         start.cancel()
-        await until(lambda: api.service.jobs.starting in ({"qwen": 0}, {}))
+        await until(lambda: api.backend.starts.starting in ({"qwen": 0}, {}))
         await asyncio.sleep(0.1)  # ten times what it would take
         assert api.systemd.jobs["model@qwen.service"][0] == "Start"
 
@@ -587,11 +609,50 @@ def test_a_connection_that_breaks_loses_no_start(api: Run) -> None:
         for connection in api.systemd.connections:
             connection.break_()
         await until(lambda: sum(not each.is_broken for each in api.systemd.connections) == 1)
-        await until(lambda: len([each for each in api.systemd.asked if each[0] == "Start"]) == 2)
         api.systemd.ready("qwen")
         assert (await start)[0] == 200
+        assert api.systemd.asked.count(("Start", "model@qwen.service")) == 1
 
     api(scenario)
+
+
+def test_a_start_whose_end_nobody_could_hear_is_found_by_the_next_connection(
+    api: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(systemd_jobs, "LOOK_SECONDS", 0.01)
+
+    async def scenario(api: Api) -> None:
+        api.model("qwen")
+        start = api.begin("/gpusvc/models/qwen/start?wait=request")
+        await api.asked("Start", "qwen")
+        broken = list(api.systemd.connections)
+        api.systemd.connections.clear()  # so that nobody hears of it
+        api.systemd.ready("qwen")
+        for connection in broken:
+            connection.break_()
+        assert (await start)[0] == 200
+        assert api.systemd.asked.count(("Start", "model@qwen.service")) == 1
+
+    api(scenario)
+
+
+def test_a_manager_that_stays_away_fails_a_start(api: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd_jobs.Absence, "bear", gives_up)
+
+    async def scenario(api: Api) -> None:
+        api.model("qwen")
+        start = api.begin("/gpusvc/models/qwen/start?wait=request")
+        await api.asked("Start", "qwen")
+        api.systemd.is_away = True
+        for connection in api.systemd.connections:
+            connection.break_()
+        assert code(await start) == (502, "unanswered")
+
+    api(scenario)
+
+
+def gives_up(_: object, error: Exception) -> None:
+    raise error
 
 
 def test_what_systemd_refuses_is_no_failure_of_the_model(api: Run) -> None:
@@ -624,7 +685,7 @@ def test_what_a_machine_lacks_for_now_is_no_bug(
             raise error
 
         api.model("qwen")
-        monkeypatch.setattr(api.service.jobs, "start", fail)
+        monkeypatch.setattr(api.backend.starts, "start", fail)
         assert code(await api.post("/gpusvc/models/qwen/start")) == answer
 
     api(scenario)
@@ -780,7 +841,7 @@ def test_all_models_are_listed_those_that_are_stopped_too(api: Run) -> None:
 def test_a_machine_without_a_driver_has_no_gpus(api: Run) -> None:
     async def scenario(api: Api) -> None:
         assert await api.get("/gpusvc/gpus") == []
-        assert isinstance(api.service.snapshots.problem, NvmlUnavailableError)
+        assert isinstance(api.backend.snapshots.problem, NvmlUnavailableError)
 
     api(scenario)
 
@@ -938,9 +999,9 @@ def test_events_are_streamed_to_all_who_follow(api: Run) -> None:
     async def scenario(api: Api) -> None:
         api.model("qwen")
         followers = [await api.client.get("http://api/gpusvc/events?lines=0&model=qwen") for _ in range(2)]
-        await until(lambda: len(api.service.events._subscriptions) == 2)
-        api.service.events._take(event(1, model="other"))
-        api.service.events._take(event(2))
+        await until(lambda: len(api.backend.events._subscriptions) == 2)
+        api.backend.events._take(event(1, model="other"))
+        api.backend.events._take(event(2))
         for follower in followers:
             assert follower.headers["Content-Type"] == "text/event-stream"
             text = b""
@@ -1020,11 +1081,11 @@ def test_events_are_counted_by_a_few_reasons() -> None:
 def test_every_route_is_in_the_openapi_document(api: Run) -> None:
     async def scenario(api: Api) -> None:
         told = await api.get("/gpusvc/openapi.json")
-        assert told == document(endpoints(api.service))
+        assert told == document(endpoints(api.backend))
         documented = {(method.upper(), path) for path, item in told["paths"].items() for method in item}
         routes = {
             (route.method, route.resource.canonical)
-            for route in application(api.service).router.routes()
+            for route in application(api.backend).router.routes()
             if route.resource is not None and route.method != "HEAD"
         }
         assert documented == routes
@@ -1040,7 +1101,7 @@ def test_every_route_is_in_the_man_page(api: Run) -> None:
     text = (Path(__file__).parents[2] / "docs/man/gpusvc-api.service.8").read_text().replace("\\", "")
 
     async def scenario(api: Api) -> None:
-        for endpoint in endpoints(api.service):
+        for endpoint in endpoints(api.backend):
             path = endpoint.path.replace("{name}", "NAME").replace("{file}", "FILE")
             assert re.search(rf"{endpoint.method} {re.escape(path)}\b" if path != "/" else 'GET /"', text), path
 

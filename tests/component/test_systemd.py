@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from gpusvc.errors import SystemdError, UnansweredError
-from gpusvc.systemd import bus as dbus
 from gpusvc.systemd import jobs
 from gpusvc.systemd import manager as systemd
 from gpusvc.systemd.bus import DBusBaseError
-from gpusvc.systemd.jobs import JobResult
+from gpusvc.systemd.jobs import EndedJob, JobResult
 from gpusvc.systemd.manager import Manager
 
 SERVICE = "model@qwen.service"
@@ -94,7 +93,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
     played = Bus()
     monkeypatch.setattr(systemd, "DBus", lambda: played)
     monkeypatch.setattr(systemd, "is_user_instance", lambda: False)
-    monkeypatch.setattr(dbus, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(jobs, "PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.01)
     yield played
     played.close()
@@ -143,6 +142,8 @@ def test_what_does_harm_when_it_is_heard_twice_is_said_once(bus: Bus) -> None:
     [
         ("Start", b"active", JobResult.DONE),
         ("Start", b"failed", JobResult.FAILED),
+        ("Start", b"activating", JobResult.FAILED),
+        ("Start", b"inactive", JobResult.CANCELED),
         ("Restart", b"active", JobResult.DONE),
         ("Stop", b"inactive", JobResult.DONE),
         ("Stop", b"active", JobResult.FAILED),
@@ -155,6 +156,18 @@ def test_a_job_that_ended_unheard_is_known_by_what_came_of_it(
     job = asked.enqueue(verb, SERVICE)
     bus.has_job, bus.active = False, active
     assert asked.wait(job, 60) is result
+
+
+def test_a_job_whose_connection_was_lost_is_followed_by_the_next(bus: Bus) -> None:
+    job = manager().enqueue("Start", SERVICE)
+    asked = manager()
+    asked.follow(job, "Start", SERVICE)
+    while "State" not in bus.called:
+        assert asked.unheard() == []  # it goes on
+    bus.has_job = False
+    while not (ended := asked.unheard()):
+        pass
+    assert ended == [EndedJob(JOB, SERVICE, JobResult.DONE)]
 
 
 def test_a_job_that_is_there_goes_on_and_is_heard_of(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gpusvc.launcher.progress import Reading, moved
+from gpusvc.launcher.progress import Consumption, moved
 from gpusvc.record import replace
 from tests.unit.readings import GIB, MIB
 
-BEFORE = Reading(at_seconds=100.0, cpu_seconds=5.0, io_bytes=GIB, vram_bytes=GIB)
+BEFORE = Consumption(at_seconds=100.0, cpu_seconds=5.0, io_bytes=GIB, vram_bytes=GIB)
 IDLE = replace(BEFORE, at_seconds=101.0)
 
 
@@ -25,7 +25,7 @@ def test_nothing_moves_in_an_idle_process() -> None:
         replace(IDLE, vram_bytes=GIB - MIB),  # it makes room
     ],
 )
-def test_cpu_or_io_or_vram_is_progress(after: Reading) -> None:
+def test_cpu_or_io_or_vram_is_progress(after: Consumption) -> None:
     assert moved(BEFORE, after)
 
 
@@ -37,7 +37,7 @@ def test_cpu_or_io_or_vram_is_progress(after: Reading) -> None:
         replace(IDLE, vram_bytes=GIB + MIB - 1),
     ],
 )
-def test_a_flicker_is_none(after: Reading) -> None:
+def test_a_flicker_is_none(after: Consumption) -> None:
     assert not moved(BEFORE, after)
 
 
@@ -59,5 +59,5 @@ def test_io_that_shrinks_since_a_process_ended_is_no_progress() -> None:
         (BEFORE, replace(IDLE, cpu_seconds=None)),
     ],
 )
-def test_what_is_unknown_on_one_side_is_no_progress(before: Reading, after: Reading) -> None:
+def test_what_is_unknown_on_one_side_is_no_progress(before: Consumption, after: Consumption) -> None:
     assert not moved(before, after)

@@ -1,6 +1,7 @@
-"""The API's line to the service manager: asked on the loop, and listened to for the ends of jobs.
+"""The API's connection to the service manager, in its event loop: questions, and jobs whose end several clients await.
 
-A question takes about a millisecond, and pystemd holds the interpreter meanwhile: a thread would make it no better.
+A question takes about a millisecond, and pystemd holds the interpreter meanwhile, so that a thread would not help.
+Jobs outlive the connection: after the bus or systemd restarted, the next connection follows them to their end.
 """
 
 from __future__ import annotations
@@ -8,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
-from gpusvc.errors import SystemdError
+from gpusvc.api.backend.shared import outcome
+from gpusvc.errors import SystemdError, UnansweredError
+from gpusvc.systemd import jobs
 from gpusvc.systemd.connection import Connection
-from gpusvc.systemd.jobs import EndedJob, JobResult
+from gpusvc.systemd.jobs import Absence, EndedJob, JobResult
 from gpusvc.systemd.units import ServiceStatus, Unit
 
 _T = TypeVar("_T")
 
 
 class Manager(Protocol):
-    """What of systemd.Manager is used here."""
+    """The part of systemd.Manager that the API uses."""
 
     def enqueue(self, verb: str, unit: str, *, replace: bool = True) -> str: ...
 
@@ -36,15 +39,23 @@ class Manager(Protocol):
 
     def drain(self) -> list[EndedJob]: ...
 
+    def follow(self, job: str, verb: str, unit: str) -> None: ...
+
+    def unheard(self) -> list[EndedJob]: ...
+
     def close(self) -> None: ...
 
 
-class LostError(SystemdError):
-    """The connection ended while a job was waited for: how that ended is not known."""
+class _Job(NamedTuple):
+    """A job that clients wait for."""
+
+    verb: str
+    unit: str
+    result: asyncio.Future[JobResult]
 
 
 class Bus(Connection[Manager]):
-    """A line that the loop listens to. For the loop's thread alone."""
+    """A connection whose signals the loop reads. Use it in the loop's thread only."""
 
     def __init__(
         self,
@@ -53,57 +64,68 @@ class Bus(Connection[Manager]):
         *,
         on_end: Callable[[EndedJob], None] = lambda _: None,
     ) -> None:
-        """``on_end`` is told of every job of any unit that ended, as long as there is a connection."""
+        """``on_end`` is called for each job of any unit that ends while there is a connection."""
         super().__init__(connect)
         self._loop = loop
         self._on_end = on_end
         self._fd = -1
-        self._jobs: dict[str, asyncio.Future[JobResult]] = {}
+        self._jobs: dict[str, _Job] = {}
         self._units: dict[str, list[asyncio.Future[None]]] = {}
+        self._look_handle: asyncio.TimerHandle | None = None
+        self._absence: Absence | None = None
 
     def connected(self, manager: Manager) -> None:
-        # One of our own: a connection that breaks closes its, which may be another's before the loop is told.
+        # A duplicate: a broken connection closes its own descriptor, and the number may be reused before the loop
+        # knows that.
         self._fd = os.dup(manager.listen())
         self._loop.add_reader(self._fd, self._drain)
+        for path, job in self._jobs.items():
+            manager.follow(path, job.verb, job.unit)
 
     def ask(self, question: Callable[[Manager], _T]) -> _T:
         try:
             return super().ask(question)
         finally:
-            # The answer may have brought news along, of which the file says nothing any more.
+            # The call may have read signals too, for which the descriptor is not readable any more.
             self._loop.call_soon(self._drain)
 
-    def enqueue(self, verb: str, unit: str, *, replace: bool = True) -> asyncio.Future[JobResult]:
-        """Queue a job; how it ends. Of a job that is shared with others, each has a future of his own.
+    async def ask_patiently(self, question: Callable[[Manager], _T]) -> _T:
+        """Return the answer to ``question``, which is asked again while the manager is away.
 
         Raises:
-            JobConflictError, SystemdError, PermissionDeniedError: as systemd.Manager.enqueue().
+            UnansweredError: the manager was away too long.
+            SystemdError, PermissionDeniedError: the manager refuses.
         """
-        path = self.ask(lambda manager: manager.enqueue(verb, unit, replace=replace))
-        return self.ended(path)
+        absence = Absence()
+        while True:
+            try:
+                return self.ask(question)
+            except UnansweredError as error:
+                absence.bear(error)
+                await asyncio.sleep(jobs.PAUSE_SECONDS)
 
-    def ended(self, path: str) -> asyncio.Future[JobResult]:
-        """How the job ends; to be called at once after it was queued. It raises LostError if that will not be known."""
-        shared = self._jobs.get(path)
-        if shared is None:
-            shared = self._jobs[path] = self._loop.create_future()
-            shared.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be waiting
-        mine: asyncio.Future[JobResult] = self._loop.create_future()
+    async def run(self, verb: str, unit: str, *, replace: bool = True) -> JobResult:
+        """Queue a job and return its result.
 
-        def pass_on(ended: asyncio.Future[JobResult]) -> None:
-            if mine.done():
-                return
-            error = ended.exception()
-            if error is None:
-                mine.set_result(ended.result())
-            else:
-                mine.set_exception(error)
+        Raises:
+            JobConflictError: another job is queued, and is not to be replaced.
+            UnansweredError, SystemdError, PermissionDeniedError: as ask_patiently().
+        """
+        path = await self.ask_patiently(lambda manager: manager.enqueue(verb, unit, replace=replace))
+        return await self.result_of(path, verb, unit)
 
-        shared.add_done_callback(pass_on)
-        return mine
+    async def result_of(self, path: str, verb: str, unit: str) -> JobResult:
+        """Return the result of a job that was queued on this connection just now."""
+        job = self._jobs.get(path)
+        if job is None:
+            job = self._jobs[path] = _Job(verb, unit, self._loop.create_future())
+            job.result.add_done_callback(lambda future: future.cancelled() or future.exception())  # waiters may be gone
+            if self._look_handle is None:
+                self._look_in(jobs.LOOK_SECONDS)
+        return await outcome(job.result)
 
     async def some_job_of(self, unit: str, timeout_seconds: float) -> None:
-        """Until any job of ``unit`` ended, whoever queued it, or the time is up."""
+        """Wait until any job of ``unit`` ended, whichever client queued it, or the time is up."""
         future: asyncio.Future[None] = self._loop.create_future()
         waiting = self._units.setdefault(unit, [])
         waiting.append(future)
@@ -117,14 +139,14 @@ class Bus(Connection[Manager]):
                 self._units.pop(unit, None)
 
     def close(self) -> None:
+        """Close the connection until the next question, which comes soon if clients wait for a job."""
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
         super().close()
-        jobs, self._jobs = self._jobs, {}
-        for future in jobs.values():
-            future.set_exception(LostError("The connection to the service manager was lost."))
+        if self._jobs:
+            self._look_in(jobs.PAUSE_SECONDS)
 
     def _drain(self) -> None:
         if self._manager is None:
@@ -134,11 +156,46 @@ class Bus(Connection[Manager]):
         except SystemdError:
             self.close()
             return
+        self._settle(ended)
+
+    def _look_in(self, seconds: float) -> None:
+        if self._look_handle is not None:
+            self._look_handle.cancel()
+        self._look_handle = self._loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Look for jobs whose end was not signalled. This connects if the connection was lost."""
+        self._look_handle = None
+        if not self._jobs:
+            return
+        pause = jobs.LOOK_SECONDS
+        try:
+            ended = self.ask(lambda manager: manager.unheard())
+        except SystemdError as error:
+            pause = jobs.PAUSE_SECONDS
+            self._absence = self._absence or Absence()
+            try:
+                self._absence.bear(error)
+            except SystemdError:
+                self._fail(error)
+        else:
+            self._absence = None
+            self._settle(ended)
+        if self._jobs:
+            self._look_in(pause)
+
+    def _settle(self, ended: Sequence[EndedJob]) -> None:
         for job in ended:
-            future = self._jobs.pop(job.path, None)
-            if future is not None:
-                future.set_result(job.result)
+            awaited = self._jobs.pop(job.path, None)
+            if awaited is not None:
+                awaited.result.set_result(job.result)
             for waiting in self._units.get(job.unit, ()):
                 if not waiting.done():
                     waiting.set_result(None)
             self._on_end(job)
+
+    def _fail(self, error: SystemdError) -> None:
+        awaited, self._jobs = self._jobs, {}
+        self._absence = None
+        for job in awaited.values():
+            job.result.set_exception(error)

@@ -18,7 +18,8 @@ class CooldownError(GpusvcError):
 
     def __init__(self, name: str, failure: GpusvcError, retry_after_seconds: int) -> None:
         super().__init__(
-            f"The last start of {name} failed, and is not tried again for {retry_after_seconds} s. {failure.message}",
+            f"Requests do not start {name} again for {retry_after_seconds} s, because its last start failed. "
+            f"{failure.message}",
             hint=failure.hint,
         )
         self.retry_after_seconds = retry_after_seconds

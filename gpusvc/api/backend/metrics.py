@@ -34,8 +34,8 @@ from gpusvc.status.gpus import GpuStatus
 from gpusvc.status.models import ModelState, ModelStatus
 
 if TYPE_CHECKING:
+    from gpusvc.api.backend.backend import Backend
     from gpusvc.api.backend.journal import Loads
-    from gpusvc.api.backend.service import Service
 
 _EDGES = (*map(str, BOUNDS), "+Inf")
 
@@ -54,29 +54,29 @@ class Scrape:
     loads: Mapping[str, Loads]
 
 
-def routes(service: Service) -> list[web.RouteDef]:
+def routes(backend: Backend) -> list[web.RouteDef]:
     async def metrics(request: web.Request) -> web.Response:
         """Metrics for Prometheus."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Told(families(await scrape(service))))
+        registry.register(_Told(families(await scrape(backend))))
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": content_type})
 
     return [web.get("/metrics", metrics)]
 
 
-async def scrape(service: Service) -> Scrape:
+async def scrape(backend: Backend) -> Scrape:
     """Read everything that a scrape shows."""
     models: Sequence[ModelStatus] | None = None
     gpus: Sequence[GpuStatus] | None = None
     totals: Mapping[str, Totals] | None = None
     with suppress(GpusvcError):
-        models = await service.snapshots.models()
+        models = await backend.snapshots.models()
     with suppress(GpusvcError):
-        gpus = await service.snapshots.gpus()
+        gpus = await backend.snapshots.gpus()
     with suppress(GpusvcError):
-        totals = counters.read(counters.directory(service.paths))
-    return Scrape(models, gpus, totals, service.events.seen, service.events.loads)
+        totals = counters.read(counters.directory(backend.paths))
+    return Scrape(models, gpus, totals, backend.events.seen, backend.events.loads)
 
 
 class _Told(Collector):

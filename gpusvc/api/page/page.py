@@ -28,7 +28,7 @@ from gpusvc.paths import Paths
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from gpusvc.api.backend.service import Service
+    from gpusvc.api.backend.backend import Backend
 
 _T = TypeVar("_T")
 
@@ -57,16 +57,16 @@ _HEADERS = {
 }
 
 
-def routes(service: Service) -> list[web.RouteDef]:
+def routes(backend: Backend) -> list[web.RouteDef]:
     async def page(request: web.Request) -> web.Response:
         """The status page."""
         chosen = request.query.get("log")
         log = None if chosen is None else await _read_log(chosen)
-        return _html(document.page(await moment(service), socket.gethostname(), log))
+        return _html(document.page(await moment(backend), socket.gethostname(), log))
 
     async def parts(_: web.Request) -> web.Response:
         """The parts of the status page that change, as HTML."""
-        return _html(document.parts(await moment(service)))
+        return _html(document.parts(await moment(backend)))
 
     async def static(request: web.Request) -> web.StreamResponse:
         """A file of the status page."""
@@ -84,13 +84,13 @@ def error_page(error: GpusvcError) -> web.Response:
     return _html(document.error_page(error.message, error.hint), status=error.http_status)
 
 
-async def moment(service: Service) -> Moment:
+async def moment(backend: Backend) -> Moment:
     """Read what the page shows. A part that cannot be read is left out, and the page says so."""
     problems: list[str] = []
-    models = await _or_none(service.snapshots.models(), problems)
-    gpus = await _or_none(service.snapshots.gpus(), problems)
-    events = await _or_none(service.events.last(_EVENTS), problems)
-    facts = await service.snapshots.beside(lambda: facts_of(service.paths, [model.name for model in models or ()]))
+    models = await _or_none(backend.snapshots.models(), problems)
+    gpus = await _or_none(backend.snapshots.gpus(), problems)
+    events = await _or_none(backend.events.last(_EVENTS), problems)
+    facts = await backend.snapshots.beside(lambda: facts_of(backend.paths, [model.name for model in models or ()]))
     return Moment(time.time(), models, facts, gpus, events and events[::-1], list(dict.fromkeys(problems)))
 
 

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from gpusvc.api.backend import metrics
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.responses import error_response, json_response
-from gpusvc.api.backend.service import Service
 from gpusvc.api.page import page
 from gpusvc.api.routes import compatible, history, machine, models
 from gpusvc.api.routes.endpoints import Endpoint
@@ -41,21 +41,21 @@ class _ExhaustedError(GpusvcError):
     retry_after_seconds = 5
 
 
-def application(service: Service) -> web.Application:
-    """Return the whole API over ``service``."""
+def application(backend: Backend) -> web.Application:
+    """Return the whole API over ``backend``."""
     made = web.Application(middlewares=[_errors], client_max_size=_MAX_BODY_BYTES)
-    made.router.add_routes([endpoint.route() for endpoint in endpoints(service)])
+    made.router.add_routes([endpoint.route() for endpoint in endpoints(backend)])
     return made
 
 
-def endpoints(service: Service) -> list[Endpoint]:
+def endpoints(backend: Backend) -> list[Endpoint]:
     """Return every route."""
     found = [
-        *models.endpoints(service),
-        *machine.endpoints(service),
-        *history.endpoints(service),
-        *compatible.endpoints(service),
-        *map(Endpoint.from_route, [*metrics.routes(service), *page.routes(service)]),
+        *models.endpoints(backend),
+        *machine.endpoints(backend),
+        *history.endpoints(backend),
+        *compatible.endpoints(backend),
+        *map(Endpoint.from_route, [*metrics.routes(backend), *page.routes(backend)]),
     ]
 
     async def openapi(_: web.Request) -> web.Response:

@@ -6,9 +6,9 @@ import json
 
 from aiohttp import web
 
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.caller import caller
 from gpusvc.api.backend.responses import json_response
-from gpusvc.api.backend.service import Service
 from gpusvc.api.routes.endpoints import Endpoint
 from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.log import log
@@ -30,12 +30,12 @@ class _PostOnlyError(GpusvcError):
 
 
 class _Compatible:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
     async def running(self, _: web.Request) -> web.Response:
         """The models that run, in llama-swap's form."""
-        models = await self._service.snapshots.models()
+        models = await self._backend.snapshots.models()
         return json_response(
             {
                 "running": [
@@ -53,7 +53,7 @@ class _Compatible:
     async def unload_all(self, request: web.Request) -> web.Response:
         """Stop all models, in use or not."""
         log(6, f"stop all models: asked for by {caller(request)}.")
-        await self._service.jobs.stop_all()
+        await self._backend.stops.stop_all()
         return web.Response(text="OK")
 
     async def refuse_get(self, _: web.Request) -> web.Response:
@@ -78,13 +78,13 @@ class _Compatible:
         return json_response({})
 
     async def _stop(self, request: web.Request, text: str) -> None:
-        name = self._service.resolve(text)
+        name = self._backend.resolve(text)
         log(6, f"stop {name}: asked for by {caller(request)}.")
-        await self._service.jobs.stop(name)
+        await self._backend.stops.stop(name)
 
 
-def endpoints(service: Service) -> list[Endpoint]:
-    compatible = _Compatible(service)
+def endpoints(backend: Backend) -> list[Endpoint]:
+    compatible = _Compatible(backend)
     plain = ("text/plain",)
     return [
         Endpoint("GET", "/running", compatible.running),

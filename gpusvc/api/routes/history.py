@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from aiohttp import web
 
 from gpusvc.api.backend import journal
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.responses import json_response
-from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.streams import Message
 from gpusvc.api.routes.endpoints import JSON, SSE, Endpoint, Parameter
 from gpusvc.errors import UsageError
@@ -24,31 +24,31 @@ _MODEL = Parameter("model", "Only of this model, or an alias of it.", {"type": "
 
 
 class _History:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """The last events, and new ones as they happen."""
         text = request.query.get("model")
-        model = None if text is None else self._service.resolve(text)
+        model = None if text is None else self._backend.resolve(text)
         lines = _lines(request)
         if not _follows(request):
-            return json_response([event.to_json() for event in await self._service.events.last(lines, model=model)])
+            return json_response([event.to_json() for event in await self._backend.events.last(lines, model=model)])
         seen = request.headers.get("Last-Event-ID", "")
         after = seen if eventlog.is_cursor(seen) else None
-        return await self._service.streams.send(request, self._events(model, lines, after))
+        return await self._backend.streams.send(request, self._events(model, lines, after))
 
     async def log(self, request: web.Request) -> web.StreamResponse:
         """The last lines of a model's log, and new ones as they are written: by its engine, gpusvc and systemd."""
-        name = self._service.resolve(request.match_info["name"])
+        name = self._backend.resolve(request.match_info["name"])
         lines = _lines(request)
         if not _follows(request):
             async with journal.log_of(name, lines, follow=False) as entries:
-                return await self._service.streams.send_array(request, entries)
-        return await self._service.streams.send(request, _log(name, lines))
+                return await self._backend.streams.send_array(request, entries)
+        return await self._backend.streams.send(request, _log(name, lines))
 
     async def _events(self, model: str | None, lines: int, after: str | None) -> AsyncGenerator[Message, None]:
-        events = self._service.events
+        events = self._backend.events
         with events.subscribed() as subscription:
             told = set()
             if lines or after is not None:
@@ -60,8 +60,8 @@ class _History:
                     yield _message(news)
 
 
-def endpoints(service: Service) -> list[Endpoint]:
-    history = _History(service)
+def endpoints(backend: Backend) -> list[Endpoint]:
+    history = _History(backend)
     return [
         Endpoint("GET", "/gpusvc/events", history.events, (_LINES, _FOLLOW, _MODEL), (SSE, JSON)),
         Endpoint("GET", "/gpusvc/models/{name}/log", history.log, (_LINES, _FOLLOW), (SSE, JSON)),

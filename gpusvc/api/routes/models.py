@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from gpusvc.api.backend import journal, pins
+from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.caller import caller
-from gpusvc.api.backend.jobs import Ready
 from gpusvc.api.backend.responses import error_response, json_response
-from gpusvc.api.backend.service import Service
 from gpusvc.api.backend.shared import outcome
+from gpusvc.api.backend.starts import Ready
 from gpusvc.api.backend.streams import is_gone
 from gpusvc.api.routes.endpoints import Endpoint, Parameter, flag
 from gpusvc.config.files import load_host
@@ -44,24 +44,24 @@ _FORCE = Parameter("force", "Then evict it all the same.", {"type": "boolean", "
 
 
 class _Models:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._background: set[asyncio.Task[Any]] = set()
 
     async def list_(self, _: web.Request) -> web.Response:
         """All models, stopped ones too."""
-        return json_response([model.to_json() for model in await self._service.snapshots.models()])
+        return json_response([model.to_json() for model in await self._backend.snapshots.models()])
 
     async def show(self, request: web.Request) -> web.Response:
         """Everything about one model."""
         name = self._name(request)
-        service = self._service
-        status, processes = await service.snapshots.model(name)
-        last = verdicts.read(service.paths).get(name)
+        backend = self._backend
+        status, processes = await backend.snapshots.model(name)
+        last = verdicts.read(backend.paths).get(name)
         more = {
             "verdict": None if last is None else last.kind,
             "evidence": None if last is None else last.source,
-            "file": str(service.paths.model_file(name)),
+            "file": str(backend.paths.model_file(name)),
             "processes": [process.to_json() for process in processes],
             "log": await journal.last_words(name, _LOG_LINES, 0.0),
         }
@@ -69,7 +69,7 @@ class _Models:
 
     async def start(self, request: web.Request) -> web.StreamResponse:
         """Start a model, and wait until it is ready."""
-        name = self._service.resolve(request.match_info["name"], configured=True)
+        name = self._backend.resolve(request.match_info["name"], configured=True)
         how = request.query.get("wait", "")
         if how == "request":
             return await self._start_on_request(request, name)
@@ -77,12 +77,12 @@ class _Models:
             raise UsageError(f"wait={how} means nothing here.", hint="It is request, or no.")
         self._note(request, name, "start")
         if how == "no" or _is_form(request):
-            self._service.jobs.begin(name)
+            self._backend.starts.begin(name)
             return _done(request, {"name": name, "state": "starting"}, status=202)
-        return _ready(await self._finish(self._service.jobs.start(name)))
+        return _ready(await self._finish(self._backend.starts.start(name)))
 
     async def _start_on_request(self, request: web.Request, name: str) -> web.Response:
-        start = asyncio.ensure_future(self._service.jobs.start_on_request(name))
+        start = asyncio.ensure_future(self._backend.starts.start_on_request(name))
         try:
             while not is_gone(request):
                 done, _ = await asyncio.wait({start}, timeout=_LOOK_SECONDS)
@@ -99,14 +99,14 @@ class _Models:
         """Stop a model, in use or not, and wait until its VRAM is proven free."""
         name = self._name(request)
         self._note(request, name, "stop")
-        was_up = await self._finish(self._service.jobs.stop(name))
+        was_up = await self._finish(self._backend.stops.stop(name))
         return _done(request, {"name": name, "state": "stopped", "was_running": was_up})
 
     async def restart(self, request: web.Request) -> web.StreamResponse:
         """Stop a model, prove its VRAM free, start it again, and wait until it is ready."""
-        name = self._service.resolve(request.match_info["name"], configured=True)
+        name = self._backend.resolve(request.match_info["name"], configured=True)
         self._note(request, name, "restart")
-        ready = await self._finish(self._service.jobs.restart(name))
+        ready = await self._finish(self._backend.starts.restart(name))
         return _done(request, {}) if _is_form(request) else _ready(ready)
 
     async def evict(self, request: web.Request) -> web.StreamResponse:
@@ -114,7 +114,7 @@ class _Models:
         name = self._name(request)
         patience = self._patience(request.query.get("wait"))
         self._note(request, name, "evict")
-        work = self._service.jobs.evict(
+        work = self._backend.stops.evict(
             name, patience_seconds=patience, force=flag(request, "force"), is_wanted=lambda: not is_gone(request)
         )
         was_up = await self._finish(work)
@@ -124,34 +124,34 @@ class _Models:
         """Try again to prove the release of a stuck model."""
         name = self._name(request)
         self._note(request, name, "release")
-        await self._finish(self._service.jobs.release(name))
+        await self._finish(self._backend.stops.release(name))
         return _done(request, {"name": name, "state": "stopped"})
 
     async def pin(self, request: web.Request) -> web.StreamResponse:
         """Protect a model from eviction until the next boot."""
         name = self._name(request)
         self._note(request, name, "pin")
-        pins.pin(self._service.paths, name)
-        self._service.snapshots.forget()
+        pins.pin(self._backend.paths, name)
+        self._backend.snapshots.forget()
         return _done(request, {"name": name, "pinned": True})
 
     async def unpin(self, request: web.Request) -> web.StreamResponse:
         """Let a model be evicted again."""
         name = self._name(request)
         self._note(request, name, "unpin")
-        self._service.snapshots.forget()
-        pins.unpin(self._service.paths, name)
+        self._backend.snapshots.forget()
+        pins.unpin(self._backend.paths, name)
         return _done(request, {"name": name, "pinned": False})
 
     def _name(self, request: web.Request) -> str:
-        return self._service.resolve(request.match_info["name"])
+        return self._backend.resolve(request.match_info["name"])
 
     def _note(self, request: web.Request, name: str, what: str) -> None:
         log(6, f"{what} {name}: asked for by {caller(request)}.")
 
     def _patience(self, text: str | None) -> float:
         if text is None:
-            eviction = load_host(self._service.paths).eviction
+            eviction = load_host(self._backend.paths).eviction
             return eviction.retries * eviction.interval_seconds
         try:
             return parse_duration(text)
@@ -160,7 +160,7 @@ class _Models:
 
     def _may_show_log(self, name: str) -> bool:
         try:
-            return load_serving(self._service.paths, name).show_logs
+            return load_serving(self._backend.paths, name).show_logs
         except GpusvcError:
             return False
 
@@ -173,8 +173,8 @@ class _Models:
         return await outcome(task)
 
 
-def endpoints(service: Service) -> list[Endpoint]:
-    models = _Models(service)
+def endpoints(backend: Backend) -> list[Endpoint]:
+    models = _Models(backend)
     one = "/gpusvc/models/{name}"
     return [
         Endpoint("GET", "/gpusvc/models", models.list_),

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from gpusvc.systemd.manager import Manager
 
 _TICK_SECONDS = 0.2
-_LOG_LINES = 15
 
 _ALL_CONFIGURED: Any = typer.Option(False, "--all", help="Every model that has a file.")
 _FORGET: Any = typer.Option(
@@ -257,27 +256,14 @@ def why_not(manager: Manager, name: str, result: JobResult, began: float) -> Gpu
     """Return the error of a failed start: the reason, and the last lines of the log."""
     from gpusvc.journal import lastwords
     from gpusvc.journal import units as unitlog
-    from gpusvc.systemd.jobs import JobResult
+    from gpusvc.status import failure
 
-    if result is JobResult.CANCELED:
-        return EngineError(f"{name} was stopped before it was ready.")
-    if result is JobResult.DEPENDENCY:
-        return EngineError(
-            f"{name} was not started: a unit that it requires failed.", hint=f"See `systemctl status {service(name)}`."
-        )
     unit = manager.unit(service(name))
     said = None if unit is None else manager.service_status(unit)
-    reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
-    lines = lastwords.last_words(*unitlog.own_lines(name), lines=_LOG_LINES, since=began)
-    # The launcher writes its status text to the log too; print it once.
-    if reason in lines:
-        lines.remove(reason)
-    elif reason in " ".join(lines):
-        reason = ""
-    hint = f"`gpusvc logs {name}` shows all of its log."
-    if unit is not None and unit.sub.startswith("auto-restart"):
-        hint = f"systemd tries again; `gpusvc stop {name}` ends that. {hint}"
-    return EngineError("\n".join([f"{name} did not start. {reason}".rstrip(), *lines]), hint=hint)
+    lines = lastwords.last_words(*unitlog.own_lines(name), lines=failure.LOG_LINES, since=began)
+    error = failure.why_not(name, result, unit, said, lines, in_lines=True)
+    log = error.log if isinstance(error, failure.StartError) else ()
+    return EngineError("\n".join([error.message, *log]), hint=error.hint)
 
 
 @contextlib.contextmanager

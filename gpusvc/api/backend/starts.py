@@ -1,7 +1,7 @@
-"""Starts, stops and evictions of models: jobs of systemd that clients of the API wait for.
+"""The starts of models that clients of the API wait for.
 
-A start *on request* is given up some time after the last waiting request is gone. A start by a person goes on in any
-case.
+A start for requests is given up some time after the last waiting request is gone. A start by a person goes on in any
+case. Why a start failed is found in status/failure.py.
 """
 
 from __future__ import annotations
@@ -13,58 +13,30 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from gpusvc import names
-from gpusvc.api.backend import evictions
-from gpusvc.api.backend.bus import Bus, LostError, Manager
+from gpusvc.api.backend.bus import Bus, Manager
 from gpusvc.api.backend.cooldown import Cooldown
 from gpusvc.api.backend.shared import outcome
-from gpusvc.api.backend.waiting import DOWN, UP, end_of, finish, patiently
 from gpusvc.errors import EngineError, GpusvcError, JobConflictError
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.placement import eviction
 from gpusvc.state import lease as leases
 from gpusvc.state.demand import Demand
-from gpusvc.status.models import ModelState, derive_state
+from gpusvc.status import failure
+from gpusvc.status.failure import StartError
 from gpusvc.systemd.jobs import JobResult
-from gpusvc.systemd.units import ActiveState, ServiceStatus
+from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
 
-# How long a start on request goes on when nobody waits for it any more: clients try again.
+# How long a start for requests goes on without a waiting request: clients try again.
 ABANDONED_SECONDS = 5.0
 
 # A request within this time after its model's start was given up is taken for the same client, which tries again.
 _AGAIN_SECONDS = 300.0
 
-# The launcher's exit status where there is no room now (launcher/termination.py).
-_EX_TEMPFAIL = 75
-
-# A job that stands in the way tells when it ends; this is for the case that it ended unheard.
+# A job that is in the way signals its end; this is for the case that the signal is lost.
 _LOOK_AGAIN_SECONDS = 1.0
 
-_LOG_LINES = 15
-
 LogReader = Callable[[str, int, float], Awaitable[Sequence[str]]]
-"""The engine's last lines: of which model, how many at most, and since when (seconds since the epoch)."""
-
-
-class StartError(EngineError):
-    """A start failed; ``log`` has the engine's last lines."""
-
-    def __init__(self, message: str, *, hint: str | None = None, log: Sequence[str] = ()) -> None:
-        super().__init__(message, hint=hint)
-        self.log = tuple(log)
-        self.retry_after_seconds: int | None = None
-
-
-class NoRoomError(EngineError):
-    """There is no room for the model now. The model is not broken, so that the next request tries again at once."""
-
-    retry_after_seconds = 5
-
-
-class StoppedError(EngineError):
-    """Somebody stopped the model before it was ready. The model did not fail."""
-
-    retry_after_seconds = 1
+"""Returns the last lines of a model's log: of which model, how many at most, and since when (epoch)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +69,13 @@ class _Start:
             demand.close()
 
 
-class Jobs:
-    """The jobs of all models. Use it in the loop's thread only.
+class Starts:
+    """The starts in progress, and the cooldowns of failed ones. Use it in the loop's thread only.
 
     Args:
         paths: where the models' files are.
-        bus: who does the work.
-        read_log: for the reason of a failure.
+        bus: the connection to systemd.
+        read_log: reads the log, for the reason of a failure.
         on_change: called whenever a model may have changed.
         load_seconds: how long a model is expected to load at most.
     """
@@ -130,8 +102,6 @@ class Jobs:
     def starting(self) -> dict[str, int]:
         """The models that the API is starting, with the number of waiting clients."""
         return {name: start.waiting for name, start in self._starts.items()}
-
-    # -- starts --
 
     async def start(self, name: str) -> Ready:
         """Start ``name`` because a person wants it, and wait until it is ready.
@@ -189,11 +159,7 @@ class Jobs:
         self._cooldowns.pop(name, None)
         began = time.time()
         try:
-            job = self._bus.enqueue("Restart", names.service(name))
-            try:
-                result = await end_of(self._bus, job, names.service(name))
-            except LostError:
-                return await self.start(name)
+            result = await self._bus.run("Restart", names.service(name))
             return await self._outcome(name, result, began)
         finally:
             self._on_change()
@@ -233,7 +199,7 @@ class Jobs:
             return
         log(6, f"{name} is stopped while it starts: nobody waits for it any more.")
         try:
-            self._bus.enqueue("Stop", names.service(name)).add_done_callback(_forget)
+            self._bus.ask(lambda manager: manager.enqueue("Stop", names.service(name)))
         except GpusvcError as error:
             log(4, str(error))
 
@@ -257,31 +223,35 @@ class Jobs:
         service = names.service(name)
         began = time.time()
         while True:
-            unit = await patiently(lambda: self._bus.ask(lambda manager: manager.unit(service)))
-            if unit is not None and unit.active in UP:
+            unit = await self._bus.ask_patiently(lambda manager: manager.unit(service))
+            if unit is not None and unit.active.is_up:
                 return self._where(name)
-            if unit is not None and unit.active in DOWN:
-                # systemd counts starts against its limit, those that went well too.
-                await patiently(lambda: self._bus.ask(lambda manager: manager.reset_failed(service)))
+            if unit is not None and unit.active.is_down:
+                # systemd counts all starts against its limit, successful ones too.
+                await self._bus.ask_patiently(lambda manager: manager.reset_failed(service))
             start.is_ours = start.is_ours or unit is None or unit.active is not ActiveState.ACTIVATING
             try:
-                # It cancels nobody's stop: an operator's holds, and an eviction is for a start that waits for it.
-                job = await patiently(lambda: self._bus.enqueue("Start", service, replace=False))
-                result = await end_of(self._bus, job, service)
+                # It cancels no stop: an operator's stop holds, and an eviction is for a start that waits for it.
+                result = await self._bus.run("Start", service, replace=False)
             except JobConflictError:
                 await self._bus.some_job_of(service, _LOOK_AGAIN_SECONDS)
                 continue
-            except LostError:
-                continue  # systemd knows how it went on
             return await self._outcome(name, result, began)
 
     async def _outcome(self, name: str, result: JobResult, began: float) -> Ready:
         """Return the ready model, or raise the reason why a start ended with ``result``."""
         if result is JobResult.DONE:
             return self._where(name)
-        if result is JobResult.CANCELED:
-            raise StoppedError(f"{name} was stopped before it was ready.", hint="Try again.")
-        raise await self._why_not(name, result, began)
+
+        def ask(manager: Manager) -> tuple[Unit | None, ServiceStatus | None]:
+            unit = manager.unit(names.service(name))
+            return unit, None if unit is None else manager.service_status(unit)
+
+        unit, said = await self._bus.ask_patiently(ask)
+        lines: Sequence[str] = ()
+        if failure.is_told_by_log(result, said):
+            lines = await self._read_log(name, failure.LOG_LINES, began)
+        raise failure.why_not(name, result, unit, said, lines)
 
     def _where(self, name: str) -> Ready:
         try:
@@ -294,35 +264,11 @@ class Jobs:
             )
         return Ready(name, held.address, held.port)
 
-    async def _why_not(self, name: str, result: JobResult, began: float) -> StartError | NoRoomError:
-        service = names.service(name)
-        if result is JobResult.DEPENDENCY:
-            return StartError(
-                f"{name} was not started: a unit that it requires failed.", hint=f"See `systemctl status {service}`."
-            )
-
-        def ask(manager: Manager) -> ServiceStatus | None:
-            unit = manager.unit(service)
-            return None if unit is None else manager.service_status(unit)
-
-        said = await patiently(lambda: self._bus.ask(ask))
-        if said is not None and said.exit_status == _EX_TEMPFAIL:
-            return NoRoomError(
-                f"{name} did not start. {said.text}".rstrip(), hint="`gpusvc gpus` shows which model holds what."
-            )
-        lines = list(await self._read_log(name, _LOG_LINES, began))
-        reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
-        # The launcher wrote its reason to the journal, too, and may have said more there than fits a status.
-        lines = [line for line in lines if line != reason]
-        return StartError(
-            f"{name} did not start. {reason}".rstrip(), hint=f"`gpusvc logs {name}` shows all of its log.", log=lines
-        )
-
     def _is_coming(self, name: str) -> bool:
         """Whether it is up or being started, so that a request may wait. systemd's own restarts do not count."""
         unit = self._bus.ask(lambda manager: manager.unit(names.service(name)))
         return unit is not None and (
-            unit.active in UP or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
+            unit.active.is_up or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
         )
 
     def _version(self, name: str) -> int | None:
@@ -330,69 +276,3 @@ class Jobs:
             return self._paths.model_file(name).stat().st_mtime_ns
         except OSError:
             return None
-
-    # -- ends --
-
-    async def stop(self, name: str) -> bool:
-        """Stop ``name`` at once, in use or not, and see its release proven. False: it did not run.
-
-        Raises:
-            UnreleasedError: its VRAM is not proven free.
-            EngineError: somebody started it again.
-            SystemdError, PermissionDeniedError: it could not be stopped.
-        """
-        service = names.service(name)
-        unit = self._bus.ask(lambda manager: manager.unit(service))
-        was_up = unit is not None and unit.active not in DOWN
-        if was_up:
-            await finish(self._bus, "Stop", service)
-            unit = self._bus.ask(lambda manager: manager.unit(service))
-        self._on_change()
-        state = derive_state(unit, leased=name in leases.holders(self._paths))
-        if state is ModelState.STUCK:
-            eviction.require_released(self._paths, name)
-        if state not in {ModelState.STOPPED, ModelState.FAILED}:
-            raise EngineError(f"{name} is {state}: somebody started it again meanwhile.")
-        return was_up
-
-    async def stop_all(self) -> list[str]:
-        """Stop every model that runs, starts or stops; their names.
-
-        Raises:
-            GpusvcError: of the first that could not be.
-        """
-        units = self._bus.ask(lambda manager: manager.units("model@*.service"))
-        chosen = {names.of_service(unit.name) for unit in units if unit.active not in DOWN} - {None}
-        running = sorted(name for name in chosen if name is not None)
-        ended = await asyncio.gather(*(self.stop(name) for name in running), return_exceptions=True)
-        for end in ended:
-            if isinstance(end, BaseException):
-                raise end
-        return running
-
-    async def release(self, name: str) -> None:
-        """Have it proven once more that what is left of ``name`` is gone.
-
-        Raises:
-            UnreleasedError: it is not.
-            SystemdError, PermissionDeniedError: it could not be tried.
-        """
-        await finish(self._bus, "Restart", names.proof(name))
-        self._on_change()
-        eviction.require_released(self._paths, name)
-
-    async def evict(
-        self, name: str, *, patience_seconds: float, force: bool, is_wanted: Callable[[], bool] = lambda: True
-    ) -> bool:
-        """As evictions.evict()."""
-        was_up = await evictions.evict(
-            self._paths, self._bus, name, patience_seconds=patience_seconds, force=force, is_wanted=is_wanted
-        )
-        self._on_change()
-        return was_up
-
-
-def _forget(future: asyncio.Future[JobResult]) -> None:
-    """Nobody waits for this one."""
-    if not future.cancelled():
-        future.exception()

@@ -1,6 +1,6 @@
 """What all handlers of the API share.
 
-A module of routes has one function: ``endpoints(service) -> list[Endpoint]``, or ``routes(service) ->
+A module of routes has one function: ``endpoints(backend) -> list[Endpoint]``, or ``routes(backend) ->
 list[web.RouteDef]``. Either way the first line of a handler's docstring is its summary in the OpenAPI document.
 """
 
@@ -15,15 +15,16 @@ from gpusvc.status import inventory
 
 if TYPE_CHECKING:
     from gpusvc.api.backend.bus import Bus
-    from gpusvc.api.backend.jobs import Jobs
     from gpusvc.api.backend.journal import Events
     from gpusvc.api.backend.snapshots import Snapshots
+    from gpusvc.api.backend.starts import Starts
+    from gpusvc.api.backend.stops import Stops
     from gpusvc.api.backend.streams import Streams
     from gpusvc.paths import Paths
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class Backend:
     """The parts of one running API. Use them only in the loop's thread.
 
     - ``await snapshots.models()``: list[ModelStatus] with standing, of all models, sorted by name.
@@ -32,14 +33,15 @@ class Service:
     - ``events.seen``: Counter of (kind, reason, model) since the API was started; reasons are a few fixed words.
     - ``events.loads``: model → Loads(count, total_seconds, last_seconds), from start to ready.
     - ``await events.last(20)``: list[eventlog.Event], the newest last.
-    - ``jobs``: starts, stops and evictions.
+    - ``starts``: starts and restarts. ``stops``: stops, evictions and release proofs.
     """
 
     paths: Paths
     bus: Bus
     snapshots: Snapshots
     events: Events
-    jobs: Jobs
+    starts: Starts
+    stops: Stops
     streams: Streams
 
     def resolve(self, text: str, *, configured: bool = False) -> str:
