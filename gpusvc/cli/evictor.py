@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gpusvc.status.models import ModelStatus
     from gpusvc.systemd.manager import Manager
 
-PAUSE_SECONDS = 0.05
+_PAUSE_SECONDS = 0.05
 
 
 class StillBusyError(BusyError):
@@ -96,7 +96,7 @@ class Evictor:
                         waits[name] = f"It is {busy}; nobody new comes in."
                 if pending:
                     self._progress.show(waits)
-                    time.sleep(PAUSE_SECONDS)
+                    time.sleep(_PAUSE_SECONDS)
         return failures
 
     def _evict(self, doors: Doors, name: str, *, is_late: bool) -> str | None:

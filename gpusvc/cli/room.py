@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gpusvc.cli.evictor import PAUSE_SECONDS, Evictor, matching
+from gpusvc.cli.evictor import Evictor, matching
 from gpusvc.cli.progress import Progress
 from gpusvc.errors import PermissionDeniedError
 from gpusvc.paths import is_user_instance
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # The name of this request in the line.
 _WHO = "gpusvc evict"
+
+# Between two plans while other models load.
+_PAUSE_SECONDS = 0.2
 
 
 class Room:
@@ -91,14 +94,14 @@ class Room:
 
     def _see_out(self, doors: Doors, victims: Sequence[str]) -> list[str]:
         """Close the doors of ``victims`` and wait until the next try; return the models that are still in use."""
+        if not victims:
+            self._progress.show({_WHO: "Waiting for models that load."})
+            time.sleep(_PAUSE_SECONDS)
+            return []
         until = min(time.monotonic() + self._host.eviction.interval_seconds, self._deadline)
-        while True:
-            busy = [name for name in victims if not doors.close(name)]
-            if (victims and not busy) or time.monotonic() >= until:
-                return busy
-            waits = dict.fromkeys(busy, "It is in use; nobody new comes in.") or {_WHO: "Waiting for models that load."}
-            self._progress.show(waits)
-            time.sleep(PAUSE_SECONDS)
+        return doors.drain(
+            victims, until, lambda busy: self._progress.show(dict.fromkeys(busy, "It is in use; nobody new comes in."))
+        )
 
     def _plan(
         self, stack: ExitStack, gpus: Sequence[Gpu], size: int, doors: Doors, *, named: bool, is_late: bool

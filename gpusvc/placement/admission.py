@@ -224,12 +224,9 @@ class Admission:
         limit = "as long as requests wait"
         if not self._patience.is_wanted:
             limit = f"try {self._patience.tries} of {self._host.eviction.retries}"
-        while time.monotonic() < until:
-            closed = [self._doors.close(name) for name in victims]  # all of them, whatever the first one says
-            if all(closed):
-                return
-            self._on_wait(f"Waiting for {', '.join(self._users(victims))} to finish ({limit}).")
-            time.sleep(_PAUSE_SECONDS)
+        self._doors.drain(
+            victims, until, lambda busy: self._on_wait(f"Waiting for {', '.join(sorted(busy))} to finish ({limit}).")
+        )
 
     def _make_room(self, chosen: Plan) -> bool:
         """Evict the victims; False: one of them came into use or did not go, and the plan is void."""

@@ -11,7 +11,8 @@ evicted, how long they wait for its users, and whether they force it. In short:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -31,15 +32,14 @@ if TYPE_CHECKING:
 _STEP_SECONDS = 1.0
 _STEPS = 600
 
+# How often drain() tries the locks of the models.
+_PAUSE_SECONDS = 0.05
 
-class StopsUnits(Protocol):
-    """The part of systemd.Manager that begins an eviction."""
+
+class ServiceManager(Protocol):
+    """The part of systemd.Manager that an attempt needs."""
 
     def enqueue(self, verb: str, unit: str) -> str: ...
-
-
-class ServiceManager(StopsUnits, Protocol):
-    """The part of systemd.Manager that an attempt needs."""
 
     def unit(self, name: str) -> Unit | None: ...
 
@@ -82,6 +82,10 @@ class Doors:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Open all doors and forget them."""
         self._stack.close()
         self._drains.clear()
 
@@ -99,6 +103,23 @@ class Doors:
                 return True  # it was never started
         return self._drains[name].wait_idle()
 
+    def drain(
+        self, names: Sequence[str], until_seconds: float, on_wait: Callable[[list[str]], None] = lambda _: None
+    ) -> list[str]:
+        """Close the doors of ``names`` and wait until nobody uses these models. Return those that are still in use.
+
+        Args:
+            names: the models.
+            until_seconds: when to stop waiting, by time.monotonic().
+            on_wait: called many times a second with the models that are in use.
+        """
+        while True:
+            busy = [name for name in names if not self.close(name)]
+            if not busy or time.monotonic() >= until_seconds:
+                return busy
+            on_wait(busy)
+            time.sleep(_PAUSE_SECONDS)
+
     def open_all_but(self, names: Collection[str]) -> None:
         """Open the doors of all models that are not in ``names``."""
         for name, drain in self._drains.items():
@@ -114,6 +135,7 @@ def attempt(
     *,
     reason: str,
     force: bool = False,
+    is_wanted: Callable[[], bool] = lambda: True,
     on_stop: Callable[[str | None], None] = lambda _: None,
 ) -> Attempt:
     """Close the door of ``name``; stop the model if nobody uses it, or by ``force``. Never waits.
@@ -125,6 +147,7 @@ def attempt(
         name: the model.
         reason: why, for the journal.
         force: evict it although it is in use, or still starting.
+        is_wanted: called once the door is closed and nobody uses the model. False: it stays, as if it were in use.
         on_stop: called right before the model is stopped; its argument is ``busy`` of the result.
 
     Raises:
@@ -143,28 +166,19 @@ def attempt(
             f"{name} is pinned: it is not evicted.",
             hint=f"`gpusvc unpin {name}` changes that; `gpusvc stop {name}` stops it all the same.",
         )
-    is_idle = doors.close(name)
+    is_idle = doors.close(name) and is_wanted()
     busy = "starting" if unit.active == "activating" else None if is_idle else "in use"
     if busy is not None and not force:
         return Attempt(busy=busy)
     on_stop(busy)
-    return Attempt(begin(manager, name, reason=reason, forced=busy is not None), busy)
-
-
-def begin(manager: StopsUnits, name: str, *, reason: str, forced: bool = False) -> str:
-    """Have systemd stop ``name``, whose door the caller holds closed; return the job.
-
-    Raises:
-        SystemdError, PermissionDeniedError: it could not be stopped.
-    """
     events.emit(
         events.EventType.EVICT,
-        f"{name} is evicted{' although it is in use' if forced else ''}: {reason}.",
+        f"{name} is evicted{' although it is in use' if busy is not None else ''}: {reason}.",
         model=name,
         reason=reason,
-        level=4 if forced else 6,
+        level=6 if busy is None else 4,
     )
-    return manager.enqueue("Stop", names.service(name))
+    return Attempt(manager.enqueue("Stop", names.service(name)), busy)
 
 
 def see_out(

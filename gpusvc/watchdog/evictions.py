@@ -21,8 +21,8 @@ from gpusvc.journal import events
 from gpusvc.journal import units as unitlog
 from gpusvc.log import log
 from gpusvc.placement import eviction
+from gpusvc.placement.eviction import Doors
 from gpusvc.state import use
-from gpusvc.state.drain import Drain
 from gpusvc.watchdog.judge import Finding
 from gpusvc.watchdog.probe import Outcome
 
@@ -88,7 +88,7 @@ class _Words:
 class _Eviction:
     """One of them; its door is closed from when it was asked to go."""
 
-    door: Drain
+    doors: Doors
     since: float
     deadline: float
 
@@ -129,22 +129,33 @@ class Evictions:
         refused = self._refused.setdefault(name, Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
         if not refused.is_due(self._now()):
             return
+        if not self._is_up(name):
+            return
         with contextlib.ExitStack() as undo:
+            doors = undo.enter_context(Doors(self._paths))
             try:
-                door = undo.enter_context(Drain(self._paths, name))
+                attempt = self._systemd.try_ask(
+                    lambda manager: eviction.attempt(
+                        self._paths,
+                        manager,
+                        doors,
+                        name,
+                        reason=reason.rstrip("."),
+                        # A use since the tick began has left its time, even if it has ended again.
+                        is_wanted=lambda: use.last_use(self._paths, name) == evidence.last_use,
+                        on_stop=lambda _: announce(),
+                    )
+                )
             except GpusvcError as error:
                 self._systemd.complain(error)
                 return
-            # Whoever came in since the tick began has left a mark, even if he is gone again.
-            if not door.wait_idle() or use.last_use(self._paths, name) != evidence.last_use or not self._is_up(name):
-                return
-            announce()
-            if self._systemd.try_ask(lambda manager: eviction.begin(manager, name, reason=reason.rstrip("."))) is None:
+            if attempt is None:
                 refused.postpone(self._now())
+            if attempt is None or attempt.job is None:
                 return
             undo.pop_all()
         self._refused.pop(name, None)
-        self._leaving[name] = self._eviction_of(door, lease)
+        self._leaving[name] = self._eviction_of(doors, lease)
 
     def unstick(self, evidence: Evidence, lease: Lease, verdict: Verdict, probing: Probing | None = None) -> None:
         """Read the last lines of a stuck or failing model; then restart it, stop it or leave it alone.
@@ -165,13 +176,13 @@ class Evictions:
         states = self._systemd.states([names.service(name) for name in self._leaving])
         for name, evicted in list(self._leaving.items()):
             if self._is_over(name, evicted, states):
-                evicted.door.close()
+                evicted.doors.release()
                 del self._leaving[name]
 
     def close(self) -> None:
         """Open all doors; systemd goes on with what it was asked for."""
         for evicted in self._leaving.values():
-            evicted.door.close()
+            evicted.doors.release()
         for stuck in self._stuck.values():
             stuck.words.take()
         self._leaving.clear()
@@ -207,16 +218,17 @@ class Evictions:
         if verb is None:
             return
         with contextlib.ExitStack() as undo:
-            door = undo.enter_context(Drain(self._paths, name))
-            door.close_door()  # nobody new has to see it go; somebody else at the door sees to the same
+            doors = undo.enter_context(Doors(self._paths))
+            with contextlib.suppress(GpusvcError):
+                doors.close(name)  # new users wait; without the door they would see it go
             if self._systemd.try_ask(lambda manager: manager.enqueue(verb, names.service(name))) is not None:
                 undo.pop_all()
-                self._leaving[name] = self._eviction_of(door, stuck.lease)
+                self._leaving[name] = self._eviction_of(doors, stuck.lease)
 
-    def _eviction_of(self, door: Drain, lease: Lease) -> _Eviction:
+    def _eviction_of(self, doors: Doors, lease: Lease) -> _Eviction:
         now = self._now()
         patience = lease.stop_timeout_seconds + lease.release_timeout_seconds + _GRACE_SECONDS
-        return _Eviction(door, since=now, deadline=now + patience)
+        return _Eviction(doors, since=now, deadline=now + patience)
 
     def _is_up(self, name: str) -> bool:
         """Whether it is neither gone nor on its way already."""

@@ -66,6 +66,9 @@ class Systemd:
             self.states[unit] = "deactivating"
         return f"/job/{len(self.jobs)}"
 
+    def unit(self, name: str) -> Unit | None:
+        return next(iter(self.units(name)), None)
+
     def units(self, *patterns: str) -> list[Unit]:
         self._fail()
         return [Unit(name, ActiveState(state), "", "/unit") for name, state in self.states.items() if name in patterns]
