@@ -14,7 +14,7 @@ class Limits:
     head_bytes: int = 32 * KIB  # of a request or an answer; 431
     target_bytes: int = 8 * KIB  # 414
     fields: int = 128  # of one head; 431
-    held_bytes: int = 64 * 1024 * KIB  # of bodies in the memory of one worker; more of them goes to files
+    held_bytes: int = 64 * 1024 * KIB  # of requests in memory, shared out among the workers; more of bodies is in files
     pipelined_bytes: int = 64 * KIB  # what is read ahead of the request that is being answered
     linger_bytes: int = 1024 * KIB  # what is read and thrown away of a request that was refused before its end
 

@@ -477,6 +477,84 @@ def test_bodies_of_all_connections_together_have_a_budget_of_memory(run: Run, tm
     run(scenario, limits=replace(QUICK, held_bytes=1_000_000))
 
 
+def test_slow_heads_share_the_budget_and_others_are_served(run: Run) -> None:
+    limit = 400_000
+
+    async def scenario(rig: Rig) -> None:
+        budget = rig.gateway._shared.budget
+        slow = [await rig.client() for _ in range(40)]
+        for client in slow:
+            await client.say(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000)
+        await rig.eventually(lambda: sum(each._incoming.buffer != b"" for each in rig.clients()) <= limit // 20_000)
+        await rig.eventually(lambda: 0 < budget.held_bytes <= limit)
+        answers = [await client.answer() for client in slow[:20]]
+        assert {(answer.status, str(code(answer))) for answer in answers} == {(503, "exhausted")}
+        other = await rig.client()
+        assert (await other.ask()).status == 200
+        await slow[-1].say(b"\r\n\r\n")
+        assert (await slow[-1].answer()).status == 200, "the newest are not given up"
+        for client in slow:
+            client.close()
+        await rig.eventually(lambda: budget.held_bytes == 0)
+
+    run(scenario, limits=replace(QUICK, held_bytes=limit))
+
+
+def test_whole_bodies_that_wait_for_their_model_share_the_budget(run: Run) -> None:
+    size, number, limit = 40_000, 20, 400_000
+
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        ready = asyncio.Event()
+
+        async def start(_: Request, connection: Connection) -> None:
+            await ready.wait()
+            rig.mark_ready("cold", rig.engine.port)
+            await connection.say(b"HTTP/1.0 200 OK\r\n\r\n{}")
+            connection.writer.close()
+            raise ConnectionAbortedError
+
+        rig.api.answer = start
+        body = b'{"model": "cold", "x": "' + b"a" * size + b'"}'
+        clients = [await rig.client() for _ in range(number)]
+        for client in clients:
+            await client.post(body)
+        await rig.eventually(lambda: bool(rig.api.requests))
+        await rig.eventually(lambda: rig.totals("cold").waiting == number)
+        assert size < rig.gateway._shared.budget.held_bytes <= limit
+        ready.set()
+        assert [(await client.answer()).status for client in clients] == [200] * number
+        assert {request.body for request in rig.engine.requests} == {body}
+        assert rig.gateway._shared.budget.held_bytes == 0
+
+    run(scenario, limits=replace(QUICK, held_bytes=limit))
+
+
+def test_what_is_sent_ahead_is_dropped_with_its_connection_where_there_is_no_room(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        going = asyncio.Event()
+
+        async def script(request: Request, connection: Connection) -> None:
+            await going.wait()
+            await whole(b"first")(request, connection)
+
+        rig.engine.answer = script
+        budget = rig.gateway._shared.budget
+        client = await rig.client()
+        await client.say(ASK)
+        await rig.eventually(lambda: bool(rig.engine.requests))
+        await client.say(ASK * 1000)
+        await rig.eventually(lambda: not rig.clients()[0]._keeps_alive)
+        assert budget.held_bytes <= 20_000
+        going.set()
+        answer = await client.answer()
+        assert (answer.body, answer.headers["connection"]) == (b"first", "close")
+        assert await client.hangs_up()
+        assert len(rig.engine.requests) == 1
+
+    run(scenario, limits=replace(QUICK, held_bytes=20_000))
+
+
 def test_idle_connections_are_closed_without_a_word(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         client = await rig.client()

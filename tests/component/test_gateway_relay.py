@@ -638,6 +638,57 @@ def test_a_probe_neither_loads_a_model_nor_keeps_it(run: Run, target: str) -> No
     run(scenario)
 
 
+LAN = "192.168.7.7:8484"
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "loads"),
+    [
+        ("GET", "", False),
+        ("HEAD", "", False),
+        ("GET", "Sec-Fetch-Site: same-origin\r\n", True),
+        ("GET", "Sec-Fetch-Site: none\r\n", True),
+        ("GET", f"Origin: http://{LAN}\r\n", True),
+        ("GET", "Authorization: Basic bWU6c2VjcmV0\r\n", False),
+        ("GET", "Authorization: Bearer secret\r\n", True),
+        ("GET", "X-Api-Key: secret\r\n", True),
+        ("GET", "X-Forwarded-Proto: https\r\n", True),
+        ("GET", "Connection: Upgrade\r\nUpgrade: websocket\r\n", True),
+        ("POST", "Content-Length: 0\r\n", True),
+    ],
+)
+def test_a_get_from_another_machine_loads_a_model_only_if_no_foreign_page_can_send_it(
+    run: Run, method: str, more: str, loads: bool
+) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.api.answer = raw(FAILURE, then="close")
+        client = await rig.client()
+        await client.say(f"{method} /upstream/cold/page HTTP/1.1\r\nHost: {LAN}\r\n{more}\r\n".encode())
+        answer = await client.answer(is_head=method == "HEAD")
+        assert (answer.status, len(rig.api.requests)) == ((503, 1) if loads else (403, 0))
+        other = await rig.client()
+        await other.say(f"{method} /upstream/qwen/page HTTP/1.1\r\nHost: {LAN}\r\n{more}\r\n".encode())
+        assert (await other.answer(is_head=method == "HEAD")).status == 200, "a model that is loaded is served"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("host", ["localhost:8484", "127.0.0.1:8484", "[::1]", "cold.localhost:8484"])
+def test_a_get_on_this_machine_loads_a_model_as_browsers_say_where_it_comes_from(run: Run, host: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.api.answer = raw(FAILURE, then="close")
+        path = "/page" if host.startswith("cold") else "/upstream/cold/page"
+        for more, status in (("Sec-Fetch-Site: cross-site\r\n", 403), ("", 503)):
+            client = await rig.client()
+            await client.say(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{more}\r\n".encode())
+            assert (await client.answer()).status == status
+        assert len(rig.api.requests) == 1
+
+    run(scenario)
+
+
 def test_without_keys_management_is_open_here(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.api.answer = whole(b"[]")

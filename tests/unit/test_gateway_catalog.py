@@ -206,3 +206,34 @@ def test_the_list_has_each_name_and_what_the_lease_says(bench: Bench) -> None:
 def test_the_list_is_a_page_of_both_apis_even_if_it_is_empty(tmp_path: Path) -> None:
     page = json.loads(Bench(tmp_path).catalog.listing(lambda _: True))
     assert page == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+def test_a_model_that_the_key_is_not_for_takes_the_steps_of_one_that_does_not_exist(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    exists = os.path.lexists
+
+    def looked(path: Path) -> bool:
+        steps.append("lexists")
+        return exists(path)
+
+    monkeypatch.setattr("os.path.lexists", looked)
+    for name in ("_refresh", "_similar", "_unknown"):
+        step = getattr(Catalog, name)
+
+        def noted(*arguments: Any, step: Callable[..., Any] = step, name: str = name) -> object:
+            steps.append(name)
+            return step(*arguments)
+
+        monkeypatch.setattr(Catalog, name, noted)
+    taken = []
+    for text in ("whisper", "nothing"):
+        bench.later()
+        bench.catalog.names()  # so that nothing is due
+        bench.seconds += FRESH_SECONDS / 2
+        steps.clear()
+        refusal = bench.refusal(lambda text=text: bench.catalog.resolve(text, allowed=lambda name: name == "qwen"))  # type: ignore[misc]
+        assert refusal.status == 404
+        taken.append(list(steps))
+    assert taken[0] == taken[1] == ["lexists", "_similar", "_unknown"]

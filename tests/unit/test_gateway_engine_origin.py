@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from gpusvc.config import keys
 from gpusvc.config.keys import Key, Keys
 from gpusvc.gateway.entry.engine_origin import Sessions, hide_session, model_in
+from gpusvc.gateway.entry.tickets import UsedTickets
 from gpusvc.gateway.http.request_head import RequestHead
 
 SECRET = b"s" * 32
@@ -20,7 +22,7 @@ class Bench:
         file = directory / "keys.toml"
         file.write_text(keys.text([self.key]))
         self.seconds = 1000.0
-        self.sessions = Sessions(SECRET, Keys.read([file]), now=lambda: self.seconds)
+        self.sessions = Sessions(SECRET, Keys.read([file]), UsedTickets(), now=lambda: self.seconds)
 
     def target(self, model: str = "qwen", key: Key | None = None) -> bytes:
         location = self.sessions.location(head(), b"http", model, b"/x?a=1", key or self.key)
@@ -83,6 +85,36 @@ def test_a_ticket_is_for_one_use_one_model_and_a_short_time(bench: Bench) -> Non
     late = bench.target()
     bench.seconds += 31
     assert bench.sessions.redeem(head(late), "qwen") is None
+
+
+def test_a_ticket_is_for_one_use_in_all_workers() -> None:
+    used = UsedTickets()
+    reader, writer = os.pipe()
+    workers = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            firsts = sum(used.take(b"ticket %d" % number, now=1000.0, expires=1030.0) for number in range(100))
+            os.write(writer, b"%d\n" % firsts)
+            os._exit(0)
+        workers.append(pid)
+    os.close(writer)
+    for pid in workers:
+        os.waitpid(pid, 0)
+    with os.fdopen(reader, "rb") as results:
+        assert sum(int(line) for line in results) == 100
+    assert not used.take(b"ticket 7", now=1030.0, expires=1060.0)
+    assert used.take(b"ticket 7", now=1030.1, expires=1060.0), "it is not valid any more, so that its place is free"
+
+
+def test_no_used_ticket_is_forgotten_while_it_is_valid() -> None:
+    used = UsedTickets()
+    number = 0
+    while used.take(b"%d" % number, now=1000.0, expires=1030.0):
+        number += 1
+    assert number > 1000
+    assert not used.take(b"0", now=1029.0, expires=1059.0)
+    assert used.take(b"another", now=1031.0, expires=1061.0)
 
 
 def test_a_ticket_is_no_cookie_and_a_cookie_no_ticket(bench: Bench) -> None:

@@ -24,10 +24,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.body.budget import Budget
 from gpusvc.gateway.body.reading import too_large
 from gpusvc.gateway.body.streamed import StreamedBody
 from gpusvc.gateway.body.whole import WholeBody
+from gpusvc.gateway.budget import Budget
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.request_head import RequestHead
 
@@ -88,13 +88,18 @@ def body_of(head: RequestHead, whole: bytes | None, *, limit_bytes: int, names_m
         whole: the body, if all of it came with the head; None: feed() and end() follow.
         limit_bytes: the length that a body may have.
         names_model: whether the body may name the model.
-        budget: the memory for all bodies that come in pieces.
+        budget: the memory for all requests.
 
     Raises:
-        HttpError: 413, the body is longer.
+        HttpError: 413, the body is longer; 500 and 507, it must go to a file, and cannot.
     """
     if whole is None:
         return StreamedBody(head.content_type, head.content_length, limit_bytes=limit_bytes, budget=budget)
     if len(whole) > limit_bytes:
         raise too_large(limit_bytes)
-    return WholeBody(head.content_type, whole, names_model=names_model)
+    if budget.has_room(len(whole)):
+        return WholeBody(head.content_type, whole, names_model=names_model, budget=budget)
+    body = StreamedBody(head.content_type, len(whole), limit_bytes=limit_bytes, budget=budget)
+    body.feed(whole)
+    body.end()
+    return body

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Final
 
-from gpusvc.gateway.body.budget import Budget
+from gpusvc.gateway.budget import Budget
 
 IN_MEMORY_BYTES: Final = 1 << 20
 """A longer queue moves to the file, and all later bytes go there too."""

@@ -9,10 +9,10 @@ import errno
 from typing import Final
 
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.body.budget import Budget
 from gpusvc.gateway.body.edits import Cut, edits, filters, spliced
 from gpusvc.gateway.body.reading import cuts, make_scanner, no_model, too_large
 from gpusvc.gateway.body.spool import Spool
+from gpusvc.gateway.budget import Budget
 from gpusvc.gateway.http.replies import HttpError
 
 FULL_BYTES: Final = 256 << 10

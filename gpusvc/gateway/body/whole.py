@@ -10,23 +10,27 @@ from gpusvc.gateway.body.edits import edits, filters, spliced
 from gpusvc.gateway.body.fields import FieldScanner
 from gpusvc.gateway.body.multipart import FormScanner, is_form
 from gpusvc.gateway.body.reading import JSON, cuts, make_scanner, no_model
+from gpusvc.gateway.budget import Budget
 from gpusvc.gateway.http.replies import HttpError
 
 
 class WholeBody:
     """A Body that is complete from the start."""
 
-    __slots__ = ("_content_type", "_data", "_is_taken", "_scanner", "model", "received_bytes")
+    __slots__ = ("_budget", "_content_type", "_data", "_held_bytes", "_is_taken", "_scanner", "model", "received_bytes")
 
     complete = settled = ready = True
     full = awaited = False
 
-    def __init__(self, content_type: bytes | None, data: bytes, *, names_model: bool) -> None:
+    def __init__(self, content_type: bytes | None, data: bytes, *, names_model: bool, budget: Budget) -> None:
+        """``budget`` has room for ``data``."""
         self._content_type = content_type
         self._data = data
         self._is_taken = False
         self._scanner: FieldScanner | FormScanner | None = None
-        self.received_bytes = len(data)
+        self.received_bytes = self._held_bytes = len(data)
+        self._budget = budget
+        budget.held_bytes += self._held_bytes
         self.model: str | None = None
         if data and names_model:
             self.model = find_model(content_type, data)
@@ -76,6 +80,8 @@ class WholeBody:
 
     def close(self) -> None:
         self._data = b""
+        self._budget.held_bytes -= self._held_bytes
+        self._held_bytes = 0
 
 
 def find_model(content_type: bytes | None, data: bytes) -> str | None:

@@ -91,11 +91,16 @@ class Catalog:
             self._refresh()
         if text is not None:
             serving = self._by_name.get(text)
-            if serving is None and self._is_new(text):
+            if serving is not None and allowed(serving.name):
+                return serving
+            # A model that the client may not know of takes the same steps as one that does not exist, so that the time
+            # of the answer does not tell them apart.
+            if self._is_new(text):
                 serving = self._by_name.get(text)
+                if serving is not None and allowed(serving.name):
+                    return serving
+            serving = self._similar(text, allowed)
             if serving is None:
-                serving = self._similar(text, allowed)
-            if serving is None or not allowed(serving.name):
                 raise self._unknown(text, allowed)
             return serving
         if guess and len(self._servings) == 1:
@@ -179,7 +184,7 @@ class Catalog:
         now = self._now()
         if now < self._due - FRESH_SECONDS + _AGAIN_SECONDS or not is_name(text):
             return False
-        if not os.path.lexists(self._paths.model_file(text)):
+        if not os.path.lexists(self._paths.model_file(text)) or text in self._by_name:
             return False
         self._due = now
         self._refresh()

@@ -1,7 +1,7 @@
 """Each engine's pages have an origin of their own, so that their scripts cannot use the status page's rights.
 
 The whole of http://NAME.localhost:8484 is the engine of NAME. A browser that opens /upstream/NAME/ at a loopback host
-is sent there. Where keys are configured it takes a ticket along: valid for half a minute and once in each worker. The
+is sent there. Where keys are configured it takes a ticket along: valid for half a minute and once. The
 ticket becomes a cookie of that origin alone, which scripts cannot read and which allows the use of that model only.
 """
 
@@ -17,6 +17,7 @@ from functools import lru_cache
 from urllib.parse import quote
 
 from gpusvc.config.keys import Key, Keys
+from gpusvc.gateway.entry.tickets import UsedTickets
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.request_head import RequestHead
 
@@ -27,7 +28,6 @@ SANDBOX = b"Content-Security-Policy: sandbox allow-scripts allow-forms allow-mod
 _TICKET = b"gpusvc-ticket"
 _TICKET_SECONDS = 30
 _SESSION_SECONDS = 12 * 3600
-_MAX_USED = 1024
 
 _HOST = re.compile(rb"([a-z0-9][a-z0-9_.-]*)\.localhost\.?(?::[0-9]{1,5})?", re.IGNORECASE)
 _LOOPBACK = re.compile(rb"(?:localhost|127\.[0-9.]+|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
@@ -47,14 +47,26 @@ def is_loopback(host: bytes | None) -> bool:
     return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
+def is_local(host: bytes) -> bool:
+    """Whether a Host is this machine by its name alone: browsers trust it as they trust TLS."""
+    return _LOOPBACK.fullmatch(host) is not None or model_in(host) is not None
+
+
 class Sessions:
     """Tickets and cookies for the engines' origins. All workers have the same secret, which ends with them."""
 
-    def __init__(self, secret: bytes, keys: Keys, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, secret: bytes, keys: Keys, used: UsedTickets, *, now: Callable[[], float] = time.time) -> None:
+        """
+        Args:
+            secret: signs tickets and cookies.
+            keys: of the clients.
+            used: the tickets that any worker has seen.
+            now: seconds since 1970.
+        """
         self._secret = secret
         self._keys = keys
+        self._used = used
         self._now = now
-        self._used: dict[bytes, None] = {}
 
     def location(self, head: RequestHead, scheme: bytes, model: str, path: bytes, key: Key | None) -> bytes | None:
         """Where a browser finds a path of the engine at its own origin; None: there is none for this Host or name."""
@@ -76,11 +88,9 @@ class Sessions:
             return None
         ticket = tickets[0].partition(b"=")[2]
         key = self._verified(_TICKET, model, ticket)
-        if key is None or ticket in self._used:
+        now = self._now()
+        if key is None or not self._used.take(ticket, now=now, expires=now + _TICKET_SECONDS):
             return None
-        if len(self._used) >= _MAX_USED:
-            del self._used[next(iter(self._used))]
-        self._used[ticket] = None
         rest = b"&".join(parameter for parameter in parameters if parameter not in tickets)
         cookie = COOKIE + b"=" + self._sign(COOKIE, model, key, _SESSION_SECONDS)
         return HttpError(

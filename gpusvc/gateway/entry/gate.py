@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpusvc.config.keys import Key, Keys, Right
 from gpusvc.gateway.entry import routes
-from gpusvc.gateway.entry.engine_origin import Sessions, hide_session, missing_session, model_in, to_engine
+from gpusvc.gateway.entry.engine_origin import Sessions, hide_session, is_local, missing_session, model_in, to_engine
 from gpusvc.gateway.entry.origin import Guard
 from gpusvc.gateway.entry.routes import Route
 from gpusvc.gateway.http.replies import Headers, HttpError, Reply
@@ -107,6 +107,40 @@ class Gate:
         if not key.may(right):
             raise HttpError(403, f"The key {key.name} does not have the right {right.value}.", code="right_missing")
         return key
+
+
+def check_load(head: RequestHead, scheme: bytes) -> None:
+    """Check whether a request may load its model.
+
+    Any page can make a browser send a GET. Over plain HTTP to another machine browsers send nothing that tells which
+    page it was. So such a GET needs something that a page of another site cannot add.
+
+    Args:
+        head: of the request.
+        scheme: of the client's connection.
+
+    Raises:
+        HttpError: 403, it may come from a page of another site.
+    """
+    if (
+        head.method not in _SAFE
+        or head.origin is not None  # these two were checked
+        or head.fetch_site is not None
+        or head.x_api_key is not None
+        or head.model is not None
+        or head.upgrade is not None  # browsers always send Origin with it
+        or (head.authorization is not None and head.authorization[:6].lower() != b"basic ")
+        or b"https" in (scheme, head.forwarded_proto)  # browsers send Sec-Fetch-Site there
+        or head.host is None
+        or is_local(head.host)  # likewise
+    ):
+        return
+    raise HttpError(
+        403,
+        "The model is not loaded, and a GET from another machine loads it only if its origin is known.",
+        hint="Start it on the status page, or by a POST, or send a key after Bearer or in X-Api-Key.",
+        code="origin_unproven",
+    )
 
 
 def _is_proven(head: RequestHead) -> bool:

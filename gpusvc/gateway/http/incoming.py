@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpusvc.gateway.budget import Budget, Holder
 from gpusvc.gateway.http import request_head as heads
 from gpusvc.gateway.http.body_reader import BodyReader
 from gpusvc.gateway.http.chunks import BadChunkError
@@ -19,13 +20,15 @@ class Incoming:
     Attributes:
         buffer: the bytes that came and that no request has taken yet. Others may append to it.
         body: reads the body of the last request, while more of it must come; else None.
+        counted_bytes: of the buffer, in the budget.
     """
 
-    __slots__ = ("body", "buffer")
+    __slots__ = ("body", "buffer", "counted_bytes")
 
     def __init__(self) -> None:
         self.buffer = b""
         self.body: BodyReader | None = None
+        self.counted_bytes = 0
 
     @property
     def is_between_requests(self) -> bool:
@@ -76,7 +79,11 @@ class Incoming:
             self.buffer = body.left
         return part
 
-    def clear(self) -> None:
-        """Forget all that came."""
-        self.buffer = b""
-        self.body = None
+    def count(self, budget: Budget, holder: Holder, *, is_head: bool) -> bool:
+        """Count the buffer in ``budget``. Return False if there is no room for it.
+
+        ``is_head``: if there is something in it, it is an incomplete head, and not behind a request.
+        """
+        size = len(self.buffer)
+        change, self.counted_bytes = size - self.counted_bytes, size
+        return budget.hold_ahead(holder, change, is_head=is_head and size > 0)

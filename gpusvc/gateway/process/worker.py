@@ -22,6 +22,7 @@ from gpusvc.config.watched import Watched
 from gpusvc.errors import ConfigError
 from gpusvc.gateway.activation.activation import Activation
 from gpusvc.gateway.entry.catalog import Catalog
+from gpusvc.gateway.entry.tickets import UsedTickets
 from gpusvc.gateway.process import listening
 from gpusvc.gateway.process.gateway import Gateway
 from gpusvc.gateway.process.supervisor import Superior
@@ -59,6 +60,8 @@ class Settings:
         self._first = self.gateway = host.gateway
         self.secret = os.urandom(32)
         """Signs the sessions of engines' pages. Made before the workers are forked, so that all have the same one."""
+        self.tickets = UsedTickets()
+        """Of these sessions. Made before the fork likewise."""
         self.keys = keys.Keys.read(keys.files_of(paths, environment))
         self.certificate: Certificate | None = None
         if host.gateway.tls_certificate is not None and host.gateway.tls_key is not None:
@@ -142,6 +145,7 @@ class Worker:
                 api=api,
                 names=(socket.gethostname(),),
                 secret=self._settings.secret,
+                tickets=self._settings.tickets,
             )
         )
         try:

@@ -10,14 +10,11 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from gpusvc.gateway.entry import routes
-from gpusvc.gateway.http import replies
 from gpusvc.gateway.http import request_head as heads
 from gpusvc.gateway.http.body_reader import BodyReader
 from gpusvc.gateway.http.incoming import Incoming
 from gpusvc.gateway.http.replies import HttpError
-from gpusvc.gateway.http.response_head import write_whole
-from gpusvc.gateway.relay import tcp
+from gpusvc.gateway.relay import faults, tcp
 from gpusvc.gateway.relay.closing import Closing
 from gpusvc.gateway.relay.connection import Connection
 from gpusvc.gateway.relay.exchange import Exchange
@@ -45,21 +42,14 @@ class Client(Connection):
     def __init__(
         self, shared: Shared, *, on_open: Callable[[Connection], None], on_closed: Callable[[Connection], None]
     ) -> None:
-        """
-        Args:
-            shared: by all connections.
-            on_open: called with the object that has the connection from now on.
-            on_closed: called with an object that has no connection any more.
-        """
+        """``on_open`` is called with the object that has the connection now, ``on_closed`` with one that has none."""
         super().__init__(shared)
         self._on_open = on_open
         self._on_closed = on_closed
         self._incoming = Incoming()
         self._exchange: Exchange | None = None
         self._came_bytes = 0  # of the body, since its deadline was set
-        self._keeps_alive = False
-        self._is_processing = False
-        self._is_detached = False  # a tunnel has the connection
+        self._keeps_alive = self._is_processing = self._is_detached = False
         self._served = 0
         self._deadline = shared.now + shared.limits.head_seconds
 
@@ -95,7 +85,8 @@ class Client(Connection):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._on_closed(self)
-        self._incoming.clear()
+        self._incoming.body = None
+        self._forget_buffer()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.cancel()
@@ -141,7 +132,8 @@ class Client(Connection):
             self._refuse(error)
             return False
         if request is None:
-            self._expect_head()
+            if self._served and self._incoming.buffer:  # the first head has a deadline already
+                self._deadline = min(self._deadline, self._shared.now + self._shared.limits.head_seconds)
             return False
         head, whole, first = request
         self._keeps_alive = head.keeps_alive
@@ -156,12 +148,6 @@ class Client(Connection):
                 self._transport.write(heads.CONTINUE)
         return True
 
-    def _expect_head(self) -> None:
-        """Begin the time in which the rest of a head must come. It has begun already for the first head."""
-        deadline = self._shared.now + self._shared.limits.head_seconds
-        if self._incoming.buffer and self._served and self._deadline > deadline:
-            self._deadline = deadline
-
     def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
         self._came_bytes += len(data)
         if self._came_bytes >= self._shared.limits.body_bytes:
@@ -173,6 +159,7 @@ class Client(Connection):
             return
         if body.ended:
             self._deadline = math.inf
+            self._bound()
         if part:
             exchange.feed(part)
         if body.ended and self._exchange is exchange:
@@ -184,9 +171,22 @@ class Client(Connection):
         self._deadline = self._shared.now + self._shared.limits.body_seconds
 
     def _bound(self) -> None:
-        """Limit the bytes that are read ahead."""
-        if len(self._incoming.buffer) > self._shared.limits.pipelined_bytes:
+        """Limit the bytes that are read ahead, and count them in the budget."""
+        incoming = self._incoming
+        if not incoming.buffer and not incoming.counted_bytes:
+            return  # as nearly always
+        if not incoming.count(self._shared.budget, self, is_head=self._exchange is None):
+            self._keeps_alive = False  # the client has to send these requests again, on another connection
             self.pause()
+            self._forget_buffer()
+        elif len(incoming.buffer) > self._shared.limits.pipelined_bytes:
+            self.pause()
+
+    def _forget_buffer(self) -> bytes:
+        """Take all bytes that came and that no request has taken."""
+        taken, self._incoming.buffer = self._incoming.buffer, b""
+        self._bound()
+        return taken
 
     # What the exchange asks of it (shared.Downstream).
 
@@ -205,7 +205,7 @@ class Client(Connection):
         self._served += 1
         if self._is_detached:
             self._on_closed(self)
-        elif not is_kept or self._shared.is_draining:
+        elif not (is_kept and self._keeps_alive) or self._shared.is_draining:
             self._end()
         else:
             self._deadline = self._shared.now + self._shared.limits.idle_seconds
@@ -223,9 +223,8 @@ class Client(Connection):
     def detach(self) -> tuple[asyncio.Transport, bytes]:
         self._is_detached = True
         self._is_reading = True  # as the tunnel will have it
-        early, self._incoming.buffer = self._incoming.buffer, b""
         self._deadline = self._stall_deadline = math.inf
-        return self._transport, early
+        return self._transport, self._forget_buffer()
 
     # What the worker asks of it.
 
@@ -256,21 +255,21 @@ class Client(Connection):
         else:
             self._end()
 
+    def give_up(self) -> None:
+        """Refuse a head that does not come to its end, as others need the memory (budget.Holder)."""
+        busy = "The gateway holds too many requests that are not complete."
+        self._refuse(HttpError(503, busy, code="exhausted", retry_after_seconds=1, close=True))
+
     def _refuse(self, error: HttpError) -> None:
         """Answer a request whose head is not valid, so that it has no exchange."""
-        line = self._incoming.buffer.split(b" ", 2)
-        dialect = routes.dialect_of(line[1] if len(line) > 1 else b"")
-        reply = replies.error_reply(dialect, error)
-        self._transport.write(write_whole(reply, self._shared.date))
-        counters = self._shared.counters.of("")
-        counters.began()
-        counters.ended(reply.status, 0.0)
+        self._transport.write(faults.refusal(self._shared, self._incoming.buffer, error))
         self._end(is_sending=True)
 
     def _end(self, *, is_sending: bool = False) -> None:
         """Leave the connection to its end. ``is_sending``: the client is known to send on."""
         is_sending = is_sending or not self._incoming.is_between_requests
-        self._incoming.clear()
+        self._incoming.body = None
+        self._forget_buffer()
         closing = Closing(self._shared, self._transport, stall_deadline=self._stall_deadline, on_closed=self._on_closed)
         self._on_open(closing)
         self._on_closed(self)

@@ -24,18 +24,18 @@ from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.body.body import Body, body_of
 from gpusvc.gateway.entry import destination as destinations
 from gpusvc.gateway.entry import routes
-from gpusvc.gateway.entry.destination import Destination, allowed_by, not_loaded
+from gpusvc.gateway.entry.destination import Destination, allowed_by
 from gpusvc.gateway.entry.routes import Route, Target
 from gpusvc.gateway.http import replies
 from gpusvc.gateway.http.replies import HttpError, Reply
 from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.account import Account
+from gpusvc.gateway.relay.entering import Waiting, enter_now
 from gpusvc.gateway.relay.forwarding import Forwarding, unreachable
 from gpusvc.gateway.relay.request import client_lines
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
-from gpusvc.gateway.relay.waiting import Waiting
 
 _A = TypeVarTuple("_A")
 
@@ -183,20 +183,15 @@ class Exchange:
         if serving is not None and self._passage is None:
             if destination.is_probe:
                 self._account.is_for_state()
-                self._passage = self._shared.activation.look_at(serving)
-                if self._passage is None:
-                    raise not_loaded(serving)
-            else:
-                self._passage = self._shared.activation.try_enter(serving)
-                if self._passage is None:
-                    self._waiting = Waiting(
-                        self._shared, self, serving, self._head, body, self._response, self._account
-                    )
-                    return
+            shared, head = self._shared, self._head
+            self._passage = enter_now(shared, serving, head, self._client.scheme, is_probe=destination.is_probe)
+            if self._passage is None:
+                self._waiting = Waiting(shared, self, serving, head, body, self._response, self._account)
+                return
         self._forward(destination, body)
 
     def on_entered(self, passage: Passage) -> None:
-        """The wait is over (waiting.Owner)."""
+        """The wait is over (entering.Owner)."""
         self._waiting = None
         self._passage = passage
         if self._destination is not None and self._body is not None:

@@ -8,7 +8,10 @@ import os
 import traceback
 
 from gpusvc.errors import GpusvcError
-from gpusvc.gateway.http.replies import HttpError
+from gpusvc.gateway.entry import routes
+from gpusvc.gateway.http.replies import HttpError, error_reply
+from gpusvc.gateway.http.response_head import write_whole
+from gpusvc.gateway.relay.shared import Shared
 from gpusvc.log import log
 
 # Resources that may be free again in a moment.
@@ -33,6 +36,19 @@ def to_http_error(error: Exception) -> HttpError:
         )
     log(3, "".join(traceback.format_exception(error)))
     return HttpError(500, "The gateway failed.", hint="Its journal says how.", code="internal_error", close=True)
+
+
+def refusal(shared: Shared, beginning: bytes, error: HttpError) -> bytes:
+    """Return the response to a request that is refused before its head was read, and count it.
+
+    ``beginning``: what came of the head.
+    """
+    line = beginning.split(b" ", 2)
+    reply = error_reply(routes.dialect_of(line[1] if len(line) > 1 else b""), error)
+    counters = shared.counters.of("")
+    counters.began()
+    counters.ended(reply.status, 0.0)
+    return write_whole(reply, shared.date)
 
 
 def message_in(body: bytes) -> str | None:

@@ -12,11 +12,12 @@ from typing import Protocol
 from gpusvc.config.host import HostGateway
 from gpusvc.config.keys import Keys
 from gpusvc.gateway.activation.activation import Activation
-from gpusvc.gateway.body.budget import Budget
+from gpusvc.gateway.budget import Budget
 from gpusvc.gateway.entry.catalog import Catalog
 from gpusvc.gateway.entry.engine_origin import Sessions
 from gpusvc.gateway.entry.gate import Gate
 from gpusvc.gateway.entry.origin import Guard
+from gpusvc.gateway.entry.tickets import UsedTickets
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.upstream import Pool
 from gpusvc.state.counters import Counters
@@ -38,6 +39,7 @@ class Shared:
         limits: Limits | None = None,
         names: tuple[str, ...] = (),
         secret: bytes | None = None,
+        tickets: UsedTickets | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +53,7 @@ class Shared:
             limits: of each connection.
             names: more names of this machine.
             secret: signs the sessions of engines' pages, the same in all workers; None: one of its own.
+            tickets: the used ones of those sessions, shared by all workers; None: one of its own.
         """
         self.loop = loop
         self.settings = settings
@@ -61,7 +64,7 @@ class Shared:
         self.api = api
         self.limits = limits or Limits()
         self.pool = Pool(loop, self.limits)
-        self.budget = Budget(self.limits.held_bytes)
+        self.budget = Budget(self.limits.held_bytes // settings().workers)
         self.is_draining = False
         """No connection is kept for another request."""
         self.now = loop.time()
@@ -69,7 +72,7 @@ class Shared:
         self.date = b""
         """A line for the head of an answer."""
         self._names = names
-        self._sessions = Sessions(secret or os.urandom(32), keys)
+        self._sessions = Sessions(secret or os.urandom(32), keys, tickets or UsedTickets())
         self._guarded = (settings(), keys.configured)
         self.gate = self._make_gate()
         self.sweep()

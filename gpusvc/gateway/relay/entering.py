@@ -1,18 +1,46 @@
-"""A request that waits for its model, and what its client is told meanwhile."""
+"""A request's way into its model: at once if the model is ready, else by waiting."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from gpusvc.config.serving import Serving
-from gpusvc.gateway.activation.passage import Passage
+from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.body.body import Body
+from gpusvc.gateway.entry.destination import not_loaded
+from gpusvc.gateway.entry.gate import check_load
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.account import Account
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Shared
+
+
+def enter_now(
+    shared: Shared, serving: Serving, head: RequestHead, scheme: bytes, *, is_probe: bool
+) -> Passage | Onlooker | None:
+    """Return the passage into the model; None: the request must wait for it.
+
+    Args:
+        shared: by all connections.
+        serving: the model.
+        head: of the request.
+        scheme: of the client's connection.
+        is_probe: whether the request only asks for the engine's state.
+
+    Raises:
+        HttpError: 503 or 403, the model is not loaded, and this request may not load it.
+    """
+    activation = shared.activation
+    if is_probe:
+        onlooker = activation.look_at(serving)
+        if onlooker is None:
+            raise not_loaded(serving)
+        return onlooker
+    if head.method != b"POST" and activation.look_at(serving) is None:
+        check_load(head, scheme)
+    return activation.try_enter(serving)
 
 
 class Owner(Protocol):
