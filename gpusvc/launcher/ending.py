@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpusvc.journal import lastwords, relay
+from gpusvc.journal import lastwords
 from gpusvc.journal import units as unitlog
 from gpusvc.journal.events import EventType
 from gpusvc.launcher import caller, oom, watching
@@ -66,8 +66,7 @@ def _oom_kill(run: Run, cgroup: Cgroup) -> str | None:
 
 def _report(run: Run, sentence: str, killed: str | None, *, was_full: bool = False) -> bool:
     """Report the end with the engine's last words; whether VRAM ran out."""
-    if run.relay_pid is not None:
-        relay.has_ended(run.relay_pid, _RELAY_SECONDS)
+    run.relay.has_ended(_RELAY_SECONDS)
     words = lastwords.last_words(*unitlog.this_run(run.name, run.began_at), f"SYSLOG_IDENTIFIER={run.identifier()}")
     ran_out = bool(run.gpus) and killed is None and (was_full or lastwords.tells_of_memory(words))
     if killed is not None:

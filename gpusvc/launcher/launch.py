@@ -15,8 +15,9 @@ from gpusvc.config.files import Isolation
 from gpusvc.errors import GpusvcError, PlacementError, UnknownModelError, UsageError
 from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import total
-from gpusvc.journal import events, relay
+from gpusvc.journal import events
 from gpusvc.journal.events import EventType
+from gpusvc.journal.relay import Relay
 from gpusvc.launcher import termination
 from gpusvc.launcher.loading import Load
 from gpusvc.launcher.parked import Orders, ParkedEngine, environment
@@ -47,12 +48,13 @@ def main() -> NoReturn:
     # Before any file is opened, so that the engine inherits none.
     try:
         parked = ParkedEngine.fork()
+        relay = Relay.fork(parked.output_fd)
     except OSError as error:
         _fail(Notifier(), error)
     notifier = Notifier()
     try:
         name, paths = _parse_name(sys.argv[1]), Paths.here()
-        end = _hold_and_launch(name, paths, parked, notifier)
+        end = _hold_and_launch(name, paths, parked, relay, notifier)
     except OSError as error:
         _fail(notifier, error)
     except GpusvcError as error:
@@ -65,18 +67,19 @@ def main() -> NoReturn:
     termination.end_as(end.status)
 
 
-def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, notifier: Notifier) -> End | None:
+def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, relay: Relay, notifier: Notifier) -> End | None:
     """Launch under the model's lock, and prove the release if that is quick. None: SIGTERM came."""
     with leases.hold(paths, name):
         signal.signal(signal.SIGTERM, termination.on_sigterm)
         try:
-            return launch(Run(name, paths, parked, notifier, is_second_try=_SECOND_TRY in sys.argv))
+            return launch(Run(name, paths, parked, relay, notifier, is_second_try=_SECOND_TRY in sys.argv))
         except TerminatedError:
             notifier.status("Stopping: its processes have been told to end.")
             return None
         finally:
             termination.end_quietly()
             parked.abandon()
+            relay.abandon()
             _release(name, paths, notifier)
 
 
@@ -163,7 +166,7 @@ def _start_engine(run: Run) -> None:
     command = config.command
     if config.caller is None:
         command = tuple(argument.replace("{port}", port) for argument in command)
-        run.relay_pid = relay.start(run.parked.output_fd, run.identifier())
+        run.relay.start(run.identifier())
     orders = Orders(
         command=command,
         environment=environment(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig
     from gpusvc.gpu.nvml import Nvml
     from gpusvc.gpu.reading import Gpu
+    from gpusvc.journal.relay import Relay
     from gpusvc.launcher.parked import ParkedEngine
     from gpusvc.paths import Paths
     from gpusvc.systemd.notify import Notifier
@@ -41,11 +42,19 @@ class Run:
     """
 
     def __init__(
-        self, name: str, paths: Paths, parked: ParkedEngine, notifier: Notifier, *, is_second_try: bool
+        self,
+        name: str,
+        paths: Paths,
+        parked: ParkedEngine,
+        relay: Relay,
+        notifier: Notifier,
+        *,
+        is_second_try: bool,
     ) -> None:
         self.name = name
         self.paths = paths
         self.parked = parked
+        self.relay = relay
         self.notifier = notifier
         self.is_second_try = is_second_try
         self.host = load_host(paths)
@@ -59,8 +68,6 @@ class Run:
         """None: the model needs no GPU."""
         self.caller: socket.socket | None = None
         """The connection to the `gpusvc run` that this program belongs to; None: a model server."""
-        self.relay_pid: int | None = None
-        """The process that carries the engine's output to the journal; None: there is none."""
         self.is_guess = False
         """Whether the model's need for VRAM was only guessed."""
         self.is_fenced = True

@@ -215,6 +215,17 @@ def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> Unrelease
     )
 
 
+def _fail_stop(service: str) -> None:
+    """Have `systemctl stop` exit with 1. systemd itself ends a stop job well, even if ExecStopPost= fails."""
+    from gpusvc.systemd.manager import Manager  # noqa: PLC0415  only for this end
+
+    try:
+        with Manager() as manager:
+            manager.cancel_stop(service)
+    except GpusvcError as error:
+        log(4, f"`systemctl stop` may report success: {error}")
+
+
 def main() -> int:
     """ExecStopPost= of model@NAME.service: the exit status is 0 only for a proven release."""
     name, paths, notifier = sys.argv[1], Paths.here(), Notifier()
@@ -232,6 +243,7 @@ def main() -> int:
     except GpusvcError as error:
         notifier.status(error.message.replace("\n", " "))
         events.emit(events.EventType.UNRELEASED, str(error), model=name, level=3)
+        _fail_stop(names.service(name))
         return error.exit_code
     except OSError as error:
         log(3, f"The release of {name} could not be proven: {error}.")

@@ -96,6 +96,17 @@ class Manager:
         path: bytes = self._call(f"{verb.lower()} {unit}", f"{verb}Unit", "ss", unit, mode)
         return self._remember(path, verb, unit)
 
+    def cancel_stop(self, unit: str) -> None:
+        """Cancel the job that stops ``unit``, if there is one: its client learns that the stop failed.
+
+        The unit stops all the same.
+        """
+        rows = self._call("list jobs", "ListJobs", "") or []
+        # pystemd unwraps an answer of one element.
+        for number, name, kind, *_ in [rows] if isinstance(rows, tuple) else rows:
+            if name.decode() == unit and kind == b"stop":
+                self._call(f"cancel the stop of {unit}", "CancelJob", "u", number, again=False)
+
     def reset_failed(self, unit: str) -> None:
         """Have systemd forget that ``unit`` failed."""
         self._call(f"reset {unit}", "ResetFailedUnit", "s", unit)

@@ -140,8 +140,8 @@ def memory(name: str) -> None:
     """Of the launcher and of what carries the engine's output to the journal, in bytes."""
     group = show(f"model@{name}.service", "ControlGroup")
     for pid in Path(f"/sys/fs/cgroup{group}/cgroup.procs").read_text().split():
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        who = "launcher" if b"gpusvc" in command else "relay"
+        is_relay = Path(f"/proc/{pid}/comm").read_text().strip() == "gpusvc-relay"
+        who = "relay" if is_relay else "launcher"
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
             key, amount, *_ = line.split()
             if key in {"Rss:", "Pss:"}:

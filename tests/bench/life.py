@@ -156,7 +156,7 @@ def _report(samples: Samples) -> Iterator[str]:
             "list", {f"units {count}": "systemctl list-units", f"models {count}": "gpusvc ps"}, base=f"units {count}"
         )
     yield "Memory"
-    for who, title in {"launcher": "the launcher", "relay": "cat, which carries its output"}.items():
+    for who, title in {"launcher": "the launcher", "relay": "the relay of its output"}.items():
         rss, pss = (samples.median(f"{who} {kind}") / MB for kind in ("RSS", "PSS"))
         yield f"  {title:46}{rss:8.1f} MB resident   {pss:5.1f} MB its share"
 

@@ -54,6 +54,8 @@ def main() -> None:
     if not options.never_ready:
         server.is_loaded = True
         say("loaded")
+        if options.flood:
+            flood(options.flood)
     elif options.burn == "cpu":
         while True:
             pass
@@ -81,6 +83,7 @@ def parse_options() -> argparse.Namespace:
     add("--never-ready", action="store_true", help="load for ever")
     add("--burn", choices=("cpu", "idle"), default="idle", help="what to do while loading for ever")
     add("--hang-health", action="store_true", help="/health is never answered; see also SIGUSR1")
+    add("--flood", type=int, default=0, metavar="N", help="lines that it writes each second once it is loaded")
     add("--ignore-term", action="store_true", help="ignore SIGTERM, SIGINT and SIGHUP")
     add("--stop-seconds", type=float, default=0.0, metavar="S", help="what stopping takes after SIGTERM")
     return parser.parse_args()
@@ -133,6 +136,18 @@ def load(options: argparse.Namespace, gpus: Gpus | None) -> None:
             for uuid in gpus.uuids:
                 gpus.allocate(uuid, share)
         time.sleep(options.load_seconds / steps)
+
+
+def flood(lines: int) -> None:
+    """Writes so many lines a second, for ever."""
+    number = 0
+    while True:
+        began = time.monotonic()
+        text = "".join(f"slot update {number + line} {'x' * 100}\n" for line in range(max(lines // 10, 1)))
+        number += max(lines // 10, 1)
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        time.sleep(max(0.0, began + 0.1 - time.monotonic()))
 
 
 class Gpus:

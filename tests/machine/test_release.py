@@ -37,7 +37,9 @@ def row(machine: Host, name: str) -> dict[str, Any]:
 
 def end(machine: Host, name: str) -> str:
     """Stops a model, whether or not its release is proven; what the journal has of it."""
-    machine.run("systemctl", "stop", f"model@{name}.service", check=False)
+    unit = f"model@{name}.service"
+    machine.run("systemctl", "stop", unit, check=False)
+    machine.wait_for_state(unit, "inactive", "failed")  # a stop that fails ends a moment before its service
     return machine.messages(name)
 
 
@@ -137,6 +139,19 @@ def test_memory_that_never_comes_back_leaves_the_model_stuck(machine: Host) -> N
     assert f"NVML lists PID {pid} on GPU 0 with 4.0 GiB" in said
     assert f"PID {pid}: [gone], no such process" in said
     assert "`gpusvc release leaky` tries the proof again" in said
+    assert is_stuck(machine, "leaky")
+
+
+def test_systemctl_stop_fails_if_the_proof_fails(machine: Host) -> None:
+    start(machine, "leaky", timeout="500ms")
+    machine.gpus.configure(release_delay_ms=NEVER)
+    stopped = machine.run("systemctl", "stop", "model@leaky.service", check=False)
+    assert stopped.returncode == 1
+    assert "Job for model@leaky.service canceled." in stopped.stderr
+    machine.wait_for_state("model@leaky.service", "failed")
+    assert is_stuck(machine, "leaky")
+    # A restart fails too, with the launcher's reason.
+    assert machine.run("systemctl", "restart", "model@leaky.service", check=False).returncode == 1
     assert is_stuck(machine, "leaky")
 
 

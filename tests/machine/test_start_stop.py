@@ -253,6 +253,22 @@ def test_gpusvc_logs_shows_the_engines_words_and_gpusvcs(machine: Host) -> None:
     assert "Ready after" in shown
 
 
+def test_a_flood_of_output_costs_no_line_of_gpusvc(machine: Host) -> None:
+    machine.write_model("chatty", arguments="--vram 2GiB --flood 20000", gpu=ONE_GPU)
+    machine.start("chatty")
+    machine.wait_until(
+        lambda: "slot update 4900" in machine.messages("chatty"), "it floods", unit="model@chatty.service"
+    )
+    machine.stop("chatty")
+    said = machine.messages("chatty")
+    assert "Ready after" in said
+    assert "chatty is released after" in said
+    assert re.search(r"gpusvc left out \d{3,} lines here", said)
+    assert "Suppressed" not in machine.journal("systemd-journald.service")
+    events = machine.run("gpusvc", "events", "chatty").stdout.split()
+    assert [word for word in events if word in {"start", "ready", "release"}] == ["start", "ready", "release"]
+
+
 def test_of_many_lines_the_last_ones_are_shown(machine: Host) -> None:
     command = '["/bin/sh", "-c", "seq -f line-%g 60; exit 3"]'
     machine.write("/etc/gpusvc/models/talker.toml", f"command = {command}\n[gpu]\ncount = 0\n")

@@ -15,6 +15,10 @@ from gpusvc.state import lease as leases
 from gpusvc.state import locks
 from gpusvc.status.models import ModelState, derive_state
 from gpusvc.systemd.jobs import PAUSE_SECONDS
+from gpusvc.systemd.units import ActiveState, Unit
+
+# From the end of a stop's job to the end of its service.
+_END_SECONDS = 5.0
 
 
 class InUseError(BusyError):
@@ -45,7 +49,7 @@ class Stops:
         was_up = unit is not None and not unit.active.is_down
         if was_up:
             await self._bus.run("Stop", service)
-            unit = self._bus.ask(lambda manager: manager.unit(service))
+            unit = await self._ended(service)
         self._on_change()
         state = derive_state(unit, leased=name in leases.holders(self._paths))
         if state is ModelState.STUCK:
@@ -53,6 +57,16 @@ class Stops:
         if state not in {ModelState.STOPPED, ModelState.FAILED}:
             raise EngineError(f"{name} is {state}: somebody started it again meanwhile.")
         return was_up
+
+    async def _ended(self, service: str) -> Unit | None:
+        """Wait until ``service`` has ended. A failed release proof cancels the stop's job, and ends after that."""
+        until = time.monotonic() + _END_SECONDS
+        while True:
+            unit = self._bus.ask(lambda manager: manager.unit(service))
+            is_ending = unit is not None and unit.active is ActiveState.DEACTIVATING
+            if not is_ending or time.monotonic() > until:
+                return unit
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def stop_all(self) -> list[str]:
         """Stop every model that runs, starts or stops, and return their names.

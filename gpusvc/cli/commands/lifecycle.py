@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gpusvc.systemd.manager import Manager
 
 _TICK_SECONDS = 0.2
+_PAUSE_SECONDS = 0.02
+_END_SECONDS = 5.0
 
 _ALL_CONFIGURED: Any = typer.Option(False, "--all", help="Every model that has a file.")
 _FORGET: Any = typer.Option(
@@ -83,8 +85,8 @@ def stop(context: typer.Context, names: list[str] = NAMES, *, everything: bool =
         pending = {name: manager.enqueue("Stop", service(name)) for name in chosen if name in up}
         enqueued = frozenset(pending)
         with going_on(pending, "stopping", "`gpusvc ps` shows how far it is."):
-            for _ in _follow(manager, pending):
-                pass
+            for name, _ in _follow(manager, pending):
+                _wait_for_end(manager, name)
         failures: list[GpusvcError] = []
         statuses = {model.name: model for model in inventory.models(paths, manager, lambda: None, more=chosen)}
         for name in chosen:
@@ -233,6 +235,16 @@ def _follow(manager: Manager, pending: dict[str, str]) -> Iterator[tuple[str, Jo
                     del pending[name]
                     yield name, result
             progress.show({name: doing_of(manager, name) for name in pending})
+
+
+def _wait_for_end(manager: Manager, name: str) -> None:
+    """Wait until the service has ended: the release proof cancels the stop's job if it fails, and ends after that."""
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline:
+        unit = manager.unit(service(name))
+        if unit is None or unit.active != "deactivating":
+            return
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _said(manager: Manager, name: str) -> str:
