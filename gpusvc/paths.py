@@ -30,6 +30,8 @@ class Paths(Record):
     state: Path
     control_group: str = "/gpusvc.slice"
     """The control group above all services and scopes, as in cgroup.Cgroup, unless an administrator moved them."""
+    cache: Path | None = None
+    """The directory for what can be downloaded again; None: a part of ``state``."""
     unit_directory: Path = Path("/run/systemd/system")
     """The directory for units and drop-ins that exist until the service manager ends."""
 
@@ -54,6 +56,7 @@ class Paths(Record):
             runtime=runtime / "gpusvc",
             state=_directory(environment, "XDG_STATE_HOME", home / ".local/state") / "gpusvc",
             control_group=f"/user.slice/user-{uid}.slice/user@{uid}.service/gpusvc.slice",
+            cache=_directory(environment, "XDG_CACHE_HOME", home / ".cache") / "gpusvc",
             unit_directory=runtime / "systemd/user",
         )
 
@@ -86,6 +89,11 @@ class Paths(Record):
 
     def pin_file(self, name: str) -> Path:
         return self.runtime / "pins" / name
+
+    @property
+    def downloads_directory(self) -> Path:
+        """The directory of downloaded models."""
+        return (self.cache or self.state) / "models"
 
     @property
     def runs_directory(self) -> Path:

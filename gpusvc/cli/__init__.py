@@ -30,6 +30,7 @@ from gpusvc.cli.commands import (  # noqa: E402
     lifecycle,
     logs,
     pins,
+    pull,
     remove,
     settings,
     show,
@@ -86,6 +87,7 @@ def _options(
 
 
 app.command("add")(add.add)
+app.command("pull")(pull.pull)
 app.command("edit")(edit.edit)
 app.command("rm")(remove.rm)
 app.command("import")(import_.import_)

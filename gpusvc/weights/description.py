@@ -111,6 +111,12 @@ def projectors_in(directory: Path) -> list[Path]:
     return sorted(file for file in directory.glob("*.gguf") if file.is_file() and not _is_gguf_model(file))
 
 
+def quantisation_in(name: str) -> str | None:
+    """Return the quantisation that the name of a GGUF file tells, such as ``Q4_K_M``; None if it tells none."""
+    found = _IN_NAME.search(name.rpartition("/")[2].removesuffix(".gguf"))
+    return None if found is None else found.group(1).upper()
+
+
 def _is_gguf_model(file: Path) -> bool:
     try:
         found = describe(file)
@@ -134,13 +140,12 @@ def _of_gguf(path: Path) -> Description:
     if len(words) == 2 and words[1].casefold() in words[0].casefold():
         del words[1]
     file_type = known.get("general.file_type")
-    in_name = _IN_NAME.search(path.stem)
     return Description(
         kind=kind,
         size_bytes=sum(part.stat().st_size for part in gguf.parts_of(path) if part.exists()),
         name=" ".join(words)
         or (architecture if isinstance(architecture, str) and architecture.isprintable() else None),
-        quantisation=_FILE_TYPES.get(file_type) if isinstance(file_type, int) else in_name and in_name.group(1).upper(),
+        quantisation=_FILE_TYPES.get(file_type) if isinstance(file_type, int) else quantisation_in(path.name),
         context=count_of(known.get(f"{architecture}.context_length")),
     )
 

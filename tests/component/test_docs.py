@@ -94,6 +94,7 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     }
     known |= {paths.leases_directory, paths.config, paths.runtime / "api.sock", paths.config / "keys.toml"}
     known |= {paths.runs_directory, counters.directory(paths) / "counters-N", paths.runtime / "gateway/slots/NAME"}
+    known |= {paths.downloads_directory, paths.config / "hub-token"}
     known |= {hooks_directory(paths), cursor_file(paths), paths.state / "footprints" / "NAME.json"}
     for piece in code(document):
         for path in re.findall(r"/(?:etc|run|var/lib)/gpusvc[\w./-]*", piece):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpusvc.config.table import Problem
     from gpusvc.importing.draft import Draft
     from gpusvc.importing.local import Wishes
+    from gpusvc.paths import Paths
 
 # A model's unit sees directories of its own here: ``PrivateTmp=``.
 _PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - nothing is written there
@@ -25,8 +26,8 @@ _PRIVATE = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - nothing is written t
 _NAME: Any = typer.Argument(..., metavar="NAME", help="The name of the model.")
 _WHAT: Any = typer.Argument(
     ...,
-    metavar="FILE.gguf|DIRECTORY|-- COMMAND...",
-    help="The model, with arguments for its engine after --; or a command that serves it.",
+    metavar="FILE.gguf|DIRECTORY|hf:REPOSITORY|-- COMMAND...",
+    help="The model, with arguments for its engine after --; hf: and https: download it. Or a command that serves it.",
 )
 _ENGINE: Any = typer.Option(
     "", "--engine", metavar="ENGINE", help="llama-server, vllm or sglang.  [default: by the kind of file]"
@@ -92,7 +93,7 @@ def add(
     if file.exists() and not (force or dry_run):
         hint = f"`gpusvc edit {name}` changes it; --force replaces it."
         raise UsageError(f"There is already a model {name!r}.", hint=hint)
-    draft = _draft(name, what, wishes)
+    draft = _draft(name, here(paths, what, engine, dry_run=dry_run), wishes)
     text = draft.text()
     problems = model_directory.check(paths, {name: text})
     typer.echo(text, nl=False)
@@ -123,6 +124,38 @@ def refusal(problems: list[Problem]) -> GpusvcError | ExceptionGroup[GpusvcError
 
     errors = [ConfigError(problem.sentence, hint=problem.hint) for problem in problems]
     return errors[0] if len(errors) == 1 else ExceptionGroup("problems", errors)
+
+
+def here(paths: Paths, what: list[str], engine: str, *, dry_run: bool) -> list[str]:
+    """Download a model that ``what`` names on a hub. Return ``what`` with its path in place of that name.
+
+    Raises:
+        GpusvcError: there is no engine for it on this machine, or it cannot be downloaded.
+    """
+    from gpusvc.cli.commands.pull import fetch
+    from gpusvc.config import presets
+    from gpusvc.hub import reference
+
+    first, *rest = what
+    if not reference.is_reference(first):
+        return what
+    if dry_run:
+        raise UsageError("--dry-run downloads nothing.", hint=f"`gpusvc pull --dry-run {first}` says what it is.")
+
+    def require_engine(main: str) -> None:
+        program = engine or ("llama-server" if main.endswith(".gguf") else "")
+        if program in presets.PRESETS:
+            try:
+                presets.find_program(presets.PRESETS[program].command(presets.Served(main, ("model",), 1))[0], {})
+            except ValueError as error:
+                raise UsageError(
+                    f"Nothing is downloaded: {error}", hint=f"`gpusvc pull {first}` only downloads the model."
+                ) from None
+
+    found = fetch(paths, first, on_choice=require_engine)
+    assert found is not None  # noqa: S101 - that is for a dry run
+    sees = () if found.projector is None else ("--mmproj", str(found.projector))
+    return [str(found.main), *sees, *rest]
 
 
 def _draft(name: str, what: list[str], wishes: Wishes) -> Draft:

@@ -16,13 +16,15 @@ from gpusvc.names import service
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
 
+_FILES: Any = typer.Option(False, "--files", help="Remove the files that `gpusvc pull` downloaded for them, too.")
 _YES: Any = typer.Option(False, "--yes", "-y", help="Do not ask.")
 
 
-def rm(context: typer.Context, names: list[str] = SOME_NAMES, *, yes: bool = _YES) -> None:
+def rm(context: typer.Context, names: list[str] = SOME_NAMES, *, files: bool = _FILES, yes: bool = _YES) -> None:
     """Stop models, prove their VRAM free, and remove their files.
 
-    A file stays if the proof fails. A model's weights are not touched.
+    A file stays if the proof fails. Weights stay too; with --files, those are removed that `gpusvc pull` downloaded
+    and that no other model names.
     """
     from gpusvc.cli.commands.lifecycle import choose, raise_all
     from gpusvc.config import directory as model_directory
@@ -33,11 +35,13 @@ def rm(context: typer.Context, names: list[str] = SOME_NAMES, *, yes: bool = _YE
     model_directory.require_writable(paths)
     if not yes:
         for name in chosen:
-            _ask(paths, name)
+            _ask(paths, name, _downloads(paths, name) if files else [])
     failures: list[GpusvcError] = []
     for name in chosen:
         try:
+            downloads = _downloads(paths, name) if files else []
             _remove(context, paths, name)
+            _delete(paths, downloads)
         except GpusvcError as error:
             failures.append(error)
     raise_all(failures)
@@ -58,12 +62,32 @@ def _remove(context: typer.Context, paths: Paths, name: str) -> None:
         typer.echo(f"{file} is still there.")
 
 
-def _ask(paths: Paths, name: str) -> None:
+def _downloads(paths: Paths, name: str) -> list[str]:
+    """Return the downloaded files that only this model names, relative to the directory of downloads."""
+    from gpusvc.config import files as configuration
+    from gpusvc.hub import usage
+
+    texts = {other: usage.text_of(paths.model_file(other)) for other in configuration.model_names(paths)}
+    mine = texts.pop(name, "")
+    return usage.only_in(paths.downloads_directory, mine, texts.values())
+
+
+def _delete(paths: Paths, downloads: list[str]) -> None:
+    from gpusvc.hub import store
+
+    for file in downloads:
+        if store.remove(paths.downloads_directory, file):
+            typer.echo(f"{paths.downloads_directory / file} is removed.")
+
+
+def _ask(paths: Paths, name: str, downloads: list[str]) -> None:
     from gpusvc.state import lease
 
     if not sys.stdin.isatty():
         raise UsageError("Nobody is there to be asked.", hint="--yes removes it without asking.")
     doing = " It is stopped first." if name in lease.holders(paths) else ""
+    for file in downloads:
+        typer.echo(f"{paths.downloads_directory / file} is removed too.", err=True)
     typer.confirm(f"Remove {paths.model_file(name)}?{doing}", abort=True, err=True)
 
 
