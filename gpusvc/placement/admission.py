@@ -126,7 +126,7 @@ class Admission:
                     self._wait(outcome)
 
     def _decide(self, stack: ExitStack) -> tuple[Plan | NoPlan | None, Admitted | None]:
-        """Plan with what is true at this moment, and write the plan down. None: there are other GPUs than before."""
+        """Plan by what is true now, and write the plan down as a lease. None: the need was found for other GPUs."""
         occupants, gpus = occupancy.look(self._paths, self._read_gpus, but=self._config.name)
         if self._needs is None or self._needs[0] != _types(gpus):
             self._needs = None
@@ -181,7 +181,7 @@ class Admission:
         return self._nvml.snapshot() if self._nvml is not None else ()
 
     def _queue(self, stack: ExitStack, request: Request, no_plan: NoPlan) -> None:
-        """Have a ticket, and write on it what this start waits for."""
+        """Take a ticket if there is none yet, and write on it what this start waits for."""
         if self._ticket is None:
             self._ticket = stack.enter_context(Ticket(self._paths, request.model, self._config.priority))
         hoped = no_plan.after_drain or no_plan.in_line
@@ -229,7 +229,7 @@ class Admission:
         )
 
     def _make_room(self, chosen: Plan) -> bool:
-        """Evict the victims; False: one of them came into use or did not go, and the plan is void."""
+        """Evict the victims. Return False if one of them came into use or stayed: then the plan is void."""
         if not chosen.victims:
             return True
         from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most starts evict nobody

@@ -36,7 +36,7 @@ class Occupant(Record):
     attended: bool
     """Whether a launcher or a release holds its lock."""
     ending: bool = False
-    """Whether its engine is dead and its service still ends: its release will be proven, or not, in a moment."""
+    """Whether its engine has ended and its service has not: the release proof follows soon."""
 
     @property
     def loading(self) -> bool:

@@ -67,7 +67,7 @@ class Ticket:
         self._handle.close()
 
     def wish(self, wish: Wish) -> None:
-        """Say what this start waits for."""
+        """Write what this start waits for."""
         self._handle.seek(0)
         self._handle.truncate()
         json.dump(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from types import TracebackType
 from typing import Self
 
 from gpusvc import files
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
+from gpusvc.state import locks
 
 
 class Demand:
@@ -38,15 +38,12 @@ class Demand:
         """End the demand. Safe to call twice."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            fcntl.flock(fd, fcntl.LOCK_UN)  # a child may have inherited the descriptor
-            os.close(fd)
+            locks.release(fd)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -57,12 +54,8 @@ def is_there(paths: Paths, name: str) -> bool:
     except (OSError, ValueError):
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not locks.try_lock(fd, locks.EXCLUSIVE)
     except OSError:
-        return False
-    else:
         return False
     finally:
         os.close(fd)

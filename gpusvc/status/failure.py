@@ -64,7 +64,8 @@ def why_not(
         unit: its service, if that is loaded.
         said: what the service reports.
         lines: the last lines of its log, oldest first.
-        in_lines: whether the reason may have several lines, as it has them in the log.
+        in_lines: for a person who reads message and log together: the reason has its lines as in the log, and the log
+            leaves out the engine's line that the reason quotes. A program gets the log with this line.
     """
     if result is JobResult.CANCELED:
         return StoppedError(f"{name} was stopped before it was ready.", hint="Try again.")
@@ -74,6 +75,8 @@ def why_not(
         )
     reason = "" if said is None else said.text or f"systemd calls it {said.result}, exit status {said.exit_status}."
     told, rest = parted(reason, lines)
+    if in_lines:
+        rest = _without_last(reason.partition(LEAD)[2], rest)
     in_full = "\n".join(told)
     sentence = f"{name} did not start. {in_full if in_lines and told else reason}".rstrip()
     if said is not None and said.exit_status == NO_ROOM_STATUS:
@@ -90,17 +93,16 @@ def parted(reason: str, lines: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the lines of the log that are the reason, and those that say something else.
 
     The launcher writes its reason to the unit's status in one line, and to the log, where it may have several lines and
-    a hint may follow. If the reason quotes a line of the engine, that line is left out too.
+    a hint may follow.
     """
     bare = reason.rstrip("…")
     first, last = _place(bare, lines) if bare else (0, 0)
-    rest = [*lines[:first], *lines[last:]]
-    quoted = reason.partition(LEAD)[2]
-    if quoted in rest:
-        rest.reverse()
-        rest.remove(quoted)  # the last one
-        rest.reverse()
-    return list(lines[first:last]), rest
+    return list(lines[first:last]), [*lines[:first], *lines[last:]]
+
+
+def _without_last(line: str, lines: Sequence[str]) -> list[str]:
+    places = [place for place, each in enumerate(lines) if each == line]
+    return [each for place, each in enumerate(lines) if place not in places[-1:]]
 
 
 def _place(reason: str, lines: Sequence[str]) -> tuple[int, int]:

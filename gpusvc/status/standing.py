@@ -1,6 +1,6 @@
-"""How a model stands when room is needed: its use, its pins, its priority, and what it is said and was seen to take.
+"""The standing of a model, which counts when room is needed: its use, pins and priority, its declared and learned need.
 
-For people and programs to see; whoever decides looks for himself, at the moment of the decision.
+It is only shown here. A placement and an eviction read the same files and locks again, at the moment of their decision.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One model at one moment. None means not known; of bytes also: not said, or never seen."""
+    """One model at one moment. None means unknown; for bytes also: not declared, or not learned yet."""
 
     in_use: bool | None
     last_use: float | None
-    """In seconds since the epoch; also when it was started."""
+    """In seconds since the epoch. Its start counts too."""
     pinned_by_file: bool | None
     pinned_by_hand: bool
-    """Until the next boot."""
+    """By `gpusvc pin`, until the next boot."""
     priority: int | None
     declared_bytes: int | None
-    """What its file says that it takes, on all its GPUs together."""
+    """The need that its file declares, on all its GPUs together."""
     learned_bytes: int | None
-    """The most that it was seen to take, on all its GPUs together."""
+    """Its footprint, on all its GPUs together."""
 
     @property
     def pinned(self) -> bool:
@@ -43,13 +43,13 @@ class Standing:
 
 
 def of(paths: Paths, name: str, lease: Lease | None, readings: Sequence[Gpu] | None) -> Standing:
-    """How ``name`` stands.
+    """Return the standing of ``name``.
 
     Args:
         paths: where its files are.
         name: the model.
-        lease: what it holds, if anything.
-        readings: of NVML, if there are any.
+        lease: what it holds; None: nothing.
+        readings: of NVML; None: there are none.
     """
     config = load_sound_model(paths, name, _host(paths))
     digest = lease.config_digest if lease is not None else "" if config is None else config.digest()
@@ -70,12 +70,12 @@ def of(paths: Paths, name: str, lease: Lease | None, readings: Sequence[Gpu] | N
 
 
 def learned_bytes(peaks: Mapping[str, int], gpu_names: Sequence[str | None], count: int) -> int | None:
-    """What a model takes as far as was seen.
+    """Return the footprint of a model on all its GPUs together; None: it is not known.
 
     Args:
-        peaks: the most that it took of one GPU, by the GPU's type.
-        gpu_names: the types of the GPUs that it has; None: not known.
-        count: how many it asks for. If it has none, they may be of the type on which it took most.
+        peaks: the most bytes that it was seen to take of one GPU, by the GPU's type.
+        gpu_names: the types of the GPUs that it holds; None: not known.
+        count: how many GPUs it asks for. If it holds none, they count as GPUs of the type on which it took most.
     """
     if gpu_names and None not in gpu_names:
         return total(peaks.get(name or "") for name in gpu_names)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def idle(seen: Observation, verdict: Verdict) -> None:
-    """Nobody has used a model for its idle_timeout."""
+    """Write the event "idle": nobody has used a model for its idle_timeout."""
     events.emit(
         events.EventType.IDLE,
         verdict.reason,
@@ -24,7 +24,7 @@ def idle(seen: Observation, verdict: Verdict) -> None:
 
 
 def pressure(seen: Observation, pressure: Pressure) -> None:
-    """A GPU has had less free memory than its reserve for pressure_time."""
+    """Write the event "pressure": a GPU has had less free memory than its reserve for pressure_time."""
     gpu = next(gpu for gpu in seen.gpus if gpu.uuid == pressure.gpu_uuid)
     events.emit(
         events.EventType.PRESSURE,
@@ -38,7 +38,7 @@ def pressure(seen: Observation, pressure: Pressure) -> None:
 
 
 def leak(sentence: str, model: str, what: str, *, gpu: list[int] | None = None, vram_bytes: int | None = None) -> None:
-    """A model left something behind: a lease, or processes that hold VRAM."""
+    """Write the event "leak": a model left a lease behind, or processes that hold VRAM."""
     events.emit(
         events.EventType.LEAK, sentence, model=model, gpu=gpu, bytes=vram_bytes, reason=f"{what} is left", level=4
     )

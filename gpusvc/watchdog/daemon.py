@@ -1,8 +1,7 @@
-"""gpusvc-watchdog.service: looks at the models each tick, has them judged, and acts on it through systemd.
+"""gpusvc-watchdog.service: each tick it observes the models, judges them, and acts through systemd.
 
-It holds nothing that is not elsewhere too. Killed at any moment, even while a model leaves, it loses a look or two: the
-kernel opens the doors that it held, systemd goes on with the job that it queued, and the next one begins where the
-locks, the leases and the control groups are.
+It may be killed at any moment, also during an eviction: the kernel opens the doors that it held closed, systemd
+finishes its job, and the next watchdog starts from the locks, leases and control groups. Only a few ticks are lost.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ if TYPE_CHECKING:
     from gpusvc.errors import ConfigError
     from gpusvc.watchdog.judge import Verdict
 
-# Beside the tick: how often a model that leaves is looked at, as somebody may wait at its door; and how often systemd
-# hears that all is well, however long the tick is.
+# Between ticks: how often the evictions are followed, because requests may wait before a closed door, and how often
+# systemd's watchdog is fed.
 _FOLLOW_SECONDS = 0.2
 _FEED_SECONDS = 15.0
 
-# How often `systemctl status` is told nothing but how time goes by, and of how many models it tells.
+# How often the text of `systemctl status` is renewed if only times in it changed, and how many models it names.
 _STATUS_SECONDS = 10.0
 _STATUS_MODELS = 5
 
 
 class Watchdog:
-    """One process of it. ``now`` is CLOCK_BOOTTIME, in seconds."""
+    """The watchdog's loop."""
 
     def __init__(
         self,
@@ -58,6 +57,7 @@ class Watchdog:
         *,
         now: Callable[[], float],
     ) -> None:
+        """``now`` returns CLOCK_BOOTTIME, in seconds."""
         self._paths = paths
         self._watched = watched
         self._observer = observer
@@ -72,8 +72,8 @@ class Watchdog:
         self._status_due = 0.0
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT. SIGHUP has the configuration read again."""
-        # Blocked but when they are waited for: they interrupt nothing.
+        """Run until SIGTERM or SIGINT. SIGHUP makes it read the configuration again."""
+        # They are blocked except while sigtimedwait() waits for them, so that they interrupt nothing.
         signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         self._notifier.ready("Watching.")
@@ -98,7 +98,7 @@ class Watchdog:
         self.close()
 
     def tick(self) -> Judgement:
-        """Look, judge, act, and tell."""
+        """Observe, judge, act, and report."""
         self._evictions.follow()
         seen = self._observer.look(self._evictions.models)
         policy = seen.host.watchdog if seen.host is not None else HostWatchdog()
@@ -142,7 +142,7 @@ class Watchdog:
         self._evictions.evict(seen.evidence[name], seen.leases[name], reason=reason, announce=announce)
 
     def _try_failing(self, seen: Observation, verdict: Verdict) -> None:
-        """Ask a failing engine for one token; the evictions act on what comes of it."""
+        """Ask a failing engine for one token; Evictions acts on the outcome."""
         lease = seen.leases[verdict.model]
         config = self._watched.models([verdict.model])[verdict.model]
         probe = config.probe if config is not None else None
@@ -154,7 +154,7 @@ class Watchdog:
         self._evictions.unstick(seen.evidence[verdict.model], lease, verdict, probing)
 
     def _relieve(self, seen: Observation, pressures: Iterable[Pressure]) -> None:
-        """Evict the victims; where there is none, that is said once for as long as it lasts."""
+        """Evict the victims. A pressure without a victim is announced once, for as long as it lasts."""
         short, self._short = self._short, set()
         for pressure in pressures:
             self._short.add(pressure.gpu_uuid)
@@ -164,7 +164,7 @@ class Watchdog:
                 announcements.pressure(seen, pressure)
 
     def _tend(self, seen: Observation) -> None:
-        """Name what models left behind, and have it cleared away where that can be done."""
+        """Report what models left behind, and start their release proofs."""
         now = seen.now_seconds
         for stray in self._strays.news(now, seen.strays):
             announcements.leak(
@@ -185,16 +185,16 @@ class Watchdog:
             self._unattended.postpone(now, name)
             state, proof = states[names.service(name)], states[names.proof(name)]
             if state not in {"inactive", "failed"} or proof not in {"inactive", "failed"}:
-                continue  # somebody is at it, only not in the control group where services of ours are
+                continue  # the unit runs, in another slice than this watchdog looks at
             if state == "failed" and is_new and any(in_the_way(name)):
-                continue  # that its proof failed is what its own unit has just said
+                continue  # its own unit has just reported that its proof failed
             if is_new:
                 left = "its lease" if name in seen.leases else "something of it"
                 announcements.leak(f"{name} does not run, and {left} is left: its release is proven now.", name, left)
             self._systemd.try_ask(partial(_prove, unit=names.proof(name)))
 
     def _tell(self, seen: Observation, judgement: Judgement) -> None:
-        """Let systemctl and the command know, as far as there is news; time goes by in between."""
+        """Write the verdicts and the status text, if they changed."""
         shown = [(verdict.model, verdict.kind, verdict.source) for verdict in judgement.verdicts]
         now = seen.now_seconds
         if shown != self._shown:
@@ -206,7 +206,7 @@ class Watchdog:
 
 
 def status(judgement: Judgement, problem: str | None) -> str:
-    """What `systemctl status` shows: what is the matter first, and then what is not."""
+    """Return the text of `systemctl status`: problems first, then the other models."""
     told = sorted(judgement.verdicts, key=lambda verdict: verdict.kind is Finding.NONE)
     number = len(told)
     count = "no model" if not number else "1 model" if number == 1 else f"{number} models"
@@ -219,12 +219,12 @@ def status(judgement: Judgement, problem: str | None) -> str:
 
 
 def _prove(manager: ServiceManager, *, unit: str) -> str:
-    # Not "Start": polkit cannot tell that from the making of a transient unit of the same name, which is root.
+    # Not "Start": polkit sees the same verb for StartTransientUnit, and a transient unit could run anything as root.
     return manager.enqueue("Restart", unit)
 
 
 def boottime() -> float:
-    """Seconds since the machine was started, those that it slept included; nobody sets it."""
+    """Return CLOCK_BOOTTIME: seconds since boot, with those of suspend. Nobody sets this clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

@@ -1,14 +1,11 @@
-"""The models that the watchdog has leave: their doors are held closed, and they are followed until they are gone.
+"""The models that the watchdog stops or restarts. It holds their doors closed, and follows them until they have ended.
 
-Nothing here waits. What takes time is begun, and looked at again when somebody calls follow().
+Nothing here waits: follow() looks at all of them again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +15,7 @@ from gpusvc.backoff import Backoff
 from gpusvc.config.host import BusyAction
 from gpusvc.errors import GpusvcError
 from gpusvc.journal import events
-from gpusvc.journal import units as unitlog
+from gpusvc.journal.background import BackgroundLines
 from gpusvc.log import log
 from gpusvc.placement import eviction
 from gpusvc.placement.eviction import Doors
@@ -33,17 +30,16 @@ if TYPE_CHECKING:
     from gpusvc.watchdog.judge import Evidence, Verdict
     from gpusvc.watchdog.probe import Probing
 
-# A model that was to leave and is up by now is up because somebody else wanted that.
+# A model that is up again after this time was started by somebody else, or its job was cancelled.
 _CHANGE_OF_MIND_SECONDS = 5.0
 
-# Beyond the model's own timeouts; then its door opens again whatever became of it.
+# This time after the model's own timeouts its door opens again in any case.
 _GRACE_SECONDS = 90.0
 
-# How long the journal may take to tell the last words of an engine, and how many lines those are.
-_WORDS_SECONDS = 5.0
+# How many last lines of a stuck model are read.
 _WORDS = 10
 
-# What systemd refused is not asked for at every tick.
+# Between two tries of an eviction that systemd refuses.
 _FIRST_PAUSE_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 300.0
 
@@ -56,37 +52,9 @@ _THEN = {
 }
 
 
-class _Words:
-    """The last words of an engine, out of the journal: asked for now, and there some time later."""
-
-    def __init__(self, name: str) -> None:
-        self._deadline = time.monotonic() + _WORDS_SECONDS
-        self._file = os.memfd_create("words")  # a pipe could fill up
-        self._child: subprocess.Popen[bytes] | None = None
-        command = unitlog.command(name, f"--lines={_WORDS}", "--output=cat", "--quiet")
-        with contextlib.suppress(OSError):
-            self._child = subprocess.Popen(  # noqa: S603
-                [*command, "--no-pager"], stdin=subprocess.DEVNULL, stdout=self._file, stderr=subprocess.DEVNULL
-            )
-
-    def are_there(self) -> bool:
-        """Whether no more will come."""
-        return self._child is None or self._child.poll() is not None or time.monotonic() > self._deadline
-
-    def take(self) -> list[str]:
-        """The lines, oldest first; ends this."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-        with open(self._file, "rb") as file:  # noqa: PTH123  a descriptor
-            file.seek(0)
-            lines = file.read().decode(errors="replace").splitlines()
-        return [line for line in lines if line.strip()]
-
-
 @dataclass(slots=True)
 class _Eviction:
-    """One of them; its door is closed from when it was asked to go."""
+    """A model that systemd stops or restarts, behind a closed door. Times are by the clock of Evictions."""
 
     doors: Doors
     since: float
@@ -95,23 +63,24 @@ class _Eviction:
 
 @dataclass(slots=True)
 class _Stuck:
-    """One that will be dealt with as soon as its last words are heard."""
+    """A stuck or failing model whose last lines are being read."""
 
     evidence: Evidence
     lease: Lease
     verdict: Verdict
-    words: _Words
+    words: BackgroundLines
     probing: Probing | None
 
     def is_ready(self) -> bool:
-        """Whether the last lines of the log and the outcome of the probe are there, or will not come."""
+        """Return whether the last lines of the log and the outcome of the probe are there, or will not come."""
         return self.words.are_there() and (self.probing is None or self.probing.outcome is not None)
 
 
 class Evictions:
-    """All that leave now. ``now`` is a clock that nobody sets, in seconds."""
+    """The evictions and restarts in progress."""
 
     def __init__(self, paths: Paths, systemd: LoggingConnection, now: Callable[[], float]) -> None:
+        """``now`` is a clock that nobody sets, in seconds."""
         self._paths = paths
         self._systemd = systemd
         self._now = now
@@ -121,10 +90,11 @@ class Evictions:
 
     @property
     def models(self) -> frozenset[str]:
+        """The models that are being stopped or restarted, or soon will be."""
         return frozenset({*self._leaving, *self._stuck})
 
     def evict(self, evidence: Evidence, lease: Lease, *, reason: str, announce: Callable[[], None]) -> None:
-        """Have an idle model leave, unless somebody uses it after all. ``announce`` is called once it is certain."""
+        """Evict an idle model, unless somebody used it since ``evidence``. ``announce`` is called before the stop."""
         name = lease.model
         refused = self._refused.setdefault(name, Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
         if not refused.is_due(self._now()):
@@ -163,10 +133,10 @@ class Evictions:
         A failing model is only restarted or stopped if ``probing``, a request to its engine, fails too.
         """
         if lease.model not in self._stuck:
-            self._stuck[lease.model] = _Stuck(evidence, lease, verdict, _Words(lease.model), probing)
+            self._stuck[lease.model] = _Stuck(evidence, lease, verdict, BackgroundLines(lease.model, _WORDS), probing)
 
     def follow(self) -> None:
-        """See how far they are."""
+        """Act on the models whose last lines are there, and open the doors of those that have ended."""
         for name, stuck in list(self._stuck.items()):
             if stuck.is_ready():
                 del self._stuck[name]
@@ -180,7 +150,7 @@ class Evictions:
                 del self._leaving[name]
 
     def close(self) -> None:
-        """Open all doors; systemd goes on with what it was asked for."""
+        """Open all doors. systemd finishes its jobs."""
         for evicted in self._leaving.values():
             evicted.doors.release()
         for stuck in self._stuck.values():
@@ -202,10 +172,10 @@ class Evictions:
             else:
                 said_first = f" The watchdog's own request {stuck.probing.reason}."
         elif use.last_progress(self._paths, name) != before.last_progress or not use.is_used(self._paths, name):
-            return  # it moves
+            return  # it made progress
         if verb is not None and not self._is_up(name):
             return
-        said = "\n".join(["Its last words:", *words]) if words else "It left no word."
+        said = "\n".join(["Its last words:", *words]) if words else "It wrote nothing."
         events.emit(
             kind,
             f"{stuck.verdict.reason}{said_first}{sentence}\n{said}",
@@ -231,14 +201,14 @@ class Evictions:
         return _Eviction(doors, since=now, deadline=now + patience)
 
     def _is_up(self, name: str) -> bool:
-        """Whether it is neither gone nor on its way already."""
+        """Return whether its unit is active, so that it neither starts nor stops."""
         service = names.service(name)
         return (self._systemd.states([service]) or {}).get(service) == "active"
 
     def _is_over(self, name: str, evicted: _Eviction, states: Mapping[str, str] | None) -> bool:
         now = self._now()
         if now > evicted.deadline:
-            log(4, f"{name} was to leave and has not; `systemctl status {names.service(name)}` says what it does.")
+            log(4, f"{name} did not stop in time; `systemctl status {names.service(name)}` shows what it does.")
             return True
         if states is None:
             return False

@@ -1,11 +1,11 @@
-"""Which models are idle or stuck, and whom to evict from a GPU that runs short: evidence in, verdicts out.
+"""The verdicts: which models are idle, stuck or failing, and which one leaves a GPU under pressure.
 
-It looks at no clock and at no model. Its memory is a value, History, that goes in with each tick and comes out renewed;
-a watchdog that lost it begins anew, with nothing lost but a few looks.
+Evidence in, verdicts out: this module reads no clock and no model. Its memory is a value, History, which goes in with
+each tick and comes out renewed. A watchdog without it starts with an empty one, and needs a few ticks.
 
-A clock of a model (how long it is idle, how long it is stuck) goes on only while somebody looks. Where that was not so
-for a while, because the machine slept, the clock was set or NVML failed, it starts again: no verdict rests on evidence
-that is missing. Wall-clock times are compared with nothing but their own former value.
+The times of a model (for how long it is idle or stuck) count only while the watchdog observes it. After a gap, because
+the machine slept or NVML failed, they start again: no verdict rests on missing evidence. Wall-clock times are compared
+only with their own earlier values, because clocks are set.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gpusvc.config.host import BusyAction
 from gpusvc.quantity import format_amount, format_duration, format_size
 from gpusvc.state.counters import Answers
 
-# One moment without work proves little: utilisation comes in samples, and a request has pauses.
+# Quiet ticks before a model is idle. One is not enough: utilisation is sampled, and a request has pauses.
 _LOOKS = 3
 
-# As in progress.py: a tenth of a core is work, what an idle server uses is far less.
+# A tenth of a core is work; an idle server uses far less. progress.py has the same limit.
 _CPU_SHARE = 0.1
 
-# One request may fail for its own reasons.
+# Server errors before a model is failing. One is not enough: a request may cause it.
 _FAILURES = 2
 
 _LONGEST_GAP_TICKS = 10
@@ -32,7 +32,7 @@ _LONGEST_GAP_SECONDS = 30.0
 
 
 class Finding(StrEnum):
-    """What is to be said of a model."""
+    """The kind of a verdict."""
 
     NONE = "none"
     IDLE = "idle"
@@ -41,7 +41,7 @@ class Finding(StrEnum):
 
 
 class Source(StrEnum):
-    """Where the knowledge comes from whether a model's processes work."""
+    """What told whether a model's processes work."""
 
     NVML = "NVML"
     CPU = "CPU time"
@@ -53,23 +53,23 @@ class Evidence:
 
     name: str
     run: float
-    """When its lease was made: another value means another run, of which nothing is known yet."""
+    """When its lease was made, which identifies its run."""
     ready: bool
     leaving: bool
     """Whether it is being evicted or stopped already."""
     missing: str | None
-    """In a sentence, what should have been seen and was not, such as an error of NVML; None: nothing."""
+    """In a sentence, what could not be read, such as an error of NVML; None: all was read."""
     in_use: bool | None
     last_use: float | None
-    """When it was last entered or made progress, in seconds since the epoch, as use.last_use() says."""
+    """use.last_use(): its last entry or progress, in seconds since the epoch."""
     last_progress: float | None
-    """Likewise, as use.last_progress() says."""
+    """use.last_progress(), in seconds since the epoch."""
     unused_seconds: float | None
-    """How long ago last_use was, and at most how long it is ready; counts only for who has no History of it."""
+    """Seconds since last_use, at most since its engine started. It counts only while History does not know the run."""
     gpu_active: bool | None
-    """Whether the GPU worked for it since the last tick; None: NVML does not tell on this GPU, or there is none."""
+    """Whether the GPU worked for it since the last tick; None: NVML does not report this, or it has no GPU."""
     cpu_seconds: float | None
-    """What its control group has used so far."""
+    """The CPU time that its control group has used so far."""
     gpu_uuids: tuple[str, ...]
     vram_bytes: int | None
     pinned: bool
@@ -88,7 +88,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class GpuEvidence:
-    """What one tick saw of a GPU. ``free_bytes`` None: NVML did not say."""
+    """What one tick saw of a GPU. ``free_bytes`` None: NVML did not report it."""
 
     uuid: str
     index: int
@@ -98,7 +98,7 @@ class GpuEvidence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """On a model: what it is, why, for how long, and on what that rests."""
+    """The verdict on a model: its kind, the reason in a sentence, for how long, and the source of the evidence."""
 
     model: str
     kind: Finding
@@ -106,12 +106,12 @@ class Verdict:
     seconds: float = 0.0
     source: Source | None = None
     action: BusyAction | None = None
-    """What is to become of a stuck model."""
+    """What to do with a stuck or failing model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """On a GPU with less free than its reserve for too long. ``victim`` None: there is nobody to evict, now."""
+    """A GPU has had less free memory than its reserve for too long. ``victim`` None: no model can be evicted now."""
 
     gpu_uuid: str
     victim: str | None
@@ -121,16 +121,16 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """What is remembered of a model. Seconds are those of the ticks' clock."""
+    """What judge() remembers of a model. Seconds are by the clock of the ticks."""
 
     run: float
     seen_seconds: float
-    """When it was last seen completely."""
+    """When all of its evidence was last there."""
     quiet_seconds: float
     """Since when nobody uses it."""
     quiet_looks: int
     still_seconds: float
-    """Since when it is used and gets nowhere."""
+    """Since when it is in use without progress."""
     last_use: float | None
     last_progress: float | None
     cpu_seconds: float | None
@@ -143,7 +143,7 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """Since when a GPU runs short, and when that was last seen."""
+    """Since when a GPU has less free memory than its reserve, and when that was last seen."""
 
     since_seconds: float
     seen_seconds: float
@@ -151,7 +151,7 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What judge() remembers from tick to tick; an empty one knows nothing."""
+    """What judge() remembers from tick to tick."""
 
     models: Mapping[str, Track] = field(default_factory=dict)
     shortages: Mapping[str, Shortage] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What came of one tick: one verdict on each model, and the GPUs under pressure."""
+    """The result of one tick: a verdict on each model, and the GPUs under pressure."""
 
     history: History
     verdicts: tuple[Verdict, ...]
@@ -175,15 +175,15 @@ def judge(
     interval_seconds: float,
     pressure_seconds: float,
 ) -> Judgement:
-    """One tick.
+    """Return the judgement of one tick.
 
     Args:
-        history: out of the last Judgement.
-        now_seconds: by a clock that nobody sets; best one that counts while the machine sleeps (CLOCK_BOOTTIME).
-        models: all that hold a lease, each once.
-        gpus: those whose free bytes are watched.
-        interval_seconds: how far apart ticks should be.
-        pressure_seconds: how long a GPU may run short.
+        history: of the last Judgement.
+        now_seconds: by CLOCK_BOOTTIME, or another clock that nobody sets.
+        models: the evidence on each model that holds a lease.
+        gpus: the evidence on the GPUs.
+        interval_seconds: the planned time between ticks.
+        pressure_seconds: for how long a GPU may have less free memory than its reserve.
     """
     gap_seconds = max(_LONGEST_GAP_TICKS * interval_seconds, _LONGEST_GAP_SECONDS)
     tracks: dict[str, Track] = {}
@@ -203,7 +203,7 @@ def judge(
         short = shortages.get(gpu.uuid)
         if short is None or short.seen_seconds != now_seconds or now_seconds - short.since_seconds < pressure_seconds:
             continue
-        # One at a time: what the last one leaves may be enough.
+        # One victim at a time: what it gives back may be enough.
         waits = any(gpu.uuid in evidence.gpu_uuids for evidence in going)
         victim = None if waits else _victim(gpu, models, tracks, now_seconds)
         going += [victim] if victim is not None else []
@@ -229,7 +229,7 @@ def _judge_model(
     track, source = _look(track, evidence, now_seconds)
     verdict = _verdict(track, evidence, now_seconds, source)
     if verdict.kind is Finding.STUCK:
-        # Said once, and again only if that did not help for as long.
+        # The next verdict comes after busy_timeout again, if the action did not help.
         track = replace(track, still_seconds=now_seconds)
     elif verdict.kind is Finding.FAILING:
         # Only new failures can lead to this verdict again.
@@ -241,7 +241,7 @@ def _missing(evidence: Evidence) -> str | None:
     if evidence.missing is not None:
         return evidence.missing
     if evidence.in_use is None or evidence.last_use is None:
-        return "its locks cannot be looked at."
+        return "its locks cannot be tried."
     return "the CPU time of its processes is unknown." if evidence.cpu_seconds is None else None
 
 
@@ -260,11 +260,11 @@ def _begin(evidence: Evidence, now_seconds: float, unused_seconds: float) -> Tra
 
 
 def _look(before: Track, evidence: Evidence, now_seconds: float) -> tuple[Track, Source]:
-    """The Track with this look added, and what told whether the processes work."""
+    """Return the Track with this tick added, and the source that told whether the processes work."""
     elapsed = now_seconds - before.seen_seconds
     cpu_used = (evidence.cpu_seconds or 0.0) - (before.cpu_seconds or 0.0)
     cpu_active = elapsed > 0 and cpu_used >= _CPU_SHARE * elapsed
-    # A server may well use some CPU for nothing, so that where NVML can tell, it alone does.
+    # An idle server may use some CPU time, so that NVML alone counts if it reports the GPU's work.
     working, source = (cpu_active, Source.CPU) if evidence.gpu_active is None else (evidence.gpu_active, Source.NVML)
     progressed = evidence.last_progress != before.last_progress
     used = evidence.in_use or working or progressed or evidence.last_use != before.last_use
@@ -297,7 +297,7 @@ def _count_failures(track: Track, now: Answers | None, now_seconds: float) -> Tr
 def _verdict(track: Track, evidence: Evidence, now_seconds: float, source: Source) -> Verdict:
     name = evidence.name
     if evidence.leaving:
-        return Verdict(name, Finding.NONE, f"{name} is leaving.", source=source)
+        return Verdict(name, Finding.NONE, f"{name} is being stopped.", source=source)
     failing, limit = now_seconds - track.failing_seconds, evidence.failing_time_seconds
     if limit and track.failures >= _FAILURES and failing >= limit:
         reason = f"{name} answered {track.failures} requests in a row with a server error, in {_span(failing)}."
@@ -346,7 +346,7 @@ def _shortages(
 def _victim(
     gpu: GpuEvidence, models: Iterable[Evidence], tracks: Mapping[str, Track], now_seconds: float
 ) -> Evidence | None:
-    """The model on ``gpu`` whose last use is longest ago, of those that nobody uses and nobody pinned."""
+    """Return the model on ``gpu`` with the oldest last use, of those that are not in use and not pinned."""
 
     def may_go(evidence: Evidence) -> bool:
         track = tracks.get(evidence.name)
@@ -368,6 +368,6 @@ def _pressure(gpu: GpuEvidence, victim: Evidence | None, seconds: float, *, wait
     if victim is not None:
         then = f"of its idle models {victim.name} was used least recently."
     else:
-        then = "a model is leaving it." if waits else "there is no idle model on it that may go."
+        then = "a model on it is being stopped." if waits else "there is no idle model on it that can be evicted."
     name = None if victim is None else victim.name
     return Pressure(gpu.uuid, name, f"{what} {format_size(gpu.reserve_bytes)}; {then}", seconds)

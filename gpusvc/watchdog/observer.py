@@ -1,6 +1,6 @@
-"""All that one tick of the watchdog sees: leases, locks, control groups and GPUs, joined into evidence for judge().
+"""The observation of one tick: leases, locks, control groups and GPUs, joined into evidence for judge().
 
-It changes nothing and concludes nothing. What could not be seen is said, so that nothing follows from it.
+It changes nothing and draws no conclusion. Evidence says what could not be read, so that judge() draws none either.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One tick. ``now_seconds`` is by CLOCK_BOOTTIME."""
+    """What one tick saw. ``now_seconds`` is by CLOCK_BOOTTIME."""
 
     now_seconds: float
     host: HostConfig | None
-    """None: the policy is unknown."""
+    """None: the configuration cannot be read."""
     leases: Mapping[str, Lease]
     evidence: Mapping[str, Evidence]
     gpus: tuple[GpuEvidence, ...]
@@ -48,12 +48,12 @@ class Observation:
     """Models of which a lease or processes are left, but no control group of their service."""
     strays: tuple[Stray, ...]
     problem: str | None
-    """In a sentence, what could not be read."""
+    """Why NVML cannot be read, in a sentence; None: it was read, or was not needed."""
 
 
 @dataclass(slots=True)
 class _Kept:
-    """A lease as it was when it was read last; None: it makes no sense. And where its model's files are."""
+    """A lease from its last reading (None: it cannot be read), and the paths of its model's files."""
 
     stamp: Stamp
     lease: Lease | None
@@ -64,7 +64,7 @@ class _Kept:
 
 
 class Observer:
-    """Looks again and again, and keeps what makes that cheap."""
+    """Makes an observation at each tick. It keeps what did not change since the last one."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class Observer:
         Args:
             paths: where leases, locks and pins are.
             watched: the configuration.
-            meter: NVML, which is asked only while there is a model with a GPU: an open client keeps GPUs awake, and
-                the driver from being replaced.
-            now: CLOCK_BOOTTIME, in seconds.
-            wall: seconds since the epoch.
-            group_of: the control group of a PID.
+            meter: reads NVML, only while there is a model with a GPU: an open client keeps GPUs awake, and prevents
+                an upgrade of the driver.
+            now: returns CLOCK_BOOTTIME, in seconds.
+            wall: returns seconds since the epoch.
+            group_of: returns the control group of a PID.
         """
         self._paths = paths
         self._services = Cgroup(paths.control_group)
@@ -97,7 +97,7 @@ class Observer:
         self._kept: dict[str, _Kept] = {}
 
     def look(self, leaving: Collection[str]) -> Observation:
-        """``leaving`` are the models that are being stopped already."""
+        """Return the observation of this moment. ``leaving`` are the models that the watchdog is stopping."""
         host = self._watched.host()
         self._kept = dict(self._read_leases())
         held = {name: kept.lease for name, kept in self._kept.items() if kept.lease is not None}
@@ -135,7 +135,7 @@ class Observer:
         self._meter.close()
 
     def _read_leases(self) -> Iterator[tuple[str, _Kept]]:
-        """Those that changed are read again; those that are gone are forgotten."""
+        """Yield all leases by model; only those whose file changed are read again."""
         # Strings rather than pathlib: this is done for every model at every tick.
         directory = str(self._paths.leases_directory)
         try:
@@ -188,7 +188,7 @@ class Observer:
         is_kept = config is not None and config.serving.keep
         kept = self._kept[name]
         glance = use.glance(kept.directory)
-        # Frozen by somebody it makes no progress, and is not stuck.
+        # A model that somebody froze makes no progress, but is not stuck.
         is_frozen = kept.cgroup is not None and glance.in_use is True and kept.cgroup.frozen()
         return Evidence(
             name=name,
@@ -205,7 +205,7 @@ class Observer:
             gpu_uuids=tuple(gpu.uuid for gpu in lease.gpus),
             vram_bytes=holdings.used_bytes(lease, reading.gpus, holding.pids),
             pinned=(config is not None and config.pinned) or os.path.exists(kept.pin),  # noqa: PTH110
-            # Where the policy is unknown, nothing follows from these.
+            # While the configuration cannot be read, these values lead to no verdict.
             idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None and not is_kept else 0.0,
             busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None and not is_frozen else 0.0,
             busy_action=policy.busy_action if policy is not None else BusyAction.NONE,
@@ -219,7 +219,7 @@ class Observer:
     ) -> str | None:
         if host is None:
             return "the host's configuration cannot be read."
-        # One without a file runs on with nothing special about it. But one that cannot be read may have it pinned.
+        # A model whose file was removed follows the host's policy. A file that cannot be read may pin its model.
         if config is None and os.path.lexists(self._paths.model_file(lease.model)):
             return "its configuration cannot be read."
         if not lease.gpus:
@@ -239,13 +239,13 @@ class Observer:
 
 
 def _age(kept: _Kept, now: float) -> float:
-    """How long its engine runs, by a clock that nobody sets; 0 where that is not recorded."""
+    """Return for how long the engine has run, by a clock that nobody sets; 0 if the lease does not record it."""
     engine = None if kept.lease is None else kept.recorded.get(kept.lease.pid or 0)
     return 0.0 if engine is None else max(0.0, now - engine.start_ticks / _TICKS_PER_SECOND)
 
 
 def _has_worked(lease: Lease, reading: Reading, pids: frozenset[int]) -> bool | None:
-    """Whether any of its GPUs worked for it; None: there is none, or one that does not tell."""
+    """Return whether one of its GPUs worked for it; None: it has none, or one that does not report this."""
     told = [reading.workers.get(gpu.uuid) for gpu in lease.gpus]
     if any(workers is not None and workers & pids for workers in told):
         return True
@@ -260,7 +260,7 @@ def _free(reading: Reading, host: HostConfig | None) -> tuple[GpuEvidence, ...]:
 
 
 def _evicted(held: Mapping[str, Lease], attended: Collection[str]) -> Iterator[str]:
-    """Those whom models that start have leave."""
+    """Yield the models that starting models evict."""
     for name, lease in held.items():
         if not lease.ready and name in attended:
             yield from lease.evicting

@@ -1,4 +1,4 @@
-"""The watchdog's last verdicts, as it leaves them for others to show; a file in /run that ends with the watchdog."""
+"""The watchdog's last verdicts, in a file in /run for the command and the API. systemd removes it with the watchdog."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class LastVerdict:
-    """What the watchdog thinks of a model, and where its knowledge comes from whether the model works."""
+    """A verdict on a model, and the source that told whether the model works."""
 
     kind: Finding
     source: Source | None
@@ -29,7 +29,7 @@ def file_of(paths: Paths) -> Path:
 
 
 def write(paths: Paths, verdicts: Iterable[Verdict]) -> None:
-    """Whole or not at all; what cannot be written is logged, and missed by nobody but who looks."""
+    """Write the file, whole or not at all. An error is logged: the verdicts are only shown."""
     target = file_of(paths)
     models = {verdict.model: {"kind": verdict.kind, "source": verdict.source} for verdict in verdicts}
     try:
@@ -39,7 +39,7 @@ def write(paths: Paths, verdicts: Iterable[Verdict]) -> None:
 
 
 def read(paths: Paths) -> dict[str, LastVerdict]:
-    """By model; empty where no watchdog runs, or its file makes no sense."""
+    """Return the verdicts by model; empty if no watchdog runs, or its file cannot be read."""
     try:
         value = json.loads(files.read(file_of(paths)))
         return {

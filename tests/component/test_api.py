@@ -353,6 +353,7 @@ def test_one_start_serves_all_who_wait_for_it(api: Run) -> None:
         api.model("qwen")
         starts = [api.begin("/gpusvc/models/qwen/start?wait=request") for _ in range(20)]
         await until(lambda: api.backend.starts.starting == {"qwen": 20})
+        await api.asked("Start", "qwen")
         api.systemd.ready("qwen")
         assert {(await start)[0] for start in starts} == {200}
         assert [each for each in api.systemd.asked if each[0] == "Start"] == [("Start", "model@qwen.service")]

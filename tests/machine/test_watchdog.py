@@ -253,7 +253,7 @@ def test_under_pressure_the_busy_and_the_pinned_stay(machine: Host) -> None:
     start(machine, "pinned", "pinned = true", vram="2GiB")
     start(machine, "busy", vram="2GiB")
     with used(machine, "busy"), foreign(machine, "19.5GiB"):
-        felt = "there is no idle model on it that may go"
+        felt = "there is no idle model on it that can be evicted"
         machine.wait_until(lambda: felt in "".join(events(machine, "pressure")), "pressure is felt", unit=WATCHDOG)
         start(machine, "decoy", 'idle_timeout = "1s"', gpu=None)
         await_end(machine, "decoy")

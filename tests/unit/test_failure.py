@@ -33,9 +33,13 @@ def failed(text: str, *lines: str, sub: str = "failed", in_lines: bool = False) 
 
 
 def test_the_reason_and_the_line_that_it_quotes_are_said_once() -> None:
-    error = failed(ENDED, "loading", "CUDA error", "more", "CUDA error", ENDED, "released")
+    error = failed(ENDED, "loading", "CUDA error", "more", "CUDA error", ENDED, "released", in_lines=True)
     assert error.message == f"qwen did not start. {ENDED}"
     assert error.log == ("loading", "CUDA error", "more", "released")
+
+
+def test_a_program_gets_all_lines_of_the_engine() -> None:
+    assert failed(ENDED, "loading", "CUDA error", ENDED).log == ("loading", "CUDA error")
 
 
 def test_a_reason_in_several_lines_is_said_once_in_one() -> None:

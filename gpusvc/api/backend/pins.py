@@ -1,4 +1,4 @@
-"""Pins: files in a directory that is the API's, though root's command may put some there too."""
+"""Pins: files in a directory that belongs to the API. `gpusvc pin` as root makes and removes them too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpusvc.status import standing
 
 
 class PinnedByFileError(GpusvcError):
-    """The model's own file pins it, which is not for the API to change."""
+    """The model's own file pins it, and the API does not change that file."""
 
     http_status = 409
 

@@ -75,7 +75,7 @@ class Snapshots:
         return await self._gpus.get()
 
     def forget(self) -> None:
-        """Drop what was read: something changed."""
+        """Drop the last readings, because something changed."""
         for fresh in (self._readings, self._gpus, self._models):
             fresh.forget()
 

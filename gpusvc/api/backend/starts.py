@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from gpusvc import names
+from gpusvc import files, names
 from gpusvc.api.backend.bus import Bus, Manager
 from gpusvc.api.backend.cooldown import Cooldown
 from gpusvc.api.backend.shared import outcome
@@ -271,8 +271,8 @@ class Starts:
             unit.active.is_up or (unit.active is ActiveState.ACTIVATING and not unit.sub.startswith("auto-restart"))
         )
 
-    def _version(self, name: str) -> int | None:
+    def _version(self, name: str) -> files.Stamp | None:
         try:
-            return self._paths.model_file(name).stat().st_mtime_ns
+            return files.stamp(self._paths.model_file(name))
         except OSError:
             return None

@@ -91,7 +91,7 @@ def parts(moment: Moment) -> Html:
 
 
 def error_page(message: str, hint: str | None) -> str:
-    """The answer to a form of the page whose wish could not be granted."""
+    """Return the page that answers a form whose action failed."""
     head = join(
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),

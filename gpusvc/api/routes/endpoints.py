@@ -35,11 +35,11 @@ class Endpoint:
     handler: Handler
     parameters: tuple[Parameter, ...] = ()
     media: tuple[str, ...] = (JSON,)
-    """The types of what it answers."""
+    """The media types of its response."""
     body: Mapping[str, Any] | None = None
-    """The JSON schema of what it takes; None: nothing."""
+    """The JSON schema of its request body; None: it takes none."""
     changes: bool = False
-    """Whether a GET does something, as others have it: then a HEAD is no GET."""
+    """Whether a GET changes something, as in other programs' APIs: then a HEAD is not answered as a GET."""
 
     @property
     def summary(self) -> str:
