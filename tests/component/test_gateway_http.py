@@ -14,6 +14,7 @@ import pytest
 
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.client import Client as GatewayClient
+from gpusvc.gateway.relay.exchange import Exchange
 from tests.component.rig import IN_SOCKETS_BYTES, QUICK, Answer, Rig, Run, make_keys, run
 from tests.component.upstream import Connection, Request, chunk, chunked, raw, silence, whole
 
@@ -471,7 +472,8 @@ def test_bodies_of_all_connections_together_have_a_budget_of_memory(run: Run, tm
         assert rig.gateway._shared.budget.held_bytes == 0
 
     def came(connection: GatewayClient) -> int:
-        body = None if connection._exchange is None else connection._exchange._body
+        exchange = connection._exchange
+        body = exchange._body if isinstance(exchange, Exchange) else None
         return 0 if body is None else body.received_bytes
 
     run(scenario, limits=replace(QUICK, held_bytes=1_000_000))

@@ -17,6 +17,7 @@ from gpusvc.config import keys
 from gpusvc.config.keys import Keys
 from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.client import Client as GatewayClient
+from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.upstream import Address, Upstream
 from gpusvc.state import use
 from gpusvc.state.counters import NO_ANSWERS
@@ -210,7 +211,8 @@ def test_a_client_that_reads_slowly_holds_up_its_engine(run: Run) -> None:
 def is_paused(connection: GatewayClient) -> bool:
     """Whether the gateway reads nothing from the engine that answers this client."""
     exchange = connection._exchange
-    upstream = None if exchange is None or exchange._forwarding is None else exchange._forwarding._upstream
+    forwarding = exchange._forwarding if isinstance(exchange, Exchange) else None
+    upstream = None if forwarding is None else forwarding._upstream
     return upstream is not None and not upstream._reading
 
 

@@ -152,6 +152,26 @@ _OF_BROWSERS = (b"/favicon.ico", b"/robots.txt", b"/apple-touch-icon", b"/.well-
 
 _ANTHROPIC = (b"/v1/messages", b"/messages")
 
+OLLAMA = frozenset(
+    b"/api/" + name
+    for name in (
+        b"chat",
+        b"copy",
+        b"create",
+        b"delete",
+        b"embed",
+        b"embeddings",
+        b"generate",
+        b"ps",
+        b"pull",
+        b"push",
+        b"show",
+        b"tags",
+        b"version",
+    )
+)
+"""Paths of Ollama's API. Other APIs have paths below /api/ too."""
+
 _HEALTH = Route(Target.HEALTH, None, Dialect.OPENAI, None, b"/health")
 
 
@@ -159,7 +179,7 @@ def _dialect(path: bytes) -> Dialect:
     for prefix in _ANTHROPIC:
         if path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in (b"", b"/"):
             return Dialect.ANTHROPIC
-    return Dialect.OPENAI
+    return Dialect.OLLAMA if path in OLLAMA else Dialect.OPENAI
 
 
 # The paths of nearly all requests; each is what route() would make of it.

@@ -1,6 +1,6 @@
 """The gateway's own responses, and its errors in the form of each API.
 
-The forms are those of the OpenAI and the Anthropic API. Their clients show the message to a person, and decide by
+The forms are those of the OpenAI, Anthropic and Ollama API. Their clients show the message to a person, and decide by
 status, ``Retry-After`` and code whether to try again.
 """
 
@@ -20,6 +20,7 @@ class Dialect(StrEnum):
 
     OPENAI = "openai"  # also for paths of APIs without an error form of their own, such as llama.cpp's
     ANTHROPIC = "anthropic"
+    OLLAMA = "ollama"
 
 
 class HttpError(GpusvcError):
@@ -138,6 +139,8 @@ _ANTHROPIC_TYPES = {
 
 
 def _error(dialect: Dialect, error: HttpError) -> dict[str, object]:
+    if dialect is Dialect.OLLAMA:
+        return {"error": str(error)}
     if dialect is Dialect.ANTHROPIC:
         kind = _ANTHROPIC_TYPES.get(error.status, _general(error.status, "api_error"))
         return {"type": "error", "error": {"type": kind, "message": str(error)}}

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import asyncio
 
+from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay.client import Client
 from gpusvc.gateway.relay.connection import Connection
-from gpusvc.gateway.relay.shared import Shared
+from gpusvc.gateway.relay.shared import Downstream, Shared
+from gpusvc.gateway.relay.turn import Translation, Turn
+
+
+def _ollama(shared: Shared, client: Downstream, head: RequestHead) -> Turn | None:
+    from gpusvc.gateway.ollama.choosing import exchange_for  # noqa: PLC0415 - not needed by most
+
+    return exchange_for(shared, client, head, is_own_port=False)
+
+
+def _ollama_at_its_port(shared: Shared, client: Downstream, head: RequestHead) -> Turn | None:
+    from gpusvc.gateway.ollama.choosing import exchange_for  # noqa: PLC0415
+
+    return exchange_for(shared, client, head, is_own_port=True)
+
+
+# Some clients write two slashes, as their base URL ends with one.
+_OLLAMA = Translation((b"/api/", b"//api/"), _ollama)
+_OLLAMA_PORT = Translation((b"/",), _ollama_at_its_port)
 
 
 class Gateway:
@@ -21,7 +40,11 @@ class Gateway:
 
     def protocol(self) -> Client:
         """Return the protocol for one more connection."""
-        return Client(self._shared, on_open=self._connections.add, on_closed=self._forget)
+        return self._client(_OLLAMA)
+
+    def ollama_protocol(self) -> Client:
+        """Return the protocol for one more connection at ``ollama_port``."""
+        return self._client(_OLLAMA_PORT)
 
     async def drain(self) -> None:
         """Finish the requests that the connections wait for, accept no others, and return when all have closed."""
@@ -37,6 +60,9 @@ class Gateway:
         for connection in list(self._connections):
             connection.abort()
         self._shared.pool.close()
+
+    def _client(self, translation: Translation) -> Client:
+        return Client(self._shared, on_open=self._connections.add, on_closed=self._forget, translation=translation)
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)

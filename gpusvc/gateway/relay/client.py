@@ -19,6 +19,7 @@ from gpusvc.gateway.relay.closing import Closing
 from gpusvc.gateway.relay.connection import Connection
 from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.shared import Shared
+from gpusvc.gateway.relay.turn import Translation, Turn
 
 # The most requests sent ahead that are answered at once, before other connections have their turn.
 _TURNS = 32
@@ -37,17 +38,24 @@ class Client(Connection):
         "_on_closed",
         "_on_open",
         "_served",
+        "_translation",
     )
 
     def __init__(
-        self, shared: Shared, *, on_open: Callable[[Connection], None], on_closed: Callable[[Connection], None]
+        self,
+        shared: Shared,
+        *,
+        on_open: Callable[[Connection], None],
+        on_closed: Callable[[Connection], None],
+        translation: Translation,
     ) -> None:
         """``on_open`` is called with the object that has the connection now, ``on_closed`` with one that has none."""
         super().__init__(shared)
         self._on_open = on_open
         self._on_closed = on_closed
         self._incoming = Incoming()
-        self._exchange: Exchange | None = None
+        self._translation = translation
+        self._exchange: Turn | None = None
         self._came_bytes = 0  # of the body, since its deadline was set
         self._keeps_alive = self._is_processing = self._is_detached = False
         self._served = 0
@@ -138,7 +146,12 @@ class Client(Connection):
         head, whole, first = request
         self._keeps_alive = head.keeps_alive
         self._deadline = math.inf
-        exchange = self._exchange = Exchange(self._shared, self, head)
+        exchange: Turn | None = None
+        if head.target.startswith(self._translation.prefixes):
+            exchange = self._translation.exchange_for(self._shared, self, head)
+        if exchange is None:
+            exchange = Exchange(self._shared, self, head)
+        self._exchange = exchange
         exchange.begin(whole)
         if whole is None and self._exchange is exchange:
             self._await_body()
@@ -148,7 +161,7 @@ class Client(Connection):
                 self._transport.write(heads.CONTINUE)
         return True
 
-    def _take_body(self, exchange: Exchange, body: BodyReader, data: bytes) -> None:
+    def _take_body(self, exchange: Turn, body: BodyReader, data: bytes) -> None:
         self._came_bytes += len(data)
         if self._came_bytes >= self._shared.limits.body_bytes:
             self._await_body()
