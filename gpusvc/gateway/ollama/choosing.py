@@ -7,11 +7,13 @@ from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.ollama import endpoints
 from gpusvc.gateway.ollama.exchange import OllamaExchange
+from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.shared import Downstream, Shared
+from gpusvc.gateway.relay.turn import Turn
 
 
-def exchange_for(shared: Shared, client: Downstream, head: RequestHead, *, is_own_port: bool) -> OllamaExchange | None:
-    """Return the exchange of a request; None: it is not for Ollama's API.
+def exchange_for(shared: Shared, client: Downstream, head: RequestHead, *, is_own_port: bool) -> Turn:
+    """Return the exchange of a request whose path may be Ollama's, an ordinary one if it is not.
 
     Args:
         shared: by all connections.
@@ -19,11 +21,10 @@ def exchange_for(shared: Shared, client: Downstream, head: RequestHead, *, is_ow
         head: of the request.
         is_own_port: whether it came to ``ollama_port``.
     """
-    if engine_origin.model_in(head.host) is not None:
-        return None  # all paths there are the engine's
-    endpoint: endpoints.Endpoint | HttpError | None
+    endpoint: endpoints.Endpoint | HttpError | None = None
     try:
-        endpoint = endpoints.find(head.method, head.target, is_own_port=is_own_port)
+        if engine_origin.model_in(head.host) is None:  # there all paths are the engine's
+            endpoint = endpoints.find(head.method, head.target, is_own_port=is_own_port)
     except HttpError as error:
         endpoint = error
-    return None if endpoint is None else OllamaExchange(shared, client, head, endpoint)
+    return Exchange(shared, client, head) if endpoint is None else OllamaExchange(shared, client, head, endpoint)

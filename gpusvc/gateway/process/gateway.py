@@ -11,13 +11,13 @@ from gpusvc.gateway.relay.shared import Downstream, Shared
 from gpusvc.gateway.relay.turn import Translation, Turn
 
 
-def _ollama(shared: Shared, client: Downstream, head: RequestHead) -> Turn | None:
+def _ollama(shared: Shared, client: Downstream, head: RequestHead) -> Turn:
     from gpusvc.gateway.ollama.choosing import exchange_for  # noqa: PLC0415 - not needed by most
 
     return exchange_for(shared, client, head, is_own_port=False)
 
 
-def _ollama_at_its_port(shared: Shared, client: Downstream, head: RequestHead) -> Turn | None:
+def _ollama_at_its_port(shared: Shared, client: Downstream, head: RequestHead) -> Turn:
     from gpusvc.gateway.ollama.choosing import exchange_for  # noqa: PLC0415
 
     return exchange_for(shared, client, head, is_own_port=True)
@@ -62,7 +62,7 @@ class Gateway:
         self._shared.pool.close()
 
     def _client(self, translation: Translation) -> Client:
-        return Client(self._shared, on_open=self._connections.add, on_closed=self._forget, translation=translation)
+        return Client(self._shared, translation, on_open=self._connections.add, on_closed=self._forget)
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)

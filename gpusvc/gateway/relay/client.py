@@ -24,6 +24,8 @@ from gpusvc.gateway.relay.turn import Translation, Turn
 # The most requests sent ahead that are answered at once, before other connections have their turn.
 _TURNS = 32
 
+Told = Callable[[Connection], None]
+
 
 class Client(Connection):
     """One connection, as the event loop and the exchange (shared.Downstream) see it. At its end Closing takes over."""
@@ -41,20 +43,11 @@ class Client(Connection):
         "_translation",
     )
 
-    def __init__(
-        self,
-        shared: Shared,
-        *,
-        on_open: Callable[[Connection], None],
-        on_closed: Callable[[Connection], None],
-        translation: Translation,
-    ) -> None:
+    def __init__(self, shared: Shared, translation: Translation, *, on_open: Told, on_closed: Told) -> None:
         """``on_open`` is called with the object that has the connection now, ``on_closed`` with one that has none."""
         super().__init__(shared)
-        self._on_open = on_open
-        self._on_closed = on_closed
+        self._translation, self._on_open, self._on_closed = translation, on_open, on_closed
         self._incoming = Incoming()
-        self._translation = translation
         self._exchange: Turn | None = None
         self._came_bytes = 0  # of the body, since its deadline was set
         self._keeps_alive = self._is_processing = self._is_detached = False
@@ -146,12 +139,8 @@ class Client(Connection):
         head, whole, first = request
         self._keeps_alive = head.keeps_alive
         self._deadline = math.inf
-        exchange: Turn | None = None
-        if head.target.startswith(self._translation.prefixes):
-            exchange = self._translation.exchange_for(self._shared, self, head)
-        if exchange is None:
-            exchange = Exchange(self._shared, self, head)
-        self._exchange = exchange
+        make = self._translation.exchange_for if head.target.startswith(self._translation.prefixes) else Exchange
+        exchange = self._exchange = make(self._shared, self, head)
         exchange.begin(whole)
         if whole is None and self._exchange is exchange:
             self._await_body()

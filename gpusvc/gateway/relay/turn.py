@@ -39,5 +39,5 @@ class Translation(NamedTuple):
 
     prefixes: tuple[bytes, ...]
     """How the targets of its requests begin. Others may begin so too."""
-    exchange_for: Callable[[Shared, Downstream, RequestHead], Turn | None]
-    """The exchange of a request; None: it is not for this API."""
+    exchange_for: Callable[[Shared, Downstream, RequestHead], Turn]
+    """The exchange of such a request."""
