@@ -84,7 +84,7 @@ def _open_in_scope(node: str) -> int:
                 devices=(),
                 stop_timeout_seconds=1.0,
             )
-            result = manager.wait(manager.start_scope(scope), _SCOPE_SECONDS)
+            result = manager.wait(manager.start_transient(scope), _SCOPE_SECONDS)
         if result is not JobResult.DONE:
             raise GpusvcError(f"systemd did not make {scope.name}: its job is {result or 'not done in time'}.")
         os.write(go_write, b"!")

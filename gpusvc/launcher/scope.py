@@ -68,7 +68,7 @@ def _make(scope: Scope, pid: int) -> None:
     while True:
         try:
             with Manager() as manager:
-                result = manager.wait(manager.start_scope(scope), _JOB_SECONDS)
+                result = manager.wait(manager.start_transient(scope), _JOB_SECONDS)
             if result is JobResult.DONE:
                 return
             raise SystemdError(f"systemd did not make {scope.name}: its job is {result or 'not done in time'}.")

@@ -159,13 +159,7 @@ def attempt(
     if unit is None or unit.active in {"inactive", "failed"}:
         require_released(paths, name)
         return Attempt()
-    from gpusvc.status import standing  # noqa: PLC0415  most starts evict nobody
-
-    if standing.of(paths, name, None, None).pinned:
-        raise PinnedError(
-            f"{name} is pinned: it is not evicted.",
-            hint=f"`gpusvc unpin {name}` changes that; `gpusvc stop {name}` stops it all the same.",
-        )
+    _require_unpinned(paths, name)
     is_idle = doors.close(name) and is_wanted()
     busy = "starting" if unit.active == "activating" else None if is_idle else "in use"
     if busy is not None and not force:
@@ -179,6 +173,16 @@ def attempt(
         level=6 if busy is None else 4,
     )
     return Attempt(manager.enqueue("Stop", names.service(name)), busy)
+
+
+def _require_unpinned(paths: Paths, name: str) -> None:
+    from gpusvc.status import standing  # noqa: PLC0415  most starts evict nobody
+
+    if standing.of(paths, name, None, None).pinned:
+        raise PinnedError(
+            f"{name} is pinned: it is not evicted.",
+            hint=f"`gpusvc unpin {name}` changes that; `gpusvc stop {name}` stops it all the same.",
+        )
 
 
 def see_out(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import Self
 
 from gpusvc import files
 from gpusvc.errors import GpusvcError
@@ -16,7 +15,7 @@ from gpusvc.paths import Paths
 from gpusvc.state import locks
 
 
-class Demand:
+class Demand(locks.HeldLock):
     """The demand for one model; it ends with close(), ``with``, or the process."""
 
     def __init__(self, paths: Paths, name: str) -> None:
@@ -28,23 +27,11 @@ class Demand:
         try:
             files.make_directory(file.parent)
             flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            self._fd = os.open(file, flags, 0o644)
+            super().__init__(os.open(file, flags, 0o644))
             # Shared: an API that is being replaced and the new one may both want the model.
-            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(self.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             raise GpusvcError(f"{file} cannot be locked: {os.strerror(error.errno or 0)}.") from error
-
-    def close(self) -> None:
-        """End the demand. Safe to call twice."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            locks.release(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def is_there(paths: Paths, name: str) -> bool:

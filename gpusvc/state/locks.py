@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from gpusvc import files
 from gpusvc.errors import GpusvcError
@@ -83,6 +84,29 @@ def release(handle: int) -> None:
     # Closing alone would leave the lock with a child that inherited the descriptor.
     fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
+
+
+class HeldLock:
+    """An open file that this process holds locked, until close(), the end of ``with``, or the end of the process."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def fileno(self) -> int:
+        """Return the descriptor, for a child to inherit. The lock is then held as long as one of the two lives."""
+        return self._handle
+
+    def close(self) -> None:
+        """Release the lock. Safe to call twice."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            release(handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import fcntl
 import math
 import os
 from pathlib import Path
-from typing import Self
 
 from gpusvc import files
 from gpusvc.errors import GpusvcError, PermissionDeniedError
@@ -47,30 +46,15 @@ class Glance(Record):
     last_progress: float | None
 
 
-class Use:
-    """A use of a model, which is not evicted before the use ends: by close(), ``with``, or the end of the process."""
+class Use(locks.HeldLock):
+    """A use of a model, which is not evicted before the use ends: by close(), ``with``, or the end of the process.
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    A child that inherits the lock continues the use.
+    """
 
     def touch(self) -> None:
         """Note that the use makes progress. A use without progress is taken to be stuck after a while."""
-        os.utime(self._fd)
-
-    def fileno(self) -> int:
-        """Return the lock, for a child to inherit. The use then goes on as long as one of the two processes lives."""
-        return self._fd
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            locks.release(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        os.utime(self.fileno())
 
 
 def prepare(paths: Paths, name: str, gid: int) -> None:

@@ -23,7 +23,7 @@ from gpusvc.systemd.bus import (
     undisturbed,
 )
 from gpusvc.systemd.jobs import EndedJob, JobResult, JobTable
-from gpusvc.systemd.units import ActiveState, Scope, ServiceStatus, TransientUnit, Unit
+from gpusvc.systemd.units import ActiveState, ServiceStatus, TransientUnit, Unit
 
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
@@ -142,10 +142,6 @@ class Manager:
         with translated(f"make {unit.name}"), undisturbed():
             path: bytes = self._bus.call_method(_NAME, _PATH, _MANAGER, b"StartTransientUnit", arguments).body
         return self._remember(path, "Start", unit.name)
-
-    def start_scope(self, scope: Scope) -> str:
-        """Queue the start of ``scope``. Return the job's path, for wait()."""
-        return self.start_transient(scope)
 
     def wait(self, job: str, timeout_seconds: float) -> JobResult | None:
         """Return how ``job``, which this connection queued, ended; None if it did not end in this time."""
