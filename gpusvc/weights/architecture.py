@@ -35,6 +35,9 @@ _WITHOUT_CACHE = frozenset(
 )
 
 
+_WITHOUT_OUTPUT = _WITHOUT_CACHE - {"dream", "llada", "llada-moe", "rnd1"}
+
+
 class _Windows(NamedTuple):
     """How an architecture places its sliding windows when its file does not say it."""
 
@@ -124,6 +127,17 @@ def shape_of(known: Mapping[str, Value]) -> Shape | None:
             )
         found.append(layer)
     return Shape(tuple(found), context)
+
+
+def loaded_layers(known: Mapping[str, Value], shape: Shape) -> int:
+    """Return how many layers llama.cpp loads: those that predict ahead stay in the file."""
+    ahead = count_of(known.get(f"{known.get('general.architecture')}.nextn_predict_layers")) or 0
+    return max(1, len(shape.layers) - ahead)
+
+
+def has_output(known: Mapping[str, Value]) -> bool:
+    """Return whether a model predicts tokens, and so has an output."""
+    return known.get("general.architecture") not in _WITHOUT_OUTPUT
 
 
 def _kv_heads(header: _Header, layers: int) -> list[int] | None:

@@ -57,18 +57,24 @@ class EngineCommand(NamedTuple):
                 found = not equals or word.strip().lower() not in _FALSE
         return found
 
-    def has_any(self, options: Collection[Option]) -> bool:
-        """Return whether one of the options is given, and not as zero or off."""
+    def occurrences(self, options: Sequence[Option]) -> list[tuple[Option, str | None]]:
+        """Return each use of these options with its value: those of the environment first, as llama.cpp reads them."""
+        found: list[tuple[Option, str | None]] = []
         for asked in options:
-            if any(argument.partition("=")[0] in asked.names for argument in self.arguments):
-                if (self.value(asked) or "").strip() != "0":
-                    return True
-            elif asked.variable and self.env.get(asked.variable, "0").strip().lower() not in _FALSE | {""}:
-                return True
-        return False
+            word = self.env.get(asked.variable) if asked.variable else None
+            if word is not None and word.strip().lower() not in _FALSE | {""}:
+                found.append((asked, word))
+        for argument, following in zip(self.arguments, [*self.arguments[1:], None], strict=True):
+            name, equals, value = argument.partition("=")
+            found += [(asked, value if equals else following) for asked in options if name in asked.names]
+        return found
+
+    def runs(self, program: str) -> bool:
+        """Return whether one of the words names this program, with or without its directory."""
+        return any(argument.rpartition("/")[2] == program for argument in self.arguments)
 
     def number(self, asked: Option) -> int | None:
-        """Return the value of an option as a whole number of at most 2**32; None if it is none or is negative."""
+        """Return the value of an option as a whole number of at most 2**32; None if it is not one, or is negative."""
         return parse_count(self.value(asked))
 
     def paths(self, first: Collection[Option]) -> list[Path]:

@@ -93,7 +93,7 @@ def describe(path: Path) -> Description | None:
     if path.is_dir():
         return _of_directory(path)
     try:
-        if gguf.read_head(path, 4) != b"GGUF":
+        if not gguf.has_magic(path):
             return None
         return _of_gguf(path)
     except ValueError:

@@ -1,6 +1,6 @@
-"""The metadata at the beginning of a GGUF file (ggml's docs/gguf.md), up to its vocabulary; it reads no tensor.
+"""The header of a GGUF file (ggml's docs/gguf.md): its metadata and its list of tensors; it reads no weights.
 
-PyPI's gguf reads the same metadata, but imports numpy and reads the whole vocabulary, which is too much for a launcher
+PyPI's gguf reads the same header, but imports numpy and keeps the whole vocabulary, which is too much for a launcher
 that stays in memory.
 """
 
@@ -11,28 +11,48 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from gpusvc import files
 from gpusvc.quantity import MIB
 
 Value: TypeAlias = "str | float | list[Value]"
 
-# No more of a file is read. What describes a model comes first.
-_HEAD_BYTES = 1 * MIB
+# What describes a model comes first, then the vocabulary, and the tensors last. No more of a file is read.
+_METADATA_BYTES = 1 * MIB
+_HEADER_BYTES = (1 * MIB, 8 * MIB, 64 * MIB)
 
 _MAGIC = b"GGUF"
 
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 _MAX_PARTS = 1000
+_MAX_DIMENSIONS = 4
+_ALIGNMENT = 32  # of tensors, unless general.alignment names another
 
 # The types that are one number, as struct calls them; 8 is a string, 9 an array.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
+_LENGTH = struct.Struct("<Q")
+
+
+class Tensor(NamedTuple):
+    """A tensor: its name, its dimensions (the fastest varying first), and its bytes in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+class Header(NamedTuple):
+    """What a file says before its weights."""
+
+    metadata: Mapping[str, Value]  # without the vocabulary
+    tensors: tuple[Tensor, ...]  # empty if the list of tensors lies beyond what is read, or is damaged
+
 
 def read_head(file: Path, limit_bytes: int) -> bytes:
-    """Return the first bytes of a file, without waiting for anything: links are followed, as people link models.
+    """Return the first bytes of a file. It follows links, as people link models, and never waits for a FIFO.
 
     Raises:
         OSError: the file cannot be opened.
@@ -45,14 +65,24 @@ def read_head(file: Path, limit_bytes: int) -> bytes:
         os.close(handle)
 
 
+def has_magic(file: Path) -> bool:
+    """Return whether a file begins as GGUF does.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is not a regular file.
+    """
+    return read_head(file, len(_MAGIC)) == _MAGIC
+
+
 def is_gguf(file: Path) -> bool:
-    """Return whether a file begins as GGUF does, whatever its name is. One that nobody may read goes by its name.
+    """Return whether a file begins as GGUF does, whatever its name is. An unreadable file goes by its name.
 
     Raises:
         OSError: it is absent, or cannot be read for another reason.
     """
     try:
-        return read_head(file, len(_MAGIC)) == _MAGIC
+        return has_magic(file)
     except PermissionError:
         return file.suffix == ".gguf"
     except (IsADirectoryError, ValueError):
@@ -66,7 +96,7 @@ def first_part(file: Path) -> Path:
 
 
 def parts_of(file: Path) -> list[Path]:
-    """Return all files of a model that is split over several, given one of them; they need not be there."""
+    """Return all files of a model that is split over several, given one of them; they need not exist."""
     part = _PART.fullmatch(file.name)
     if part is None or int(part.group(3)) > _MAX_PARTS:
         return [file]
@@ -75,61 +105,149 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def read_metadata(file: Path) -> Mapping[str, Value]:
-    """Return the metadata before the vocabulary, which is long and comes last; less of it if the file is cut off.
+    """Return the metadata before the vocabulary, which is long; less of it if the file is cut off.
 
     Raises:
         ValueError: it is not a GGUF file of version 2 or 3.
         OSError: it cannot be read.
     """
-    head = read_head(file, _HEAD_BYTES)
-    known: dict[str, Value] = {}
+    reader = _Reader(file, _METADATA_BYTES)
     try:
-        magic, version, _, count = struct.unpack_from("<4sIQQ", head)
+        reader.read_metadata(through_vocabulary=False)
+    except struct.error as error:
+        if not reader.metadata:
+            raise ValueError(f"{file} ends before its first entry.") from error
+    return reader.metadata
+
+
+def read_header(file: Path) -> Header:
+    """Return the metadata and the tensors of a file.
+
+    Raises:
+        ValueError: it is not a GGUF file of version 2 or 3.
+        OSError: it cannot be read.
+    """
+    metadata: Mapping[str, Value] = {}
+    for limit in _HEADER_BYTES:
+        reader = _Reader(file, limit)
+        try:
+            reader.read_metadata(through_vocabulary=True)
+            return Header(reader.metadata, reader.read_tensors(file.stat().st_size))
+        except struct.error as error:
+            metadata = reader.metadata
+            if not metadata:
+                raise ValueError(f"{file} ends before its first entry.") from error
+            if reader.has_whole_file:
+                break
+    return Header(metadata, ())
+
+
+class _Reader:
+    """Reads the first bytes of a file from front to back. Raises struct.error beyond them."""
+
+    def __init__(self, file: Path, limit_bytes: int) -> None:
+        self._head = read_head(file, limit_bytes)
+        self._at = 0
+        self._tensors = 0
+        self.has_whole_file = len(self._head) < limit_bytes
+        self.metadata: dict[str, Value] = {}
+        magic, version = struct.unpack_from("<4sI", self._head.ljust(8, b"\0"))
         if magic != _MAGIC or version not in (2, 3):
             raise ValueError(f"{file} is not a GGUF file of version 2 or 3.")
-        at = 24
+
+    def read_metadata(self, *, through_vocabulary: bool) -> None:
+        """Read the metadata, up to the vocabulary or through it. The vocabulary is not kept.
+
+        Raises:
+            ValueError: a value has an unknown type.
+        """
+        self._at = 8
+        self._tensors, count = self._numbers("QQ")
         # Each entry takes twelve bytes or more of the head, so the loop ends whatever the count says.
         for _ in range(count):
-            key, at = _string(head, at)
-            if key.startswith("tokenizer."):
+            key = self._string()
+            if not key.startswith("tokenizer."):
+                self.metadata[key] = self._value(self._number("I"))
+            elif through_vocabulary:
+                self._skip(self._number("I"))
+            else:
                 break
-            (kind,) = struct.unpack_from("<I", head, at)
-            known[key], at = _value(head, at + 4, kind)
-    except struct.error as error:
-        if not known:
-            raise ValueError(f"{file} ends before its first entry.") from error
-    return known
 
+    def read_tensors(self, file_bytes: int) -> tuple[Tensor, ...]:
+        """Return the tensors. Each one's bytes are what lies between its offset and the next one's."""
+        if self._tensors > len(self._head):
+            raise struct.error("beyond the head")
+        listed = []
+        for _ in range(self._tensors):
+            name, dimensions = self._string(), self._number("I")
+            if dimensions > _MAX_DIMENSIONS:
+                return ()
+            shape = self._numbers("Q" * dimensions)
+            _, offset = self._numbers("IQ")
+            listed.append((offset, name, shape))
+        alignment = self.metadata.get("general.alignment")
+        step = int(alignment) if isinstance(alignment, float | int) and 1 <= alignment < 1 << 32 else _ALIGNMENT
+        if not listed:
+            return ()
+        listed.sort()
+        ends = [offset for offset, _, _ in listed[1:]] + [file_bytes - -(-self._at // step) * step]
+        return tuple(
+            Tensor(name, shape, max(0, end - offset)) for (offset, name, shape), end in zip(listed, ends, strict=True)
+        )
 
-def _value(head: bytes, at: int, kind: int) -> tuple[Value, int]:
-    """Return a value and where it ends. Raise struct.error beyond the head, ValueError for an unknown type."""
-    if kind == _STRING:
-        return _string(head, at)
-    if kind == _ARRAY:
-        item, length = struct.unpack_from("<IQ", head, at)
-        return _items(head, at + 12, item, length)
-    (value,), end = _items(head, at, kind, 1)
-    return value, end
+    def _numbers(self, form: str) -> tuple[int, ...]:
+        found = struct.unpack_from(f"<{form}", self._head, self._at)
+        self._at += struct.calcsize(f"<{form}")
+        return found
 
+    def _number(self, form: str) -> int:
+        return self._numbers(form)[0]
 
-def _items(head: bytes, at: int, kind: int, length: int) -> tuple[list[Value], int]:
-    if length > len(head):
-        raise struct.error("beyond the head")
-    if kind in _NUMBERS:
-        form = f"<{length}{_NUMBERS[kind]}"
-        return list(struct.unpack_from(form, head, at)), at + struct.calcsize(form)
-    if kind != _STRING:
-        raise ValueError(f"GGUF has no values of type {kind} here.")
-    strings: list[Value] = []
-    for _ in range(length):
-        text, at = _string(head, at)
-        strings.append(text)
-    return strings, at
+    def _string(self) -> str:
+        length = self._number("Q")
+        begin = self._at
+        self._advance(length)
+        return self._head[begin : self._at].decode(errors="replace")
 
+    def _advance(self, length: int) -> None:
+        if length > len(self._head) - self._at:
+            raise struct.error("beyond the head")
+        self._at += length
 
-def _string(head: bytes, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", head, at)
-    end = at + 8 + length
-    if end > len(head):
-        raise struct.error("beyond the head")
-    return head[at + 8 : end].decode(errors="replace"), end
+    def _value(self, kind: int) -> Value:
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._items(self._number("I"), self._number("Q"))
+        return self._items(kind, 1)[0]
+
+    def _items(self, kind: int, length: int) -> list[Value]:
+        if length > len(self._head):
+            raise struct.error("beyond the head")
+        if kind in _NUMBERS:
+            return list(self._numbers(f"{length}{_NUMBERS[kind]}"))
+        if kind != _STRING:
+            raise ValueError(f"GGUF has no values of type {kind} here.")
+        return [self._string() for _ in range(length)]
+
+    def _skip(self, kind: int) -> None:
+        if kind != _ARRAY:
+            self._value(kind)
+            return
+        item, length = self._numbers("IQ")
+        if item in _NUMBERS:
+            self._advance(length * struct.calcsize(f"<{_NUMBERS[item]}"))
+        elif item == _STRING:
+            self._skip_strings(length)
+        else:
+            raise ValueError(f"GGUF has no values of type {item} here.")
+
+    def _skip_strings(self, length: int) -> None:
+        """Skip an array of strings: of a vocabulary, a hundred thousand and more."""
+        head, at, end, unpack = self._head, self._at, len(self._head), _LENGTH.unpack_from
+        for _ in range(length):
+            if at > end:
+                break
+            at += 8 + unpack(head, at)[0]
+        self._at = 0
+        self._advance(at)

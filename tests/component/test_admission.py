@@ -18,7 +18,7 @@ from gpusvc.placement.admission import Admission, Admitted
 from gpusvc.quantity import GIB
 from gpusvc.state import locks
 from gpusvc.weights import estimate
-from gpusvc.weights.estimate import Estimate
+from gpusvc.weights.parts import Estimate
 
 SMALL = Estimate(weights_bytes=2 * GIB, cache_bytes=0, state_bytes=0, compute_bytes=0)
 

@@ -61,7 +61,7 @@ def test_a_gguf_is_shown_with_what_its_header_says(host: Beginner) -> None:
     )
     shown = done.stdout.splitlines()
     assert shown[0] == "# tiny random llama, Q4_0, 526.3 KiB, made for a context of 4096 tokens."
-    assert "counts as 512.8 MiB of VRAM" in shown[1]
+    assert "counts as 386.2 MiB of VRAM" in shown[1]
     assert tomllib.loads(done.stdout) == {
         "engine": "llama-server",
         "model": str(host.gguf),
@@ -74,13 +74,13 @@ def test_a_gguf_is_shown_with_what_its_header_says(host: Beginner) -> None:
 def test_the_parts_of_the_estimate_are_shown(host: Beginner) -> None:
     shown = host.gpusvc("add", "tiny", str(host.gguf), "--user", "root", "--dry-run").stdout.splitlines()
     assert shown[1] == (
-        "# Before its first run it counts as 514.5 MiB of VRAM: 526.3 KiB of weights, 2.0 MiB of KV cache for 4096 "
-        "tokens, and 512.0 MiB of compute buffers."
+        "# Before its first run it counts as 391.7 MiB of VRAM: 418.5 KiB of weights, 2.0 MiB of KV cache for 4096 "
+        "tokens, 5.2 MiB of compute buffers, and 384.0 MiB for the driver."
     )
 
 
 def test_an_estimate_that_cannot_be_made_is_unknown(host: Beginner) -> None:
-    done = host.gpusvc("add", "tiny", str(host.gguf), "--user", "root", "--dry-run", "--", "--n-cpu-moe", "9")
+    done = host.gpusvc("add", "tiny", str(host.gguf), "--user", "root", "--dry-run", "--", "-ot", "(=CPU")
     assert done.stdout.splitlines()[1] == "# How much VRAM it takes is unknown before its first run."
 
 

@@ -115,8 +115,11 @@ class Generation(StrEnum):
         return self is Generation.FORKY
 
 
+# llama-server, and a GPU for it that Mesa computes on the CPU.
+_LLAMA = ("llama.cpp-tools", "libggml0-backend-vulkan", "mesa-vulkan-drivers")
+
 # What one test needs, on one generation.
-_MORE_PACKAGES = {Generation.TRIXIE: ("haproxy",), Generation.FORKY: ("llama.cpp-tools",)}
+_MORE_PACKAGES = {Generation.TRIXIE: ("haproxy",), Generation.FORKY: _LLAMA}
 
 
 @dataclass(frozen=True, slots=True)

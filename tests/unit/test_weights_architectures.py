@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeAlias
 import pytest
 
 from gpusvc.quantity import GIB, MIB
-from gpusvc.weights.estimate import Estimate, estimate
+from gpusvc.weights.estimate import estimate
+from gpusvc.weights.parts import Estimate
 from tests.unit.test_weights_estimate import write_safetensors
 
 Metadata: TypeAlias = "dict[str, int | bool | list[int] | list[bool]]"
@@ -238,7 +239,8 @@ def found_for(path: Path, *options: str, **env: str) -> Estimate | None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.architecture} {case.options}")
 def test_a_cache_is_what_the_engine_allocates(tmp_path: Path, case: Case) -> None:
     known = {"block_count": case.layers, "context_length": 131072, "embedding_length": 4096} | case.metadata
-    found = found_for(write_gguf(tmp_path / "m.gguf", case.architecture, known, GIB), *case.options.split())
+    options = case.options if "-np" in case.options else f"{case.options} -np 1"
+    found = found_for(write_gguf(tmp_path / "m.gguf", case.architecture, known, GIB), *options.split())
     assert found is not None
     assert (found.cache_bytes, found.state_bytes) == (case.cache, case.state)
 
@@ -263,13 +265,13 @@ def test_the_table_covers_the_kinds_of_architectures() -> None:
                 "attention.sliding_window_pattern": SIX * 10,
             },
             18.3e9,
-            "-c 32768",
+            "-c 32768 -np 1",
             21.2,
         ),
-        ("qwen35", {"block_count": 64, **heads(4, 256, full_attention_interval=4)}, 16.6e9, "-c 131072", 24.0),
-        ("gemma3", {"block_count": 62, **windowed(16, 128, 1024)}, 16.5e9, "-c 32768", 19.0),
-        ("deepseek2", {"block_count": 47, **MLA, "attention.key_length_mla": 256}, 18.1e9, "-c 131072", 24.0),
-        ("gpt-oss", {"block_count": 24, **windowed(8, 64, 128)}, 12.1e9, "-c 131072", 14.8),
+        ("qwen35", {"block_count": 64, **heads(4, 256, full_attention_interval=4)}, 16.6e9, "-c 131072 -np 1", 24.0),
+        ("gemma3", {"block_count": 62, **windowed(16, 128, 1024)}, 16.5e9, "-c 32768 -np 1", 19.0),
+        ("deepseek2", {"block_count": 47, **MLA, "attention.key_length_mla": 256}, 18.1e9, "-c 131072 -np 1", 24.0),
+        ("gpt-oss", {"block_count": 24, **windowed(8, 64, 128)}, 12.1e9, "-c 131072 -np 1", 14.8),
     ],
 )
 def test_the_whole_is_within_a_hundredth_of_what_people_saw(
@@ -279,6 +281,13 @@ def test_the_whole_is_within_a_hundredth_of_what_people_saw(
     found = found_for(write_gguf(tmp_path / "sha256-0a1b", architecture, known, int(size)), *options.split())
     assert found is not None
     assert found.bytes / GIB == pytest.approx(right, rel=0.01)
+
+
+def test_llama_server_makes_four_slots_that_share_the_cache(gemma: Path, tmp_path: Path) -> None:
+    assert found_for(gemma, "-c", "32768") == found_for(gemma, "-c", "32768", "-np", "4", "-kvu")
+    assert found_for(gemma, "-c", "32768", "-np", "-1") == found_for(gemma, "-c", "32768")
+    assert estimate(["llama-cli", "-m", str(gemma), "-c", "32768"], {}) == found_for(gemma, "-c", "32768", "-np", "1")
+    assert found_for(gemma, "--kv-unified-per-slot", "2048") == found_for(gemma, "-c", "8192")
 
 
 @pytest.fixture
@@ -308,27 +317,6 @@ def test_a_variable_counts_as_its_option(gemma: Path, env: dict[str, str], optio
     assert found == found_for(gemma, "-c", "32768", *options.split())
 
 
-@pytest.mark.parametrize("name", ["CPU_MOE", "N_CPU_MOE", "N_CPU_FFN", "OVERRIDE_TENSOR"])
-def test_there_is_no_estimate_where_a_variable_keeps_parts_in_ram(gemma: Path, name: str) -> None:
-    assert found_for(gemma, **{f"LLAMA_ARG_{name}": "20"}) is None
-    assert found_for(gemma, **{f"LLAMA_ARG_{name}": "0"}) == found_for(gemma)
-
-
-@pytest.mark.parametrize(
-    "options", ["-ncmoe 9", "--n-cpu-moe=9", "-ncffn 20", "--n-cpu-ffn 20", "-cmoe", "-ot exps=CPU"]
-)
-def test_there_is_no_estimate_where_an_option_keeps_parts_in_ram(gemma: Path, options: str) -> None:
-    assert found_for(gemma, *options.split()) is None
-
-
-def test_a_command_may_set_its_variables_itself(gemma: Path) -> None:
-    assert estimate(["env", "LLAMA_ARG_N_CPU_MOE=20", "llama-server", "-m", str(gemma)], {}) is None
-
-
-def test_no_layers_in_ram_is_an_estimate_all_the_same(gemma: Path) -> None:
-    assert found_for(gemma, "--n-cpu-moe", "0") == found_for(gemma)
-
-
 def test_a_projector_may_stay_in_ram(gemma: Path, tmp_path: Path) -> None:
     projector = write_gguf(tmp_path / "mmproj", "clip", {"block_count": 27}, GIB)
     alone = found_for(gemma)
@@ -345,12 +333,17 @@ def test_a_draft_model_has_a_cache_for_the_same_context(gemma: Path, tmp_path: P
     draft = write_gguf(tmp_path / "draft", "gemma3", known, GIB)
     alone = found_for(gemma, "-c", "32768", "-np", "4")
     assert alone is not None
-    cache = (4 * 32 * K + 22 * 1024) * kv(1, 256)
-    beside = alone._replace(weights_bytes=9 * GIB, cache_bytes=alone.cache_bytes + round(cache))
+    cache = (4 * 32 * K + 22 * 4 * 1024) * kv(1, 256)
+    beside = alone._replace(
+        weights_bytes=9 * GIB,
+        cache_bytes=alone.cache_bytes + round(cache),
+        compute_bytes=2 * alone.compute_bytes,
+    )
     assert found_for(gemma, "-c", "32768", "-np", "4", "-md", str(draft)) == beside
     assert found_for(gemma, "-c", "32768", "-np", "4", LLAMA_ARG_SPEC_DRAFT_MODEL=str(draft)) == beside
     in_ram = found_for(gemma, "-c", "32768", "-np", "4", "-md", str(draft), "-ngld", "0")
-    assert in_ram == alone
+    assert in_ram is not None
+    assert (in_ram.weights_bytes, in_ram.cache_bytes) == (alone.weights_bytes, alone.cache_bytes)
 
 
 def test_the_parts_are_told(tmp_path: Path) -> None:
@@ -358,8 +351,8 @@ def test_the_parts_are_told(tmp_path: Path) -> None:
     found = found_for(write_gguf(tmp_path / "m.gguf", "qwen3next", known, 40 * GIB), "-c", "32768")
     assert found is not None
     assert found.reason == (
-        "40.0 GiB of weights, 768.0 MiB of KV cache for 32768 tokens, 75.4 MiB of recurrent state, and 512.0 MiB of "
-        "compute buffers."
+        "40.0 GiB of weights, 768.0 MiB of KV cache for 32768 tokens, 301.5 MiB of recurrent state, 104.8 MiB of "
+        "compute buffers, and 384.0 MiB for the driver."
     )
 
 
@@ -471,6 +464,30 @@ def test_a_directory_has_the_cache_that_vllm_makes(directory: Path, served: Serv
     assert (found.cache_bytes, found.state_bytes) == (served.cache, served.state)
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "weights", "gpus", "right"),
+    [
+        (EIGHT_B, "--max-model-len 131072 --kv-cache-dtype fp8", 13.1, 1, 23.4),
+        (LATENT, "--max-model-len 131072", 22.65, 1, 33.5),
+        (EIGHT_B, "--max-model-len 131072 -tp 2", 13.1, 2, 32.4 + 0.5),
+        (EIGHT_B, "--max-model-len 131072 -tp 2 -pp 2", 13.1, 4, 32.4 + 1.5),
+        (EIGHT_B, "--max-model-len 131072 -tp 2 -dp 2", 13.1, 4, 2 * 32.4 + 1.0),  # each rank has all of it
+        (EIGHT_B, "--context-length 131072 --tp 2 --dp 2 --enable-dp-attention", 13.1, 2, 32.4 + 0.5),
+        (EIGHT_B, "--max-model-len 131072 --cpu-offload-gb 4", 13.1, 1, 28.4 + 0.5),
+    ],
+)
+def test_the_whole_is_what_people_saw_of_vllm(
+    tmp_path: Path, config: dict[str, object], options: str, weights: float, gpus: int, right: float
+) -> None:
+    write_safetensors(tmp_path / "model.safetensors", int(weights * GIB))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = estimate(["vllm", "serve", str(tmp_path), *options.split()], {})
+    assert found is not None
+    assert found.gpus == gpus
+    assert found.bytes / GIB == pytest.approx(right, rel=0.03)
+    assert found.bytes_on_gpu(80 * GIB, gpus) == pytest.approx(found.bytes / gpus, abs=1)
+
+
 @pytest.mark.parametrize("option", ["--gpu-memory-utilization", "--mem-fraction-static"])
 def test_an_engine_that_takes_a_share_of_each_gpu_needs_that_share(directory: Path, option: str) -> None:
     (directory / "config.json").write_text(json.dumps(EIGHT_B))
@@ -482,7 +499,8 @@ def test_an_engine_that_takes_a_share_of_each_gpu_needs_that_share(directory: Pa
 def test_without_a_share_the_need_is_divided_among_the_gpus(directory: Path) -> None:
     found = estimate(["vllm", "serve", str(directory), "-tp", "2"], {})
     assert found is not None
-    assert found.compute_bytes == 2 * 512 * MIB
+    assert found.gpus == 2
+    assert found.bytes == round(12 * GIB * 1.1) + 2 * 512 * MIB
     assert found.bytes_on_gpu(80 * GIB, 2) == -(-found.bytes // 2)
 
 

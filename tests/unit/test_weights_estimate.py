@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpusvc.quantity import GIB, MIB
-from gpusvc.weights.estimate import Estimate, estimate
+from gpusvc.weights.estimate import estimate
 from gpusvc.weights.gguf import read_metadata
+from gpusvc.weights.parts import Estimate
 from tests.engines import tinygguf
 
 WORK = 512 * MIB
@@ -71,10 +72,11 @@ def bytes_of(*command: str | Path, **env: str) -> int | None:
 
 def test_weights_cache_and_room_to_work_are_added_up(gguf: Path) -> None:
     found = estimate(["llama-server", "-m", str(gguf), "-c", "8192"], {})
-    assert found == Estimate(5 * GIB, 8192 * PER_TOKEN, 0, WORK, 8192)
+    assert found == Estimate(5 * GIB, 8192 * PER_TOKEN, 0, 128 * MIB, 8192)
     assert found.bytes == 5 * GIB + 8192 * PER_TOKEN + WORK
     assert found.reason == (
-        "5.0 GiB of weights, 1.1 GiB of KV cache for 8192 tokens, and 512.0 MiB of compute buffers."
+        "5.0 GiB of weights, 1.1 GiB of KV cache for 8192 tokens, 128.0 MiB of compute buffers, and 384.0 MiB for the "
+        "driver."
     )
 
 
@@ -121,8 +123,8 @@ def test_half_the_layers_take_half_the_vram(gguf: Path) -> None:
     assert bytes_of("llama-server", "-m", gguf, "-ngl", "18") == half + WORK
 
 
-@pytest.mark.parametrize("option", [["--cpu-moe"], ["--n-cpu-moe", "20"], ["-ot", "exps=CPU"]])
-def test_there_is_no_guess_where_parts_of_layers_stay_in_ram(gguf: Path, option: list[str]) -> None:
+@pytest.mark.parametrize("option", [["--n-cpu-moe", "20"], ["-ot", "exps=CPU"]])
+def test_there_is_no_guess_where_single_tensors_stay_in_ram_and_none_are_listed(gguf: Path, option: list[str]) -> None:
     assert bytes_of("llama-server", "-m", gguf, *option) is None
 
 
@@ -167,8 +169,12 @@ def test_a_real_header_is_read_up_to_its_vocabulary(tmp_path: Path) -> None:
     assert known["general.architecture"] == "llama"
     assert known["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert list(known)[-1] == "llama.vocab_size"
-    cache = 4096 * 2 * 2 * 64 * 2
-    assert bytes_of("llama-server", "-m", file) == file.stat().st_size + cache + WORK
+    found = estimate(["llama-server", "-m", str(file)], {})
+    assert found is not None
+    assert found.cache_bytes == 4096 * 2 * 2 * 64 * 2
+    embeddings = 4 * 64 * len(tinygguf._vocabulary())
+    assert found.weights_bytes == pytest.approx(file.stat().st_size - embeddings, abs=20_000)  # without the header
+    assert found.compute_bytes == 512 * 4 * (3 * 128 + 4 * 64) + 512 * 4096 * 2
 
 
 # --- Safetensors
