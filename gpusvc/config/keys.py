@@ -12,7 +12,6 @@ import binascii
 import contextlib
 import grp
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Self
 
 from gpusvc import files, names
+from gpusvc.config import toml
 from gpusvc.config.table import InvalidFileError, Problem, Table, did_you_mean, parse
 from gpusvc.errors import ConfigError, GpusvcError, UsageError
 from gpusvc.paths import Paths, is_user_instance
@@ -282,14 +282,11 @@ def _lock_of(file: Path) -> Path:
 
 def text(keys: Iterable[Key]) -> str:
     """Return the text of the file."""
-    parts = [_HEAD]
-    for key in keys:
-        # Names need no escapes, and printable JSON strings are TOML strings.
-        lines = [f'["{key.name}"]', f'sha256 = "{key.digest}"']
-        lines += [f"models = {json.dumps(key.models, ensure_ascii=False)}"] if key.models else []
-        lines += [f"rights = {json.dumps(key.rights)}"]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    tables = {
+        key.name: {"sha256": key.digest, **({"models": key.models} if key.models else {}), "rights": key.rights}
+        for key in keys
+    }
+    return f"{_HEAD}\n{toml.document(tables)}" if tables else _HEAD
 
 
 def _key(name: str, top: Table) -> Key:

@@ -6,13 +6,11 @@ the model over as many GPUs as it gets. The user's ``args`` come last, and so ha
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gpusvc import files
 from gpusvc.quantity import shown
 from gpusvc.record import Record
 
@@ -71,18 +69,19 @@ def _require_gguf_name(model: str) -> None:
 
 
 def _require_gguf(model: str) -> None:
+    from gpusvc.weights import gguf  # noqa: PLC0415  most models have a command of their own
+
     if not _is_path(model):
         return
     if not stat.S_ISREG(_mode(model)):
         raise ValueError(f"{shown(model)} is not a file.")
     try:
-        with os.fdopen(files.open_regular(model, follow_links=True), "rb") as stream:
-            magic = stream.read(4)
+        is_gguf = gguf.has_magic(Path(model))
     except PermissionError:
         return  # the engine's user may well read it
     except OSError as error:
         raise ValueError(f"{shown(model)} cannot be read: {error.strerror}.") from error
-    if magic != b"GGUF":
+    if not is_gguf:
         raise ValueError(f"{shown(model)} is not a GGUF file.")
 
 

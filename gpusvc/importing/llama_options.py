@@ -16,7 +16,7 @@ _VARIABLE = "LLAMA_ARG_"
 _DENIED_VARIABLE = "LLAMA_ARG_NO_"
 
 
-class Kind(StrEnum):
+class OptionKind(StrEnum):
     """What an option takes."""
 
     FLAG = "flag"
@@ -29,7 +29,7 @@ class Kind(StrEnum):
 class Option(NamedTuple):
     """An option of llama-server. Names have their dashes."""
 
-    kind: Kind
+    kind: OptionKind
     names: tuple[str, ...]
     denials: tuple[str, ...]
     variable: str  # of the environment; empty: none
@@ -45,18 +45,18 @@ class Option(NamedTuple):
 def options() -> tuple[Option, ...]:
     """All options, the older ones last."""
     tables = (
-        (Kind.FLAG, llama_table.FLAGS),
-        (Kind.SWITCH, llama_table.SWITCHES),
-        (Kind.PATH, llama_table.PATHS),
-        (Kind.VALUE, llama_table.VALUES),
-        (Kind.PAIR, llama_table.PAIRS),
+        (OptionKind.FLAG, llama_table.FLAGS),
+        (OptionKind.SWITCH, llama_table.SWITCHES),
+        (OptionKind.PATH, llama_table.PATHS),
+        (OptionKind.VALUE, llama_table.VALUES),
+        (OptionKind.PAIR, llama_table.PAIRS),
     )
     known = [_option(kind, line) for kind, table in tables for line in table.split("\n") if line.strip()]
-    older = [_option(Kind.FLAG, line) for line in llama_table.OLDER.split("\n") if line.strip()]
+    older = [_option(OptionKind.FLAG, line) for line in llama_table.OLDER.split("\n") if line.strip()]
     return (*known, *(option._replace(older=True) for option in older))
 
 
-def _option(kind: Kind, line: str) -> Option:
+def _option(kind: OptionKind, line: str) -> Option:
     words = line.split()
     return Option(
         kind,
@@ -91,7 +91,7 @@ def find(key: str) -> Option | None:
 def is_path(argument: str) -> bool:
     """Whether an argument of a command is an option whose value names a file."""
     option = find(argument.lstrip("-")) if argument.startswith("-") else None
-    return option is not None and option.kind is Kind.PATH
+    return option is not None and option.kind is OptionKind.PATH
 
 
 def spell(key: str, value: str) -> list[str]:
@@ -102,9 +102,9 @@ def spell(key: str, value: str) -> list[str]:
         truth = _truth(value) if value in ("true", "false") else None
         return [f"--{key}", value] if truth is None else [f"--{key}"] if truth else []
     name = _dashed(option, key)
-    if option.kind is Kind.FLAG:
+    if option.kind is OptionKind.FLAG:
         return _spell_flag(option, key, name, value)
-    if option.kind is Kind.SWITCH:
+    if option.kind is OptionKind.SWITCH:
         truth = _truth(value)
         return [name, value if truth is None else "on" if truth else "off"]
     return [name, value]

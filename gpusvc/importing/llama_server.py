@@ -11,7 +11,7 @@ from gpusvc.errors import ConfigError
 from gpusvc.importing import gpu_options, ini, llama_options, places
 from gpusvc.importing.draft import Draft, Import, Notes, finish
 from gpusvc.importing.foreign import Foreign
-from gpusvc.importing.llama_options import Kind
+from gpusvc.importing.llama_options import OptionKind
 from gpusvc.importing.naming import Naming
 
 _GLOBAL = "*"
@@ -168,7 +168,7 @@ class _Section:
             elif option is None:
                 args += llama_options.spell(key, value)
             else:
-                if option.kind is Kind.PATH:
+                if option.kind is OptionKind.PATH:
                     value = self._absolute(key, value)
                 if key == option.variable and not _is_about_gpus(option):
                     env[key] = value

@@ -11,12 +11,10 @@ from pathlib import Path
 
 from gpusvc.config import presets as engines
 from gpusvc.errors import UsageError
-from gpusvc.importing import commandline, gpu_options
+from gpusvc.importing import commandline, gpu_options, vram
 from gpusvc.importing.draft import Draft
-from gpusvc.quantity import format_size
 from gpusvc.weights import description, gguf
 from gpusvc.weights.description import FileKind
-from gpusvc.weights.estimate import estimate
 
 # The option of each engine that sets the length of the context.
 _CONTEXT = {"llama-server": "-c", "vllm": "--max-model-len", "sglang": "--context-length"}
@@ -131,22 +129,6 @@ def _put_wishes(draft: Draft, wishes: Wishes) -> None:
 
 def _add_estimate(draft: Draft, wishes: Wishes) -> None:
     """Say with how much VRAM the first start counts, and what for."""
-    command = draft.get("command")
-    if not isinstance(command, list):
-        preset = engines.PRESETS.get(str(draft.get("engine")))
-        if preset is None:
-            return
-        args = draft.get("args")
-        served = engines.Served(str(draft.get("model")), (draft.name,), 1)
-        command = [*preset.command(served), *(args if isinstance(args, list) else [])]
-    if wishes.vram:
-        return
-    env = draft.get("env")
-    found = estimate(command, env if isinstance(env, dict) else {})
-    if found is None:
-        sentence = "How much VRAM it takes is unknown before its first run."
-    elif found.gpu_share is not None:
-        sentence = f"Its command lets it take {found.gpu_share:.0%} of the VRAM of each GPU. It needs {found.reason}"
-    else:
-        sentence = f"Before its first run it counts as {format_size(found.bytes)} of VRAM: {found.reason}"
-    draft.origin = f"{draft.origin}\n{sentence}".strip()
+    if not wishes.vram:
+        found = vram.sentence(draft) or "How much VRAM it takes is unknown before its first run."
+        draft.origin = f"{draft.origin}\n{found}".strip()

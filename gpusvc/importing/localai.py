@@ -15,7 +15,7 @@ from gpusvc.importing import defaults, gpu_options, llama_options, places
 from gpusvc.importing import localai_keys as keys
 from gpusvc.importing.draft import Draft, Import, Notes, finish
 from gpusvc.importing.foreign import Foreign, truth_of
-from gpusvc.importing.llama_options import Kind
+from gpusvc.importing.llama_options import OptionKind
 from gpusvc.importing.naming import Naming
 
 _LLAMA = ("", "llama-cpp", "llama", "llama-stable", "ik-llama-cpp")
@@ -227,7 +227,7 @@ def _put_options(draft: Draft, fields: Foreign) -> None:
             fields.note(
                 f"options.{key}", "It is not known here, and left out; see args and llama-server's own options."
             )
-        elif option.kind in (Kind.FLAG, Kind.SWITCH):
+        elif option.kind in (OptionKind.FLAG, OptionKind.SWITCH):
             if truth is not None:
                 draft.extend("args", llama_options.spell(keys.LLAMA_OPTIONS[key], "on" if truth else "off"))
         elif colon:

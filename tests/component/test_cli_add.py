@@ -319,6 +319,42 @@ def test_an_update_says_what_changed_and_writes_that(host: Beginner) -> None:
     assert host.gpusvc("import", "llama-swap", str(source), "--update", "--write", "--only", "one").stdout == ""
 
 
+def test_an_update_never_replaces_what_was_edited(host: Beginner) -> None:
+    source = Path(swap(host))
+    host.gpusvc("import", "llama-swap", str(source), "--write")
+    one, two = host.paths.model_file("one"), host.paths.model_file("two")
+    edited = one.read_text() + "# mine\n"
+    one.write_text(edited)
+    source.write_text(SWAP.replace("ttl: 0", "ttl: 60").replace("/bin/cat", "/bin/tac"))
+    done = host.gpusvc("import", "llama-swap", str(source), "--update", "--write")
+    assert "one was edited since its import, and stays as it is. --force would change:\n  idle_timeout" in done.stdout
+    assert f"{two} is replaced.\n" in done.stdout
+    assert one.read_text() == edited
+    forced = host.gpusvc("import", "llama-swap", str(source), "--update", "--write", "--force")
+    assert f"{one} is replaced.\n" in forced.stdout
+    assert host.file("one")["idle_timeout"] == "60s"
+
+
+def test_an_update_names_files_that_are_only_edited(host: Beginner) -> None:
+    source = swap(host)
+    host.gpusvc("import", "llama-swap", source, "--write")
+    one = host.paths.model_file("one")
+    one.write_text(one.read_text().replace("keep = true", "keep = false"))
+    shown = host.gpusvc("import", "llama-swap", source, "--update").stdout
+    assert shown == (
+        "one was edited since its import, and its source did not change. --force would undo:\n"
+        "  keep: False becomes True\n"
+    )
+
+
+def test_an_import_says_the_vram_of_files_that_exist(host: Beginner) -> None:
+    file = host.root / "config.yaml"
+    file.write_text(f"models: {{one: {{cmd: '/bin/cat -m {host.gguf} --port ${{PORT}}'}}}}")
+    shown = host.gpusvc("import", "llama-swap", str(file)).stdout
+    assert "# Before its first run it counts as " in shown
+    assert "vram" not in tomllib.loads(shown)
+
+
 def test_an_update_leaves_models_of_another_origin(host: Beginner) -> None:
     host.add_model("two", "port = 1\n")
     refused = host.gpusvc("import", "llama-swap", swap(host), "--update", "--write")

@@ -41,7 +41,7 @@ def options_in(text: str) -> set[tuple[tuple[str, ...], bool]]:
 def test_the_options_of_its_presets_are_known(machine: Host) -> None:
     listed = options_in(machine.run("llama-server", "--help").stdout)
     known = {
-        (tuple(sorted(option.names + option.denials)), option.kind is not llama_options.Kind.FLAG)
+        (tuple(sorted(option.names + option.denials)), option.kind is not llama_options.OptionKind.FLAG)
         for option in llama_options.options()
         if not option.older
     }

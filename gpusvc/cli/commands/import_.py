@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from gpusvc.config.table import Problem
     from gpusvc.importing.draft import Draft, Import
     from gpusvc.paths import Paths
+
+# Why --update leaves a file as it is, before the list of what the import would change in it; by update.State.
+_STAYS = {
+    "edited": "{name} was edited since its import, and stays as it is. --force would change:",
+    "edited alone": "{name} was edited since its import, and its source did not change. --force would undo:",
+    "unsigned": "{name} was imported by an older gpusvc, and may have been edited. It stays; --force would change:",
+}
 
 # Configurations have kilobytes.
 _MOST_BYTES = 1024 * 1024
@@ -59,6 +67,8 @@ def import_(
     counterpart is named either way.
     """
     from gpusvc.config import directory as model_directory
+    from gpusvc.importing import update as update_policy
+    from gpusvc.importing import vram
 
     paths = paths_of(context)
     try:
@@ -67,7 +77,8 @@ def import_(
         raise GpusvcError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
     gone = _gone(paths, found) if update and not only else []
     found = _chosen(found, only)
-    texts = {draft.name: draft.text() for draft in found.drafts}
+    vram.add_all(found.drafts, time.monotonic)
+    texts = {draft.name: update_policy.signed(draft.text()) for draft in found.drafts}
     problems = model_directory.check(paths, texts)
     if update:
         texts = _changed(paths, texts, force=force)
@@ -162,23 +173,24 @@ def _show(paths: Paths, drafts: Sequence[Draft], texts: dict[str, str]) -> None:
 
 
 def _changed(paths: Paths, texts: dict[str, str], *, force: bool) -> dict[str, str]:
-    """Those files that are new or say something else than the ones that are there, after saying what."""
+    """Return the files that are to be written, after saying what changes. Edited files are named, and stay."""
     from gpusvc.importing import update
 
     found: dict[str, str] = {}
     foreign: list[str] = []
     for name, text in texts.items():
-        old = _there(paths, name)
-        if old is None:
-            typer.echo(f"{name} is new.")
-        elif not update.has_same_origin(old, text) and not force:
+        state, lines = update.compare(_there(paths, name), text)
+        if state is update.State.FOREIGN and not force:
             foreign.append(name)
-            continue
-        elif not (lines := update.changes(old, text)):
-            continue
-        else:
-            typer.echo("".join([f"{name} changes:", *(f"\n  {line}" for line in lines)]))
-        found[name] = text
+        elif state is update.State.NEW:
+            typer.echo(f"{name} is new.")
+            found[name] = text
+        elif force or state is update.State.CHANGED:
+            if lines or state is update.State.FOREIGN:
+                typer.echo("".join([f"{name} changes:", *(f"\n  {line}" for line in lines)]))
+                found[name] = text
+        elif state is not update.State.SAME:
+            typer.echo("".join([_STAYS[state].format(name=name), *(f"\n  {line}" for line in lines)]))
     if foreign:
         hint = "--force replaces their files; --only takes others alone."
         names = ", ".join(foreign)
