@@ -13,7 +13,8 @@ Each error has a sentence for a person, a hint on what to do, and the exit code 
     ├── IsolationError          exit 1, HTTP 500   permanent; the kernel does not keep the model off other GPUs
     ├── EngineError             exit 1, HTTP 503   the engine could not be started, or it ended
     ├── NvmlError               exit 1, HTTP 503   NVML failed, so that its reading is unknown
-    │   └── NvmlUnavailableError                   there is no library or no driver
+    │   ├── NvmlUnavailableError                   there is no library or no driver
+    │   └── NvmlSilentError                        no answer in time: a GPU may hang
     ├── SystemdError            exit 1, HTTP 502   the service manager refused, or could not be reached
     │   ├── UnansweredError                        no answer: the manager re-executes, or the bus restarts
     │   └── JobConflictError                       a job of the other kind is queued, and may not be cancelled
@@ -99,6 +100,10 @@ class NvmlError(GpusvcError):
 
 
 class NvmlUnavailableError(NvmlError):
+    pass
+
+
+class NvmlSilentError(NvmlError):
     pass
 
 

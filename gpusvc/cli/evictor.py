@@ -161,10 +161,10 @@ def matching(readings: Sequence[Gpu], selector: DeviceSelector | None) -> list[G
 
 
 def _snapshot() -> tuple[Gpu, ...]:
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
 
-    with Nvml() as nvml:
-        return nvml.snapshot()
+    with Driver() as driver:
+        return driver.snapshot()
 
 
 def _snapshot_or_none() -> tuple[Gpu, ...] | None:

@@ -63,7 +63,7 @@ class Room:
             BusyError: it would be possible if models were not in use.
             UnreleasedError, SystemdError, PermissionDeniedError: an eviction failed.
         """
-        from gpusvc.gpu.nvml import Nvml
+        from gpusvc.gpu.driver import Driver
         from gpusvc.placement.eviction import Doors
         from gpusvc.placement.refusal import in_use
 
@@ -72,10 +72,10 @@ class Room:
                 "Only root sees which process holds how much of a GPU.", hint="Try again with sudo."
             )
         with ExitStack() as stack:
-            nvml, doors = stack.enter_context(Nvml()), stack.enter_context(Doors(self._paths))
+            driver, doors = stack.enter_context(Driver()), stack.enter_context(Doors(self._paths))
             while True:
                 is_late = time.monotonic() >= self._deadline
-                gpus = matching(nvml.snapshot(), selector)
+                gpus = matching(driver.snapshot(), selector)
                 plan, idle = self._plan(stack, gpus, size, doors, named=selector is not None, is_late=is_late)
                 if plan is not None and not plan.victims:
                     self._say_free(plan.gpus[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpusvc.doctor.finding import Finding, error, note, ok, warning
 from gpusvc.errors import GpusvcError, NvmlError
-from gpusvc.gpu.nvml import Nvml
+from gpusvc.gpu.driver import Driver
 from gpusvc.gpu.reading import Gpu
 from gpusvc.linux import processes
 from gpusvc.paths import is_user_instance
@@ -23,8 +23,8 @@ _DEV = Path("/dev")
 
 def findings() -> Iterator[Finding]:
     try:
-        with Nvml() as nvml:
-            version, gpus = nvml.driver_version(), nvml.snapshot()
+        with Driver() as driver:
+            version, gpus = driver.driver_version(), driver.snapshot()
     except NvmlError as problem:
         yield _unavailable(problem)
         return

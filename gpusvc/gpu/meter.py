@@ -1,6 +1,7 @@
 """Readings of the GPUs and their processes, once a tick, through one client of NVML that stays open.
 
-After a failure the meter pauses before it tries again, since each new client may have to wait for every GPU to wake up.
+A tick does not wait for a driver that is slow or hangs: a later tick takes the answer. After a failure the meter pauses
+before it tries again, since each new client may have to wait for every GPU to wake up.
 Where a value could not be read, the reading gives the reason, and callers draw no conclusion.
 """
 
@@ -10,9 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from gpusvc.backoff import Backoff
-from gpusvc.errors import NvmlError
-from gpusvc.gpu.nvml import Nvml
-from gpusvc.gpu.reading import Gpu
+from gpusvc.errors import NvmlError, NvmlSilentError
+from gpusvc.gpu import reader_process
+from gpusvc.gpu.driver import SLOWEST_STEP_SECONDS, Driver
+from gpusvc.gpu.reading import Gpu, ProcessSample
+
+# How long a tick waits for the driver.
+_PATIENCE_SECONDS = 0.5
 
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -34,12 +39,16 @@ class Reading:
     """In a sentence: why NVML cannot be read at all."""
 
 
+def _connect() -> Driver:
+    return Driver(patience_seconds=_PATIENCE_SECONDS, step_seconds=SLOWEST_STEP_SECONDS, begin=reader_process.execute)
+
+
 class Meter:
     """A client of NVML, opened when it is first needed."""
 
-    def __init__(self, connect: Callable[[], Nvml] = Nvml) -> None:
+    def __init__(self, connect: Callable[[], Driver] = _connect) -> None:
         self._connect = connect
-        self._nvml: Nvml | None = None
+        self._driver: Driver | None = None
         self._problem: str | None = None
         self._retry = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         self._renewal = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
@@ -57,23 +66,35 @@ class Meter:
         self._mind_the_clock(wall_seconds - now_seconds)
         if not self._retry.is_due(now_seconds):
             return Reading(problem=self._problem)
+        since_us = {uuid: self._since_us.get(uuid, 0) for uuid in of_interest}
+        renew = self._renewal.is_due(now_seconds)
         try:
-            self._nvml = self._nvml or self._connect()
-            gpus = self._snapshot(self._nvml, now_seconds)
+            self._driver = self._driver or self._connect()
+            gpus, works = self._driver.measure(since_us, renew=renew)
+        except NvmlSilentError as error:
+            return Reading(problem=error.message)
         except NvmlError as error:
             self._problem = error.message
             self._retry.postpone(now_seconds)
             return Reading(problem=error.message)
         self._retry.reset()
+        if all(gpu.problem is None for gpu in gpus):
+            self._renewal.reset()
+        elif renew:
+            self._renewal.postpone(now_seconds)
+        return self._reading(gpus, works)
+
+    def _reading(
+        self, gpus: tuple[Gpu, ...], works: Mapping[str, tuple[tuple[ProcessSample, ...] | None, int] | str]
+    ) -> Reading:
         workers: dict[str, frozenset[int] | None] = {}
         problems: dict[str, str] = {}
-        for uuid in [gpu.uuid for gpu in gpus if gpu.problem is None and gpu.uuid in of_interest]:
-            since_us = self._since_us.get(uuid, 0)
-            try:
-                samples, self._since_us[uuid] = self._nvml.process_utilisation(uuid, since_us)
-            except NvmlError as error:
-                problems[uuid] = error.message
+        for uuid, work in works.items():
+            if isinstance(work, str):
+                problems[uuid] = work
                 continue
+            since_us = self._since_us.get(uuid, 0)
+            samples, self._since_us[uuid] = work
             if samples and not since_us:
                 problems[uuid] = "The work of its GPU was not read before."
             else:
@@ -82,19 +103,10 @@ class Meter:
 
     def close(self) -> None:
         """Close the client. The next reading opens a new one."""
-        if self._nvml is not None:
-            self._nvml.close()
-            self._nvml = None
+        if self._driver is not None:
+            self._driver.close()
+            self._driver = None
         self._since_us.clear()
-
-    def _snapshot(self, nvml: Nvml, now_seconds: float) -> tuple[Gpu, ...]:
-        renew = self._renewal.is_due(now_seconds)
-        gpus = nvml.snapshot(renew=renew)
-        if all(gpu.problem is None for gpu in gpus):
-            self._renewal.reset()
-        elif renew:
-            self._renewal.postpone(now_seconds)
-        return gpus
 
     def _mind_the_clock(self, offset_seconds: float) -> None:
         # After the clock was set back, new samples would look older than the last ones, and the GPU idle.

@@ -29,15 +29,20 @@ from gpusvc.paths import Paths, is_user_instance
 from gpusvc.placement.admission import Admission
 from gpusvc.placement.patience import LastRun
 from gpusvc.quantity import shown
+from gpusvc.record import replace
 from gpusvc.release.procedure import release
 from gpusvc.state import lease as leases
 from gpusvc.state import readiness, use
 from gpusvc.systemd.notify import Notifier
 
 if TYPE_CHECKING:
+    from gpusvc.gpu.driver import Driver
     from gpusvc.launcher.ending import End
 
 _SECOND_TRY = "--second-try"
+
+# How long a start waits for the driver, which has to wake up each GPU that nobody uses.
+_DRIVER_SECONDS = 120.0
 
 # How long the launcher waits for the driver to free VRAM before it leaves the proof to ExecStopPost=.
 _PATIENCE_SECONDS = 2.0
@@ -69,10 +74,12 @@ def main() -> NoReturn:
 
 def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, relay: Relay, notifier: Notifier) -> End | None:
     """Launch under the model's lock, and prove the release if that is quick. None: SIGTERM came."""
+    run: Run | None = None
     with leases.hold(paths, name):
         signal.signal(signal.SIGTERM, termination.on_sigterm)
         try:
-            return launch(Run(name, paths, parked, relay, notifier, is_second_try=_SECOND_TRY in sys.argv))
+            run = Run(name, paths, parked, relay, notifier, is_second_try=_SECOND_TRY in sys.argv)
+            return launch(run)
         except TerminatedError:
             notifier.status("Stopping: its processes have been told to end.")
             return None
@@ -80,7 +87,7 @@ def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, relay: Relay
             termination.end_quietly()
             parked.abandon()
             relay.abandon()
-            _release(name, paths, notifier)
+            _release(name, paths, notifier, None if run is None else run.driver)
 
 
 def launch(run: Run) -> End:
@@ -92,11 +99,9 @@ def launch(run: Run) -> End:
         from gpusvc.launcher import caller  # noqa: PLC0415  model servers have none
 
         run.caller = caller.attend(run.config.caller)
-    _prove_last_run(run)
     if run.config.gpu.count:
-        from gpusvc.gpu.nvml import Nvml  # noqa: PLC0415  a model without GPUs needs no driver
-
-        run.nvml = Nvml()
+        run.driver = _start_driver(run)
+    _prove_last_run(run)
     _place(run)
 
     from gpusvc.launcher import scope  # noqa: PLC0415  a refused start needs no bus
@@ -117,9 +122,17 @@ def launch(run: Run) -> End:
     return end._replace(ran_out=end.ran_out and run.is_guess)
 
 
+def _start_driver(run: Run) -> Driver:
+    """Have the driver opened while the launcher does something else."""
+    from gpusvc.gpu.driver import SLOWEST_STEP_SECONDS, Driver  # noqa: PLC0415  not for a model without GPUs
+
+    driver = Driver(patience_seconds=_DRIVER_SECONDS, step_seconds=SLOWEST_STEP_SECONDS, on_wait=run.notifier.waiting)
+    return driver.start()
+
+
 def _prove_last_run(run: Run) -> None:
     """Prove the release of the last run, if it left a lease. No engine starts over the remains of another."""
-    released = release(run.paths, run.name, on_wait=run.notifier.waiting)
+    released = release(run.paths, run.name, on_wait=run.notifier.waiting, driver=run.driver)
     if released is not None:
         released.tell()
 
@@ -127,13 +140,15 @@ def _prove_last_run(run: Run) -> None:
 def _place(run: Run) -> None:
     was_ready = readiness.since(run.paths, run.name) is not None
     last_run = LastRun(was_ready, use.last_use(run.paths, run.name))
-    readiness.forget(run.paths, run.name)
     use.prepare(run.paths, run.name, _user_group())
+    if run.driver is not None:
+        run.driver.driver_version()  # if NVML cannot be opened, this was no run
+    readiness.forget(run.paths, run.name)
     admitted = Admission(
         run.paths,
         run.host,
         run.config,
-        run.nvml,
+        run.driver,
         user=run.user,
         on_wait=run.notifier.waiting,
         clears=run.is_second_try,
@@ -186,6 +201,7 @@ def _start_engine(run: Run) -> None:
     for warning in run.parked.release(orders):
         run.is_fenced = False
         log(4, f"Isolation is not enforced: {warning}")
+    run.lease = replace(run.lease, fenced=run.is_fenced and not is_user_instance())  # the next sample writes it
 
 
 def _user_group() -> int:
@@ -238,10 +254,10 @@ def _try_again(notifier: Notifier) -> NoReturn:
     os.execv(sys.executable, [*sys.orig_argv, _SECOND_TRY])  # noqa: S606
 
 
-def _release(name: str, paths: Paths, notifier: Notifier) -> None:
+def _release(name: str, paths: Paths, notifier: Notifier, driver: Driver | None) -> None:
     """Prove the release at once, without the time that ExecStopPost= takes to load."""
     try:
-        released = release(paths, name, on_wait=notifier.waiting, patience_seconds=_PATIENCE_SECONDS)
+        released = release(paths, name, on_wait=notifier.waiting, patience_seconds=_PATIENCE_SECONDS, driver=driver)
     except GpusvcError:
         return  # ExecStopPost= tries again for as long as it takes, and reports what is in the way
     if released is not None:

@@ -23,6 +23,9 @@ _LONGEST_PAUSE_SECONDS = 0.1
 _READING_SECONDS = 1.0
 _HEALTH_SECONDS = 5.0
 
+# How long a look at the load waits for the driver.
+_DRIVER_SECONDS = 0.5
+
 # A GPU with less than this free while a model loads on it is full.
 _FULL_BYTES = 64 * MIB
 
@@ -64,10 +67,12 @@ class Load:
         run = self._run
         pids = self._cgroup.pids()
         vram: int | None = None
-        if run.nvml is not None:
+        if run.driver is not None:
             uuids = {gpu.uuid for gpu in run.gpus}
+            only = [gpu.index for gpu in run.gpus]
             with contextlib.suppress(NvmlError):
-                own = [gpu for gpu in run.nvml.snapshot() if gpu.uuid in uuids]
+                read = run.driver.snapshot(only=only, patience_seconds=_DRIVER_SECONDS, fresh=False)
+                own = [gpu for gpu in read if gpu.uuid in uuids]
                 vram = total(gpu.used_by(pids) for gpu in own)
                 self.was_full = any(gpu.free_bytes is not None and gpu.free_bytes < _FULL_BYTES for gpu in own)
         with processes.acting_as(run.user.uid, run.user.gid):

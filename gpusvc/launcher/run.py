@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import socket
 
     from gpusvc.config.files import HostConfig
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
     from gpusvc.gpu.reading import Gpu
     from gpusvc.journal.relay import Relay
     from gpusvc.launcher.parked import ParkedEngine
@@ -64,7 +64,7 @@ class Run:
         self.began_at = time.time()
         self.lease = Lease(model=name, port=0, gpus=(), created=self.began_at)
         self.gpus: tuple[Gpu, ...] = ()
-        self.nvml: Nvml | None = None
+        self.driver: Driver | None = None
         """None: the model needs no GPU."""
         self.caller: socket.socket | None = None
         """The connection to the `gpusvc run` that this program belongs to; None: a model server."""
@@ -96,6 +96,13 @@ class Run:
         """The device nodes that the engine may open."""
         minors = [gpu.minor for gpu in self.gpus if gpu.minor is not None]
         return nodes.of_gpus(minors, [gpu.pci_bus_id for gpu in self.gpus])
+
+    def own_indices(self) -> frozenset[int] | None:
+        """The GPUs that readings of this run need; None: all, as its engine may be on others.
+
+        A GPU that hangs must not delay the models on the other GPUs, so they do not ask the driver about it.
+        """
+        return frozenset(gpu.index for gpu in self.gpus) if self.lease.fenced else None
 
     def place(self) -> str:
         """The GPUs of the model, in words."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gpusvc.linux.cgroup import Cgroup
     from gpusvc.state.lease import LeasedGpu
 
+# How long a sample waits for the driver: health checks must not wait for a GPU that hangs.
+_DRIVER_SECONDS = 0.5
+
 # A change of the peak that is worth a write.
 _LEARNED_BYTES = 16 * MIB
 
@@ -35,10 +38,10 @@ class Sampler:
     def sample(self) -> None:
         """Take one reading of NVML into the lease. What cannot be read keeps its last value."""
         run = self._run
-        if run.nvml is None:
+        if run.driver is None:
             return
         try:
-            gpus = run.nvml.snapshot()
+            gpus = run.driver.snapshot(only=run.own_indices(), patience_seconds=_DRIVER_SECONDS, fresh=False)
         except NvmlError as error:
             log(4, f"NVML cannot be read: {error}")
             return

@@ -29,7 +29,7 @@ from gpusvc.state.lease import Lease, LeasedGpu
 
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
     from gpusvc.gpu.reading import Gpu
     from gpusvc.linux.users import User
     from gpusvc.paths import Paths
@@ -59,7 +59,7 @@ class Admission:
         paths: Paths,
         host: HostConfig,
         config: ModelConfig,
-        nvml: Nvml | None,
+        driver: Driver | None,
         *,
         user: User,
         on_wait: Callable[[str], None],
@@ -72,7 +72,7 @@ class Admission:
             paths: where leases are.
             host: the policy.
             config: the model.
-            nvml: an open client; None for a model that needs no GPU.
+            driver: the driver; None for a model that needs no GPU.
             user: the engine's user, who may read its files.
             on_wait: called at least once a second with a sentence that says what the start waits for.
             clears: the model ran out of memory before: all idle models have to leave its GPUs.
@@ -82,7 +82,7 @@ class Admission:
         self._paths = paths
         self._host = host
         self._config = config
-        self._nvml = nvml
+        self._driver = driver
         self._user = user
         self._on_wait = on_wait
         self._clears = clears
@@ -178,7 +178,7 @@ class Admission:
         return no_plan
 
     def _read_gpus(self) -> Sequence[Gpu]:
-        return self._nvml.snapshot() if self._nvml is not None else ()
+        return self._driver.snapshot() if self._driver is not None else ()
 
     def _queue(self, stack: ExitStack, request: Request, no_plan: NoPlan) -> None:
         """Take a ticket if there is none yet, and write on it what this start waits for."""
@@ -258,7 +258,7 @@ class Admission:
         """Find the need, once for the same GPUs."""
         if self._needs is None:
             # Types and sizes are enough: the lists of processes cost milliseconds, and the driver's lock.
-            gpus = self._nvml.snapshot(processes=False) if self._nvml is not None else ()
+            gpus = self._driver.snapshot(processes=False) if self._driver is not None else ()
             self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus))
 
     def _request(self, needs: Mapping[str, int]) -> Request:

@@ -6,6 +6,7 @@ It runs as ExecStopPost= of model@.service after every end of the service, at th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,8 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpusvc import names
-from gpusvc.errors import GpusvcError, NvmlError, UnreleasedError, UsageError
-from gpusvc.gpu.nvml import Nvml
+from gpusvc.errors import GpusvcError, NvmlError, NvmlSilentError, UnreleasedError, UsageError
 from gpusvc.gpu.reading import total
 from gpusvc.journal import events
 from gpusvc.linux import processes
@@ -31,11 +31,19 @@ from gpusvc.state.lease import BrokenLeaseError, Lease
 from gpusvc.systemd.notify import ROPE_SECONDS, Notifier
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gpusvc.gpu.driver import Driver
+    from gpusvc.gpu.reading import Gpu
     from gpusvc.systemd.manager import Manager
 
 # NVML has no event to wait for, and its process lists take the driver's lock: read often at first, then less often.
 _FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.5
+
+# How long one reading waits for the driver. In between, systemd and the operator hear what the release waits for.
+_SHORTEST_READING_SECONDS = 1.0
+_LONGEST_READING_SECONDS = 5.0
 
 # How long to wait for another release, such as an operator's `gpusvc release`.
 _PATIENCE_SECONDS = 30.0
@@ -71,6 +79,7 @@ def release(
     *,
     on_wait: Callable[[str], None] = lambda _: None,
     patience_seconds: float | None = None,
+    driver: Driver | None = None,
 ) -> Release | None:
     """Prove the release of ``name`` and drop its lease. Return None if it held nothing. Call it within lease.hold().
 
@@ -79,6 +88,7 @@ def release(
         name: the model.
         on_wait: called with a sentence on what the release waits for, about twice a second.
         patience_seconds: a limit for the driver's time, if it is lower than the model's own release_timeout.
+        driver: one that the caller has started; None: another one is started if it is needed.
 
     Raises:
         UnreleasedError: it is not proven; the lease stays.
@@ -104,7 +114,12 @@ def release(
     if lease.cgroup is not None:
         lease = _empty(lease, Cgroup(lease.cgroup), on_wait)
     if lease.gpus:
-        _wait_for_vram(lease, on_wait)
+        with contextlib.ExitStack() as stack:
+            if driver is None:
+                from gpusvc.gpu.driver import Driver  # noqa: PLC0415  a model without GPUs needs no driver
+
+                driver = stack.enter_context(Driver())
+            _wait_for_vram(lease, driver, on_wait)
     leases.remove(paths, name)
     return Release(
         model=name,
@@ -168,35 +183,42 @@ def _thaw(manager: Manager, scope: str) -> None:
         manager.kill(scope, signal.SIGKILL)
 
 
-def _wait_for_vram(lease: Lease, on_wait: Callable[[str], None]) -> None:
-    began = time.monotonic()
+def _wait_for_vram(lease: Lease, driver: Driver, on_wait: Callable[[str], None]) -> None:
+    began = told = time.monotonic()
     pause = _FIRST_PAUSE_SECONDS
-    told = began
-    nvml: Nvml | None = None
-    try:
-        while True:
-            try:
-                nvml = nvml or Nvml()
-                left = proof.obstacles(lease, nvml.snapshot(), processes.identify)
-            except NvmlError as error:
-                # Unknown does not count as released. A new client may succeed.
-                left = [Obstacle(str(error))]
-                if nvml is not None:
-                    nvml.close()
-                    nvml = None
-            if not left:
-                return
-            now = time.monotonic()
-            if now - began > lease.release_timeout_seconds:
-                raise _unreleased(lease, left, now - began)
-            if now - told > _LONGEST_PAUSE_SECONDS:
-                on_wait(f"Stopping: {left[0].sentence.rstrip('.')}.")
-                told = now
-            time.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
-    finally:
-        if nvml is not None:
-            nvml.close()
+    while True:
+        left_seconds = began + lease.release_timeout_seconds - time.monotonic()
+        try:
+            gpus = _read(lease, driver, min(max(left_seconds, _SHORTEST_READING_SECONDS), _LONGEST_READING_SECONDS))
+            left = proof.obstacles(lease, gpus, processes.identify)
+        except NvmlSilentError as error:
+            left = [Obstacle(str(error))]  # the next reading waits for the same answer
+        except NvmlError as error:
+            # Unknown does not count as released. A new client may succeed.
+            left = [Obstacle(str(error))]
+            driver.close()
+        if not left:
+            return
+        now = time.monotonic()
+        if now - began > lease.release_timeout_seconds:
+            raise _unreleased(lease, left, now - began)
+        if now - told > _LONGEST_PAUSE_SECONDS:
+            on_wait(f"Stopping: {left[0].sentence.rstrip('.')}.")
+            told = now
+        time.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+
+def _read(lease: Lease, driver: Driver, patience_seconds: float) -> Sequence[Gpu]:
+    """Return the GPUs that the proof needs: those of the lease, if a device filter kept the model off all others.
+
+    A GPU that hangs must not delay the release of models on the other GPUs, so the driver is not asked about it.
+    """
+    if lease.fenced:
+        own = driver.snapshot(only=[gpu.index for gpu in lease.gpus], patience_seconds=patience_seconds)
+        if {gpu.uuid for gpu in lease.gpus} <= {gpu.uuid for gpu in own}:
+            return own
+    return driver.snapshot(patience_seconds=patience_seconds)
 
 
 def _unreleased(lease: Lease, left: list[Obstacle], seconds: float) -> UnreleasedError:

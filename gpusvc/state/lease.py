@@ -71,6 +71,8 @@ class Lease(Record):
     """The scope's control group; None: no engine has entered it yet."""
     processes: frozenset[Process] = frozenset()
     """Every process of the model that was seen."""
+    fenced: bool = False
+    """Whether a device filter keeps the engine off all other GPUs."""
 
     @property
     def scope(self) -> str:
@@ -127,6 +129,7 @@ class Lease(Record):
             pid=None if value["pid"] is None else _within(value["pid"], _MAX_PID),
             address=None if value["address"] is None else str(value["address"]),
             cgroup=None if value["cgroup"] is None else str(value["cgroup"]),
+            fenced=value.get("fenced") is True,
             processes=frozenset(Process(_within(pid, _MAX_PID), _within(ticks)) for pid, ticks in value["processes"]),
         )
 

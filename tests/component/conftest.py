@@ -27,6 +27,10 @@ client = None
 def connect():
     global client
     client = nvml.Nvml()
+def drive(start="fork", **options):
+    global client
+    from gpusvc.gpu import driver, reader_process
+    client = driver.Driver(begin=getattr(reader_process, start), **options)
 for line in sys.stdin:
     try:
         answer = eval(line)

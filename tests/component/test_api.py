@@ -30,7 +30,7 @@ from gpusvc.api.backend.streams import Streams
 from gpusvc.api.routes.application import application, endpoints
 from gpusvc.api.routes.openapi import document
 from gpusvc.errors import JobConflictError, NvmlUnavailableError, PermissionDeniedError, UnansweredError
-from gpusvc.gpu.nvml import Nvml
+from gpusvc.gpu.driver import Driver
 from gpusvc.journal.eventlog import Event
 from gpusvc.paths import Paths
 from gpusvc.state import demand, use
@@ -248,10 +248,10 @@ async def running(directory: Path) -> AsyncIterator[Api]:
     async def read_log(name: str, lines: int, since: float) -> list[str]:
         return words
 
-    def no_driver() -> Nvml:
+    def no_driver() -> Driver:
         raise NvmlUnavailableError("There is no driver.")
 
-    snapshots = Snapshots(paths, connect=systemd.connect, open_nvml=no_driver)
+    snapshots = Snapshots(paths, connect=systemd.connect, open_driver=no_driver)
     bus = Bus(asyncio.get_running_loop(), systemd.connect)
     events, streams = Events(), Streams()
     starts = Starts(paths, bus, read_log, on_change=snapshots.forget)

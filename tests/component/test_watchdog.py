@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -11,7 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,8 +21,9 @@ import pytest
 from gpusvc.config.files import InvalidFileError
 from gpusvc.config.watched import Watched
 from gpusvc.errors import PermissionDeniedError, SystemdError
+from gpusvc.gpu import driver, reader_process
+from gpusvc.gpu.driver import Driver
 from gpusvc.gpu.meter import Meter
-from gpusvc.gpu.nvml import Nvml
 from gpusvc.journal import events
 from gpusvc.linux import cgroup
 from gpusvc.record import replace
@@ -50,7 +50,7 @@ class Ticker:
         self.clock = Clock()
         self.heard = Heard()
         self.problems: list[InvalidFileError] = []
-        self.clients: list[Nvml] = []
+        self.clients: list[Driver] = []
         self._journal = journal
         self._told: list[str] = []
         # A file that was written a moment ago would not be believed yet.
@@ -97,8 +97,8 @@ class Ticker:
         entered.close()
         return True
 
-    def _connect(self) -> Nvml:
-        self.clients.append(Nvml())
+    def _connect(self) -> Driver:
+        self.clients.append(Driver(patience_seconds=10, step_seconds=30, begin=reader_process.execute))
         return self.clients[-1]
 
 
@@ -117,7 +117,7 @@ def _in_words(entry: bytes) -> str:
 @pytest.fixture
 def ticker(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ticker]:
     """One model may be idle for 10 s, and stuck for 20 s; one GPU."""
-    ctypes.CDLL(str(machine.libraries.nvml))  # pynvml, which asks for it by its name, gets this one
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(machine.libraries.directory))
     monkeypatch.setenv("FAKEGPU_DIR", str(machine.gpus.directory))
     monkeypatch.setattr(cgroup, "ROOT", tmp_path / "cgroup")
     # Its words are what the journal has of an engine.
@@ -337,13 +337,14 @@ def test_a_lost_gpu_costs_few_new_clients_and_its_neighbour_is_judged_on(
     ticker.fleet.add("qwen", gpus=[1])
     ticker.tick()
     renewals = []
-    close = Nvml.close
+    measure = Driver.measure
 
-    def counted(self: Nvml) -> None:
-        renewals.append(self)
-        close(self)
+    def counted(self: Driver, since_us: Mapping[str, int], *, renew: bool = True) -> object:
+        if renew:
+            renewals.append(self)
+        return measure(self, since_us, renew=renew)
 
-    monkeypatch.setattr(Nvml, "close", counted)
+    monkeypatch.setattr(Driver, "measure", counted)
     ticker.fleet.machine.gpus.change(0, lost=True)
     ticker.tick(60)
     assert ticker.jobs == [STOP]
@@ -351,6 +352,41 @@ def test_a_lost_gpu_costs_few_new_clients_and_its_neighbour_is_judged_on(
     ticker.fleet.machine.gpus.change(0, lost=False)
     ticker.tick(12)
     assert ("Stop", "model@lost.service") in ticker.jobs
+
+
+def test_a_gpu_that_hangs_keeps_its_model_and_its_neighbour_is_judged_on(
+    ticker: Ticker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_STEP_SECONDS", 0.5)
+    ticker.fleet.machine.gpus.configure([FakeGpu(), FakeGpu()])
+    ticker.fleet.add("hung", gpus=[0])
+    ticker.fleet.add("qwen", gpus=[1])
+    ticker.tick()
+    ticker.clients[0]._patience_seconds = 0.1
+    ticker.fleet.machine.gpus.change(0, hangs=True)
+    assert eventually(lambda: ticker.tick().verdicts[0].reason.startswith("There is no verdict on hung: GPU 0 cannot"))
+    judgement = ticker.tick(20)
+    assert ticker.jobs == [STOP]
+    assert "The GPU hangs" in judgement.verdicts[0].reason
+    ticker.fleet.machine.gpus.change(0, hangs=False)
+    monkeypatch.setattr(driver._Hung, "is_left_alone", lambda self, now: False)
+    assert eventually(lambda: bool(ticker.tick()) and ("Stop", "model@hung.service") in ticker.jobs)
+
+
+def test_a_driver_that_hangs_keeps_every_model_and_no_tick_waiting(
+    ticker: Ticker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_STEP_SECONDS", 0.5)
+    ticker.fleet.add("qwen")
+    ticker.tick()
+    ticker.clients[0]._patience_seconds = 0.1
+    ticker.fleet.machine.gpus.configure(hangs=True)
+    judgement = ticker.tick(40)
+    assert judgement.verdicts[0].reason.startswith("There is no verdict on qwen: NVIDIA's driver has not answered for")
+    assert ticker.jobs == []
+    ticker.fleet.machine.gpus.configure(hangs=False)
+    monkeypatch.setattr(driver._Hung, "is_left_alone", lambda self, now: False)
+    assert eventually(lambda: bool(ticker.tick()) and ticker.jobs == [STOP])
 
 
 def test_a_step_of_the_clock_makes_nobody_idle(ticker: Ticker) -> None:

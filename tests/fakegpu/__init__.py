@@ -123,6 +123,7 @@ class FakeGpu:
     utilisation_error: Return | None = None
     lost: bool = False  # until this is reset, whatever its users do; FakeGpus.lose() is until they initialise again
     lost_serial: int = 0
+    hangs: bool = False  # no call on it returns, until this is unset
 
     def lines(self, index: int) -> list[str]:
         values: dict[str, object] = {
@@ -154,6 +155,7 @@ class Faults:
     init_error: Return | None = None
     release_delay_ms: int = 0  # from when somebody first looks after a process died; NEVER: until this is changed
     slow_ms: int = 0  # each call
+    hangs: bool = False  # no call returns, until this is unset
     insufficient_times: int = 0  # so many process lists are said to have grown between the two questions, per client
     need_nodes: bool = False  # an absent node is as bad as a denied one
     driver_version: str = "580.65.06"

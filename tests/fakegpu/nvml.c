@@ -52,10 +52,20 @@ static void nap(void) {
     nanosleep(&pause, NULL);
 }
 
+/* Does not return as long as the driver (`index` < 0) or that GPU hangs. Other signals than SIGKILL end nothing here. */
+static void hang(int index) {
+    struct timespec pause = {0, 10000000};
+    while (index < 0 ? config.hangs : config.gpu[index].hangs) {
+        nanosleep(&pause, NULL);
+        refresh();
+    }
+}
+
 /* Every call: one at a time, as in the driver. */
 static result begin(void) {
     pthread_mutex_lock(&mutex);
     refresh();
+    hang(-1);
     nap();
     return clients > 0 ? SUCCESS : UNINITIALIZED;
 }
@@ -76,6 +86,7 @@ static result begin_device(device handle, const struct gpu **gpu) {
     if (outcome != SUCCESS) return outcome;
     if (handle < handles || handle >= handles + MAX_GPUS || handle->index >= config.gpus) return INVALID_ARGUMENT;
     *gpu = &config.gpu[handle->index];
+    hang(handle->index);
     return lost(handle->index);
 }
 
@@ -92,6 +103,7 @@ EXPORT result nvmlInitWithFlags(unsigned flags) {
     (void)flags;
     pthread_mutex_lock(&mutex);
     refresh();
+    hang(-1);
     nap();
     if (!config.present) return end(DRIVER_NOT_LOADED);
     if (config.init_error) return end((result)config.init_error);
@@ -156,6 +168,7 @@ EXPORT result nvmlDeviceGetCount_v2(unsigned *count) {
 
 static result handle_of(int index, device *handle) {
     const struct gpu *gpu = &config.gpu[index];
+    hang(index);
     if (gpu->handle_error) return (result)gpu->handle_error;
     if (node_denied(gpu->node, config.need_nodes)) return NO_PERMISSION;
     if (lost(index)) return GPU_IS_LOST;

@@ -51,6 +51,7 @@ static void set_gpu(struct gpu *gpu, const char *key, const char *value) {
     else if (!strcmp(key, "handle_error")) gpu->handle_error = atoi(value);
     else if (!strcmp(key, "utilisation_error")) gpu->utilisation_error = atoi(value);
     else if (!strcmp(key, "lost")) gpu->lost = atoi(value);
+    else if (!strcmp(key, "hangs")) gpu->hangs = atoi(value);
     else if (!strcmp(key, "lost_serial")) gpu->lost_serial = strtoull(value, NULL, 10);
     else if (!strcmp(key, "ghost") && gpu->ghosts < MAX_GHOSTS) {
         struct ghost *ghost = &gpu->ghost[gpu->ghosts];
@@ -74,6 +75,7 @@ static void set(struct config *config, const char *key, const char *value) {
     else if (!strcmp(key, "release_delay_ms")) config->release_delay_ms = atol(value);
     else if (!strcmp(key, "slow_ms")) config->slow_ms = atol(value);
     else if (!strcmp(key, "need_nodes")) config->need_nodes = atoi(value);
+    else if (!strcmp(key, "hangs")) config->hangs = atoi(value);
     else if (!strcmp(key, "driver_version")) copy(config->driver_version, sizeof config->driver_version, value);
     else if (!strcmp(key, "control_node")) copy(config->control_node, sizeof config->control_node, value);
     else if (!strcmp(key, "uvm_node")) copy(config->uvm_node, sizeof config->uvm_node, value);

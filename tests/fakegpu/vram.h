@@ -41,6 +41,7 @@ struct gpu {
     bool graphics;                /* processes are in the compute and the graphics list */
     int processes_error, handle_error, utilisation_error; /* an nvmlReturn_t to answer with; 0: none */
     bool lost;                    /* GPU_IS_LOST for good */
+    bool hangs;                   /* calls on it don't return, until this is unset */
     uint64_t lost_serial;         /* clients initialised before this number grew: GPU_IS_LOST */
     int ghosts, samples;
     struct ghost ghost[MAX_GHOSTS];
@@ -53,6 +54,7 @@ struct config {
     long release_delay_ms;        /* -1: never */
     long slow_ms;
     bool need_nodes;
+    bool hangs;                   /* no call returns, until this is unset */
     char driver_version[80], control_node[128], uvm_node[128];
     struct gpu gpu[MAX_GPUS];
 };

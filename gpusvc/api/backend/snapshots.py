@@ -1,4 +1,4 @@
-"""The present state of models and GPUs, shared by all requests within a second. One thread reads it: NVML may block."""
+"""The present state of models and GPUs, shared by all requests within a second. One thread reads it, as that may take time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Generic, TypeVar
 from gpusvc.api.backend.bus import Manager
 from gpusvc.api.backend.shared import outcome
 from gpusvc.config.files import model_names
-from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
-from gpusvc.gpu.nvml import Nvml
+from gpusvc.errors import GpusvcError, NvmlError, NvmlSilentError, NvmlUnavailableError
+from gpusvc.gpu import reader_process
+from gpusvc.gpu.driver import Driver
 from gpusvc.gpu.reading import Gpu
 from gpusvc.paths import Paths
 from gpusvc.status import inventory
@@ -29,18 +30,30 @@ FRESH_SECONDS = 1.0
 # How long a missing driver is not asked for again.
 _ABSENT_SECONDS = 10.0
 
+# How long a request waits for the driver, and for one GPU. After that the models are shown without VRAM.
+_PATIENCE_SECONDS = 6.0
+_STEP_SECONDS = 4.0
+
+
+def _open_driver() -> Driver:
+    return Driver(patience_seconds=_PATIENCE_SECONDS, step_seconds=_STEP_SECONDS, begin=reader_process.execute)
+
 
 class Snapshots:
     """Models and GPUs. The coroutines belong to one loop; everything that may block runs in one thread beside it."""
 
     def __init__(
-        self, paths: Paths, *, connect: Callable[[], Manager] = SystemManager, open_nvml: Callable[[], Nvml] = Nvml
+        self,
+        paths: Paths,
+        *,
+        connect: Callable[[], Manager] = SystemManager,
+        open_driver: Callable[[], Driver] = _open_driver,
     ) -> None:
         self._paths = paths
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
-        self._line = Connection(connect)  # belongs to the thread, as _nvml does
-        self._open_nvml = open_nvml
-        self._nvml: Nvml | None = None
+        self._line = Connection(connect)  # belongs to the thread, as _driver does
+        self._open_driver = open_driver
+        self._driver: Driver | None = None
         self._absent: tuple[float, NvmlUnavailableError] | None = None
         self._readings = _Fresh(self._look)
         self._gpus = _Fresh(self._read_gpus)
@@ -130,23 +143,25 @@ class Snapshots:
         if self._absent is not None and time.monotonic() < self._absent[0]:
             raise self._absent[1]
         try:
-            if self._nvml is None:
-                self._nvml = self._open_nvml()
-            return self._nvml.snapshot(utilisation=True)
+            if self._driver is None:
+                self._driver = self._open_driver()
+            return self._driver.snapshot(utilisation=True)
         except NvmlUnavailableError as error:
             self._absent = (time.monotonic() + _ABSENT_SECONDS, error)
             raise
+        except NvmlSilentError:
+            raise  # the next request waits for the same answer
         except NvmlError:
-            self._close_nvml()
+            self._close_driver()
             raise
 
-    def _close_nvml(self) -> None:
-        if self._nvml is not None:
-            nvml, self._nvml = self._nvml, None
-            nvml.close()
+    def _close_driver(self) -> None:
+        if self._driver is not None:
+            driver, self._driver = self._driver, None
+            driver.close()
 
     def _close(self) -> None:
-        self._close_nvml()
+        self._close_driver()
         self._line.close()
 
 

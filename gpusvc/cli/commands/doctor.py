@@ -58,11 +58,11 @@ def _findings(paths: Paths) -> Iterator[Finding]:
 
 
 def _gpus() -> tuple[Any, ...]:
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
 
     try:
-        with Nvml() as nvml:
-            return nvml.snapshot()
+        with Driver() as driver:
+            return driver.snapshot()
     except NvmlError:
         return ()  # printed already
 
@@ -77,11 +77,11 @@ def _print(finding: Finding) -> None:
 
 def _end_orphans(paths: Paths, *, ask: bool) -> None:
     from gpusvc.doctor import orphans
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
 
     failures: list[GpusvcError] = []
-    with Nvml() as nvml:
-        found = [each for each in orphans.foreigners(paths, nvml.snapshot()) if each.is_orphan]
+    with Driver() as driver:
+        found = [each for each in orphans.foreigners(paths, driver.snapshot()) if each.is_orphan]
         if not found:
             typer.echo("Nobody left anything behind on the GPUs.")
         for orphan in found:
@@ -92,7 +92,7 @@ def _end_orphans(paths: Paths, *, ask: bool) -> None:
                 continue
             try:
                 typer.echo(
-                    orphans.end(orphan, nvml.snapshot, signal_process=orphans.send, timeout_seconds=_END_SECONDS)
+                    orphans.end(orphan, driver.snapshot, signal_process=orphans.send, timeout_seconds=_END_SECONDS)
                 )
             except GpusvcError as error:
                 failures.append(error)

@@ -76,12 +76,12 @@ def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) ->
 
 def gpus(context: typer.Context, *, as_json: bool = JSON) -> None:
     """Show the GPUs, and who holds how much of each."""
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
     from gpusvc.status import inventory
 
     try:
-        with Nvml() as nvml:
-            readings = nvml.snapshot(utilisation=True)
+        with Driver() as driver:
+            readings = driver.snapshot(utilisation=True)
     except NvmlUnavailableError as error:
         # A machine without GPUs is no error. A failing driver is.
         _note(error)
@@ -153,11 +153,11 @@ def _use(state: ModelState, standing: Standing, now: float) -> str | None:
 
 
 def _read_gpus() -> tuple[Gpu, ...] | None:
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
 
     try:
-        with Nvml() as nvml:
-            return nvml.snapshot()
+        with Driver() as driver:
+            return driver.snapshot()
     except NvmlError as error:
         _note(error)
         return None

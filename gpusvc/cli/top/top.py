@@ -28,7 +28,7 @@ from gpusvc.status.models import ModelState, ModelStatus
 
 if TYPE_CHECKING:
     from gpusvc.config.watched import Watched
-    from gpusvc.gpu.nvml import Nvml
+    from gpusvc.gpu.driver import Driver
     from gpusvc.gpu.reading import Gpu
     from gpusvc.paths import Paths
     from gpusvc.systemd.manager import Manager
@@ -39,6 +39,9 @@ _COUNT: Any = typer.Option(
 _INTERVAL: Any = typer.Option(1.0, "--interval", min=0.2, metavar="SECONDS", help="From one look to the next.")
 
 _MESSAGE_SECONDS = 4.0
+
+# How long a new screen waits for the driver.
+_PATIENCE_SECONDS = 2.0
 _EVENTS = 20
 _ARROWS = {b"\x1b[A": "up", b"\x1b[B": "down", b"\x1bOA": "up", b"\x1bOB": "down"}
 
@@ -78,15 +81,15 @@ class _Look:
 
         self._paths = paths
         self._manager = manager
-        self._nvml: Nvml | None = None
+        self._driver: Driver | None = None
         self._watched: Watched = Watched(paths, lambda _: None)
 
     def __enter__(self) -> _Look:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._nvml is not None:
-            self._nvml.close()
+        if self._driver is not None:
+            self._driver.close()
 
     def view(self) -> View:
         from gpusvc.config import files as config
@@ -101,12 +104,12 @@ class _Look:
         return View(tuple(gpus), tuple(rows), (), time.strftime("%H:%M:%S"))
 
     def _readings(self) -> tuple[Gpu, ...] | None:
-        from gpusvc.gpu.nvml import Nvml
+        from gpusvc.gpu.driver import Driver
 
         try:
-            if self._nvml is None:
-                self._nvml = Nvml()
-            return self._nvml.snapshot(utilisation=True)
+            if self._driver is None:
+                self._driver = Driver(patience_seconds=_PATIENCE_SECONDS)
+            return self._driver.snapshot(utilisation=True, fresh=False)
         except NvmlError:
             return None
 
