@@ -51,7 +51,7 @@ class Evictor:
         from gpusvc.status import inventory
         from gpusvc.status.models import ModelState
 
-        readings = _snapshot()
+        readings = _snapshot(self._paths)
         uuids = {gpu.uuid for gpu in matching(readings, selector)}
         here = [
             model
@@ -125,7 +125,7 @@ class Evictor:
             if busy is not None:
                 self._progress.clear()
                 typer.echo(f"Warning: {name} is {busy}, and evicted all the same.", err=True)
-            before, _ = inventory.model(self._paths, self._manager, name, _snapshot_or_none)
+            before, _ = inventory.model(self._paths, self._manager, name, lambda: _snapshot_or_none(self._paths))
 
         attempt = eviction.attempt(self._paths, self._manager, doors, name, reason=reason, force=force, on_stop=on_stop)
         if attempt.job is None:
@@ -160,16 +160,16 @@ def matching(readings: Sequence[Gpu], selector: DeviceSelector | None) -> list[G
     return found
 
 
-def _snapshot() -> tuple[Gpu, ...]:
-    from gpusvc.gpu.driver import Driver
+def _snapshot(paths: Paths) -> tuple[Gpu, ...]:
+    from gpusvc.state import hung
 
-    with Driver() as driver:
+    with hung.driver(paths) as driver:
         return driver.snapshot()
 
 
-def _snapshot_or_none() -> tuple[Gpu, ...] | None:
+def _snapshot_or_none(paths: Paths) -> tuple[Gpu, ...] | None:
     try:
-        return _snapshot()
+        return _snapshot(paths)
     except NvmlError:
         return None  # then the amount that came back is not printed
 

@@ -63,16 +63,16 @@ class Room:
             BusyError: it would be possible if models were not in use.
             UnreleasedError, SystemdError, PermissionDeniedError: an eviction failed.
         """
-        from gpusvc.gpu.driver import Driver
         from gpusvc.placement.eviction import Doors
         from gpusvc.placement.refusal import in_use
+        from gpusvc.state import hung
 
         if os.geteuid() and not is_user_instance():
             raise PermissionDeniedError(
                 "Only root sees which process holds how much of a GPU.", hint="Try again with sudo."
             )
         with ExitStack() as stack:
-            driver, doors = stack.enter_context(Driver()), stack.enter_context(Doors(self._paths))
+            driver, doors = stack.enter_context(hung.driver(self._paths)), stack.enter_context(Doors(self._paths))
             while True:
                 is_late = time.monotonic() >= self._deadline
                 gpus = matching(driver.snapshot(), selector)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from gpusvc.doctor.finding import Finding, error, note, ok, warning
 from gpusvc.errors import GpusvcError, NvmlError
-from gpusvc.gpu.driver import Driver
 from gpusvc.gpu.reading import Gpu
 from gpusvc.linux import processes
-from gpusvc.paths import is_user_instance
+from gpusvc.paths import Paths, is_user_instance
+from gpusvc.state import hung
 from gpusvc.systemd.manager import Manager
 
 _MODULE_VERSION = Path("/sys/module/nvidia/version")
@@ -21,9 +21,9 @@ _DISPLAY_CLASSES = ("0x0300", "0x0302")
 _DEV = Path("/dev")
 
 
-def findings() -> Iterator[Finding]:
+def findings(paths: Paths) -> Iterator[Finding]:
     try:
-        with Driver() as driver:
+        with hung.driver(paths) as driver:
             version, gpus = driver.driver_version(), driver.snapshot()
     except NvmlError as problem:
         yield _unavailable(problem)

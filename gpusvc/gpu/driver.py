@@ -9,7 +9,7 @@ nothing on it is released.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from gpusvc.backoff import Backoff
@@ -17,20 +17,22 @@ from gpusvc.errors import NvmlError, NvmlSilentError, NvmlUnavailableError
 from gpusvc.gpu import reader_process
 from gpusvc.gpu.reader import LIBRARY, flat, gpu_of
 from gpusvc.gpu.reader_process import ReaderProcess
-from gpusvc.gpu.reading import ProcessSample
+from gpusvc.gpu.reading import Gpu, Hung, ProcessSample
 from gpusvc.record import replace
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from gpusvc.gpu.reading import Gpu
-
-# Without persistence mode, a GPU that nobody uses takes seconds to wake up for its first reading.
-SLOWEST_STEP_SECONDS = 45.0
+# Without persistence mode, GPUs that nobody uses take seconds to wake up: as NVML is opened, or for the first reading.
+_OPENING_SECONDS = 60.0
+_FIRST_STEP_SECONDS = 20.0
 _STEP_SECONDS = 10.0
 
+# A GPU that hung before must answer sooner.
+_PROBE_SECONDS = 2.0
+
 # How long a GPU is left alone whose reader could be killed.
-_FIRST_PAUSE_SECONDS = 30.0
+_FIRST_PAUSE_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 600.0
 
 _TOLD_SECONDS = 1.0
@@ -40,11 +42,11 @@ if TYPE_CHECKING:
     Work = tuple[tuple[ProcessSample, ...] | None, int] | str
 
 
-class _Hung:
+class _Hang:
     """A GPU, or the whole library, for which NVML did not return."""
 
-    def __init__(self) -> None:
-        self.since_seconds = 0.0
+    def __init__(self, since_seconds: float) -> None:
+        self.since_seconds = since_seconds
         self.reader: ReaderProcess | None = None
         self.retry = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
 
@@ -68,17 +70,19 @@ class Driver:
         self,
         *,
         patience_seconds: float = 12.0,
-        step_seconds: float = 7.0,
+        step_seconds: float | None = 7.0,
         on_wait: Callable[[str], None] = lambda _: None,
         begin: Callable[[], ReaderProcess] = reader_process.fork,
+        hung: Iterable[Hung] = (),
     ) -> None:
         """
         Args:
             patience_seconds: how long a call waits for its answer, unless it says otherwise.
-            step_seconds: after this time a GPU hangs, if that is less than the usual limits: a caller who asks once
-                needs time for the other GPUs. A caller who asks again and again gives SLOWEST_STEP_SECONDS.
+            step_seconds: how long the driver may take for one GPU, so that there is time for the other GPUs; None: as
+                long as a GPU may take to wake up. That is for callers who ask again and again.
             on_wait: called about once a second, with a sentence, while a call waits.
             begin: starts a reader: ``reader_process.fork`` in a process with one thread, else ``.execute``.
+            hung: what another caller found to hang. It is left alone for a while.
         """
         self._patience_seconds = patience_seconds
         self._longest_step_seconds = step_seconds
@@ -88,8 +92,13 @@ class Driver:
         self._asked: tuple[str, float] | None = None  # the method that the reader is at, and since when
         self._step_since = 0.0
         self._known: set[int] = set()  # the GPUs, and LIBRARY, that this reader has passed
-        self._hung: dict[int, _Hung] = {}
+        self._hung: dict[int, _Hang] = {}
         self._names: dict[int, Gpu] = {}
+        for each in hung:
+            self._hung[each.index] = _Hang(each.since_seconds)
+            self._hung[each.index].retry.postpone(time.monotonic())
+            if each.uuid:
+                self._names[each.index] = Gpu(each.index, each.uuid, each.name, each.minor, each.pci_bus_id)
 
     def __enter__(self) -> Self:
         return self
@@ -146,6 +155,20 @@ class Driver:
         arguments = {"since_us": dict(since_us), "renew": renew}
         gpus, works = self._ask("measure", arguments, patience_seconds, fresh=False)
         return self._gpus(gpus), {uuid: _work(values) for uuid, values in works.items()}
+
+    def hung(self) -> tuple[Hung, ...]:
+        """Return what hangs, as far as this caller found it, or was told."""
+        nameless = Gpu(index=0, uuid="", name="", minor=None, pci_bus_id="")
+        found = []
+        for index, hang in self._hung.items():
+            gpu = self._names.get(index, nameless)
+            found.append(Hung(index, hang.since_seconds, gpu.uuid, gpu.name, gpu.minor, gpu.pci_bus_id))
+        return tuple(found)
+
+    def stuck_readers(self) -> list[int]:
+        """Return the PIDs of readers that SIGKILL has not ended. They stay in the control group of this process."""
+        readers = (hang.reader for hang in self._hung.values())
+        return [reader.pid for reader in readers if reader is not None and not reader.has_ended()]
 
     # ---- the answer ----
 
@@ -217,8 +240,12 @@ class Driver:
             pause = min(until - now, self._step_since + step_seconds - now, _TOLD_SECONDS)
 
     def _step_seconds(self, reader: ReaderProcess) -> float:
-        limit = _STEP_SECONDS if reader.step in self._known else SLOWEST_STEP_SECONDS
-        return min(limit, self._longest_step_seconds)
+        limit = _OPENING_SECONDS if reader.step in {None, LIBRARY} else _FIRST_STEP_SECONDS
+        if reader.step in self._hung:
+            limit = _PROBE_SECONDS
+        elif reader.step in self._known:
+            limit = _STEP_SECONDS
+        return limit if self._longest_step_seconds is None else min(limit, self._longest_step_seconds)
 
     def _pass(self, reader: ReaderProcess) -> None:
         """The reader has answered: the GPUs that it was at do not hang."""
@@ -232,8 +259,7 @@ class Driver:
     def _give_up(self, reader: ReaderProcess, now: float) -> None:
         """Kill the reader, and note at which GPU it hangs."""
         step = LIBRARY if reader.step is None else reader.step
-        hung = self._hung.setdefault(step, _Hung())
-        hung.since_seconds = hung.since_seconds or self._step_since
+        hung = self._hung.setdefault(step, _Hang(self._step_since))
         hung.reader = reader
         hung.retry.postpone(now)
         reader.end()

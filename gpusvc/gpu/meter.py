@@ -8,13 +8,13 @@ Where a value could not be read, the reading gives the reason, and callers draw 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gpusvc.backoff import Backoff
 from gpusvc.errors import NvmlError, NvmlSilentError
 from gpusvc.gpu import reader_process
-from gpusvc.gpu.driver import SLOWEST_STEP_SECONDS, Driver
-from gpusvc.gpu.reading import Gpu, ProcessSample
+from gpusvc.gpu.driver import Driver
+from gpusvc.gpu.reading import Gpu, Hung, ProcessSample
 
 # How long a tick waits for the driver.
 _PATIENCE_SECONDS = 0.5
@@ -37,10 +37,11 @@ class Reading:
     """By the GPU's UUID, in a sentence: why its work could not be read this time."""
     problem: str | None = None
     """In a sentence: why NVML cannot be read at all."""
+    hung: tuple[Hung, ...] = ()
 
 
 def _connect() -> Driver:
-    return Driver(patience_seconds=_PATIENCE_SECONDS, step_seconds=SLOWEST_STEP_SECONDS, begin=reader_process.execute)
+    return Driver(patience_seconds=_PATIENCE_SECONDS, step_seconds=None, begin=reader_process.execute)
 
 
 class Meter:
@@ -68,11 +69,11 @@ class Meter:
             return Reading(problem=self._problem)
         since_us = {uuid: self._since_us.get(uuid, 0) for uuid in of_interest}
         renew = self._renewal.is_due(now_seconds)
+        self._driver = self._driver or self._connect()
         try:
-            self._driver = self._driver or self._connect()
             gpus, works = self._driver.measure(since_us, renew=renew)
         except NvmlSilentError as error:
-            return Reading(problem=error.message)
+            return Reading(problem=error.message, hung=self._driver.hung())
         except NvmlError as error:
             self._problem = error.message
             self._retry.postpone(now_seconds)
@@ -82,7 +83,7 @@ class Meter:
             self._renewal.reset()
         elif renew:
             self._renewal.postpone(now_seconds)
-        return self._reading(gpus, works)
+        return replace(self._reading(gpus, works), hung=self._driver.hung())
 
     def _reading(
         self, gpus: tuple[Gpu, ...], works: Mapping[str, tuple[tuple[ProcessSample, ...] | None, int] | str]

@@ -54,6 +54,20 @@ class Gpu(Record):
         return total(process.used_bytes for process in self.processes if process.pid in pids)
 
 
+class Hung(Record):
+    """A GPU about which the driver does not answer, or the whole driver (``index`` is reader.LIBRARY then).
+
+    ``since_seconds`` is by CLOCK_MONOTONIC. UUID, name, minor and bus ID are empty or None if they were never read.
+    """
+
+    index: int
+    since_seconds: float
+    uuid: str = ""
+    name: str = ""
+    minor: int | None = None
+    pci_bus_id: str = ""
+
+
 def total(values: Iterable[int | None]) -> int | None:
     """Return the sum; None if one of the values is None (unknown)."""
     known = list(values)

@@ -124,9 +124,15 @@ def launch(run: Run) -> End:
 
 def _start_driver(run: Run) -> Driver:
     """Have the driver opened while the launcher does something else."""
-    from gpusvc.gpu.driver import SLOWEST_STEP_SECONDS, Driver  # noqa: PLC0415  not for a model without GPUs
+    from gpusvc.gpu.driver import Driver  # noqa: PLC0415  not for a model without GPUs
+    from gpusvc.state import hung  # noqa: PLC0415
 
-    driver = Driver(patience_seconds=_DRIVER_SECONDS, step_seconds=SLOWEST_STEP_SECONDS, on_wait=run.notifier.waiting)
+    driver = Driver(
+        patience_seconds=_DRIVER_SECONDS,
+        step_seconds=None,
+        on_wait=run.notifier.waiting,
+        hung=hung.read(run.paths),
+    )
     return driver.start()
 
 

@@ -34,6 +34,7 @@ class Sampler:
         self._cgroup = cgroup
         self._peaks: dict[str, int] = {}
         self._written = run.lease
+        self._apart: set[int] = set()
 
     def sample(self) -> None:
         """Take one reading of NVML into the lease. What cannot be read keeps its last value."""
@@ -45,6 +46,8 @@ class Sampler:
         except NvmlError as error:
             log(4, f"NVML cannot be read: {error}")
             return
+        finally:
+            self._set_apart(run.driver.stuck_readers())
         inside = set(self._cgroup.pids())
         listed = {process.pid for gpu in gpus for process in gpu.processes or ()}
         lease = run.lease.seen(processes.identify_all(inside & listed))
@@ -65,6 +68,15 @@ class Sampler:
             self._written = self._run.lease
         except GpusvcError as error:
             log(4, str(error))
+
+    def _set_apart(self, stuck: list[int]) -> None:
+        """Let readers that cannot be killed delay no stop of this model."""
+        new = set(stuck) - self._apart
+        if new:
+            from gpusvc.systemd.apart import set_apart  # noqa: PLC0415  rarely needed
+
+            set_apart(new)
+            self._apart |= new
 
     def _learn(self) -> None:
         run = self._run

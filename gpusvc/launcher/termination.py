@@ -8,7 +8,7 @@ import signal
 from typing import NoReturn
 
 from gpusvc import names
-from gpusvc.errors import NO_ROOM_STATUS, EngineError, GpusvcError, NvmlError, UnknownModelError
+from gpusvc.errors import NO_ROOM_STATUS, EngineError, GpusvcError, NvmlError, NvmlSilentError, UnknownModelError
 
 # A SIGTERM whose exception was swallowed delays a stop by this time. It is far longer than a normal unwinding takes.
 _REPEAT_SECONDS = 1.0
@@ -43,6 +43,8 @@ def exit_status(error: GpusvcError) -> int:
         return _EX_NOINPUT
     if error.permanent:
         return _EX_CONFIG
+    if isinstance(error, NvmlSilentError):
+        return NO_ROOM_STATUS
     return NO_ROOM_STATUS if error.http_status == 503 and not isinstance(error, EngineError | NvmlError) else 1
 
 

@@ -117,8 +117,10 @@ def release(
         with contextlib.ExitStack() as stack:
             if driver is None:
                 from gpusvc.gpu.driver import Driver  # noqa: PLC0415  a model without GPUs needs no driver
+                from gpusvc.state import hung  # noqa: PLC0415
 
-                driver = stack.enter_context(Driver())
+                driver = stack.enter_context(Driver(step_seconds=None, hung=hung.read(paths)))
+            stack.callback(_leave, driver)
             _wait_for_vram(lease, driver, on_wait)
     leases.remove(paths, name)
     return Release(
@@ -207,6 +209,15 @@ def _wait_for_vram(lease: Lease, driver: Driver, on_wait: Callable[[str], None])
             told = now
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+
+def _leave(driver: Driver) -> None:
+    """Let no reader that cannot be killed delay the end of this unit."""
+    stuck = driver.stuck_readers()
+    if stuck:
+        from gpusvc.systemd.apart import set_apart  # noqa: PLC0415  rarely needed
+
+        set_apart(stuck)
 
 
 def _read(lease: Lease, driver: Driver, patience_seconds: float) -> Sequence[Gpu]:

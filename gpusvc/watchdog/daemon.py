@@ -20,7 +20,7 @@ from gpusvc.errors import GpusvcError
 from gpusvc.gpu.meter import Meter
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.state import use
+from gpusvc.state import hung, use
 from gpusvc.systemd.connection import LoggingConnection, ServiceManager
 from gpusvc.systemd.notify import Notifier
 from gpusvc.watchdog import announcements, verdicts
@@ -70,6 +70,7 @@ class Watchdog:
         self._unattended = Unattended()
         self._shown: object = None
         self._status_due = 0.0
+        self._hung = False
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT. SIGHUP makes it read the configuration again."""
@@ -195,6 +196,9 @@ class Watchdog:
 
     def _tell(self, seen: Observation, judgement: Judgement) -> None:
         """Write the verdicts and the status text, if they changed."""
+        if seen.hung or self._hung:
+            hung.write(self._paths, seen.hung)
+            self._hung = bool(seen.hung)
         shown = [(verdict.model, verdict.kind, verdict.source) for verdict in judgement.verdicts]
         now = seen.now_seconds
         if shown != self._shown:

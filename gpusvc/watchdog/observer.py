@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
     from gpusvc.config.watched import Watched
     from gpusvc.gpu.meter import Meter
+    from gpusvc.gpu.reading import Hung
     from gpusvc.paths import Paths
     from gpusvc.state.counters import Answers
     from gpusvc.state.holdings import Holding, Stray
@@ -49,6 +50,7 @@ class Observation:
     strays: tuple[Stray, ...]
     problem: str | None
     """Why NVML cannot be read, in a sentence; None: it was read, or was not needed."""
+    hung: tuple[Hung, ...] = ()
 
 
 @dataclass(slots=True)
@@ -129,6 +131,7 @@ class Observer:
             unattended=frozenset({*self._kept, *_populated(self._scopes, but=attended)} - attended),
             strays=tuple(stray for holding in joined.values() for stray in holding.strays),
             problem=reading.problem,
+            hung=reading.hung,
         )
 
     def close(self) -> None:

@@ -248,7 +248,7 @@ async def running(directory: Path) -> AsyncIterator[Api]:
     async def read_log(name: str, lines: int, since: float) -> list[str]:
         return words
 
-    def no_driver() -> Driver:
+    def no_driver(_: Paths) -> Driver:
         raise NvmlUnavailableError("There is no driver.")
 
     snapshots = Snapshots(paths, connect=systemd.connect, open_driver=no_driver)

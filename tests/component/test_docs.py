@@ -15,7 +15,7 @@ from gpusvc.hooks.cursor import cursor_file
 from gpusvc.hooks.directory import hooks_directory
 from gpusvc.paths import Paths
 from gpusvc.record import replace
-from gpusvc.state import counters
+from gpusvc.state import counters, hung
 from gpusvc.watchdog import verdicts
 from tests.unit.test_layering import ROWS
 
@@ -91,6 +91,7 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
         paths.runtime,
         paths.state,
         verdicts.file_of(paths),
+        hung.file_of(paths),
     }
     known |= {paths.leases_directory, paths.config, paths.runtime / "api.sock", paths.config / "keys.toml"}
     known |= {paths.runs_directory, counters.directory(paths) / "counters-N", paths.runtime / "gateway/slots/NAME"}

@@ -98,7 +98,7 @@ class Ticker:
         return True
 
     def _connect(self) -> Driver:
-        self.clients.append(Driver(patience_seconds=10, step_seconds=30, begin=reader_process.execute))
+        self.clients.append(Driver(patience_seconds=10, step_seconds=None, begin=reader_process.execute))
         return self.clients[-1]
 
 
@@ -369,7 +369,7 @@ def test_a_gpu_that_hangs_keeps_its_model_and_its_neighbour_is_judged_on(
     assert ticker.jobs == [STOP]
     assert "The GPU hangs" in judgement.verdicts[0].reason
     ticker.fleet.machine.gpus.change(0, hangs=False)
-    monkeypatch.setattr(driver._Hung, "is_left_alone", lambda self, now: False)
+    monkeypatch.setattr(driver._Hang, "is_left_alone", lambda self, now: False)
     assert eventually(lambda: bool(ticker.tick()) and ("Stop", "model@hung.service") in ticker.jobs)
 
 
@@ -385,7 +385,7 @@ def test_a_driver_that_hangs_keeps_every_model_and_no_tick_waiting(
     assert judgement.verdicts[0].reason.startswith("There is no verdict on qwen: NVIDIA's driver has not answered for")
     assert ticker.jobs == []
     ticker.fleet.machine.gpus.configure(hangs=False)
-    monkeypatch.setattr(driver._Hung, "is_left_alone", lambda self, now: False)
+    monkeypatch.setattr(driver._Hang, "is_left_alone", lambda self, now: False)
     assert eventually(lambda: bool(ticker.tick()) and ticker.jobs == [STOP])
 
 

@@ -1,4 +1,4 @@
-"""The present state of models and GPUs, shared by all requests within a second. One thread reads it, as that may take time."""
+"""The present state of models and GPUs, shared by all requests within a second. A thread reads it, as it takes time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gpusvc.gpu import reader_process
 from gpusvc.gpu.driver import Driver
 from gpusvc.gpu.reading import Gpu
 from gpusvc.paths import Paths
+from gpusvc.state import hung
 from gpusvc.status import inventory
 from gpusvc.status.gpus import GpuStatus
 from gpusvc.status.models import ModelProcess, ModelStatus
@@ -35,8 +36,13 @@ _PATIENCE_SECONDS = 6.0
 _STEP_SECONDS = 4.0
 
 
-def _open_driver() -> Driver:
-    return Driver(patience_seconds=_PATIENCE_SECONDS, step_seconds=_STEP_SECONDS, begin=reader_process.execute)
+def _open_driver(paths: Paths) -> Driver:
+    return Driver(
+        patience_seconds=_PATIENCE_SECONDS,
+        step_seconds=_STEP_SECONDS,
+        begin=reader_process.execute,
+        hung=hung.read(paths),
+    )
 
 
 class Snapshots:
@@ -47,7 +53,7 @@ class Snapshots:
         paths: Paths,
         *,
         connect: Callable[[], Manager] = SystemManager,
-        open_driver: Callable[[], Driver] = _open_driver,
+        open_driver: Callable[[Paths], Driver] = _open_driver,
     ) -> None:
         self._paths = paths
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshots")
@@ -144,7 +150,7 @@ class Snapshots:
             raise self._absent[1]
         try:
             if self._driver is None:
-                self._driver = self._open_driver()
+                self._driver = self._open_driver(self._paths)
             return self._driver.snapshot(utilisation=True)
         except NvmlUnavailableError as error:
             self._absent = (time.monotonic() + _ABSENT_SECONDS, error)

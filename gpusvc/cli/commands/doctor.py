@@ -52,16 +52,16 @@ def _findings(paths: Paths) -> Iterator[Finding]:
 
     yield from machine.findings(paths)
     yield isolation.finding()
-    yield from driver.findings()
+    yield from driver.findings(paths)
     yield from configuration.findings(paths)
-    yield from orphans.findings(paths, _gpus())
+    yield from orphans.findings(paths, _gpus(paths))
 
 
-def _gpus() -> tuple[Any, ...]:
-    from gpusvc.gpu.driver import Driver
+def _gpus(paths: Paths) -> tuple[Any, ...]:
+    from gpusvc.state import hung
 
     try:
-        with Driver() as driver:
+        with hung.driver(paths) as driver:
             return driver.snapshot()
     except NvmlError:
         return ()  # printed already
@@ -77,10 +77,10 @@ def _print(finding: Finding) -> None:
 
 def _end_orphans(paths: Paths, *, ask: bool) -> None:
     from gpusvc.doctor import orphans
-    from gpusvc.gpu.driver import Driver
+    from gpusvc.state import hung
 
     failures: list[GpusvcError] = []
-    with Driver() as driver:
+    with hung.driver(paths) as driver:
         found = [each for each in orphans.foreigners(paths, driver.snapshot()) if each.is_orphan]
         if not found:
             typer.echo("Nobody left anything behind on the GPUs.")

@@ -58,7 +58,7 @@ def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) ->
     paths = paths_of(context)
     with Manager() as manager:
         name = inventory.resolve(paths, name, also=[*inventory.units(manager), *lease.holders(paths)])
-        model, processes = inventory.model(paths, manager, name, _read_gpus)
+        model, processes = inventory.model(paths, manager, name, lambda: _read_gpus(paths))
     log = lastwords.last_words(*unitlog.own_lines(name), lines=_LOG_LINES)
     last = verdicts.read(paths).get(name)
     if as_json:
@@ -76,11 +76,11 @@ def status(context: typer.Context, name: str = NAME, *, as_json: bool = JSON) ->
 
 def gpus(context: typer.Context, *, as_json: bool = JSON) -> None:
     """Show the GPUs, and who holds how much of each."""
-    from gpusvc.gpu.driver import Driver
+    from gpusvc.state import hung
     from gpusvc.status import inventory
 
     try:
-        with Driver() as driver:
+        with hung.driver(paths_of(context)) as driver:
             readings = driver.snapshot(utilisation=True)
     except NvmlUnavailableError as error:
         # A machine without GPUs is no error. A failing driver is.
@@ -98,7 +98,7 @@ def _show_models(paths: Paths, more: Sequence[str], *, wide: bool, as_json: bool
     from gpusvc.systemd.manager import Manager
 
     with Manager() as manager:
-        models = inventory.models(paths, manager, _read_gpus, more=more, standing=wide or as_json)
+        models = inventory.models(paths, manager, lambda: _read_gpus(paths), more=more, standing=wide or as_json)
     if as_json:
         table.print_json([model.to_json() for model in models])
         return
@@ -152,11 +152,11 @@ def _use(state: ModelState, standing: Standing, now: float) -> str | None:
     return None
 
 
-def _read_gpus() -> tuple[Gpu, ...] | None:
-    from gpusvc.gpu.driver import Driver
+def _read_gpus(paths: Paths) -> tuple[Gpu, ...] | None:
+    from gpusvc.state import hung
 
     try:
-        with Driver() as driver:
+        with hung.driver(paths) as driver:
             return driver.snapshot()
     except NvmlError as error:
         _note(error)

@@ -105,10 +105,13 @@ class _Look:
 
     def _readings(self) -> tuple[Gpu, ...] | None:
         from gpusvc.gpu.driver import Driver
+        from gpusvc.state import hung
 
         try:
             if self._driver is None:
-                self._driver = Driver(patience_seconds=_PATIENCE_SECONDS)
+                self._driver = Driver(
+                    patience_seconds=_PATIENCE_SECONDS, step_seconds=None, hung=hung.read(self._paths)
+                )
             return self._driver.snapshot(utilisation=True, fresh=False)
         except NvmlError:
             return None
