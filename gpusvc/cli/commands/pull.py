@@ -101,7 +101,7 @@ def fetch(
         folders = [wanted.owner, wanted.repository]
     on_choice(main)
     size = sum(item.file.size_bytes or 0 for item in items)
-    for sentence in _sentences(client, items, main, size):
+    for sentence in _sentences(paths, client, items, main, size):
         typer.echo(sentence, err=True)
     if dry_run:
         return None
@@ -140,7 +140,7 @@ def _of_address(client: Client, wanted: UrlReference) -> Item:
         return Item(wanted.url, RemoteFile(wanted.name, part.total_bytes, wanted.sha256))
 
 
-def _sentences(client: Client, items: Sequence[Item], main: str, size: int) -> list[str]:
+def _sentences(paths: Paths, client: Client, items: Sequence[Item], main: str, size: int) -> list[str]:
     """Return what the model is, how much VRAM it takes, and where that is; as far as its headers tell."""
     from gpusvc.config import presets
     from gpusvc.hub.outline import outline
@@ -161,7 +161,7 @@ def _sentences(client: Client, items: Sequence[Item], main: str, size: int) -> l
     if need is None or need.gpu_share is not None:
         return sentences
     sentences.append(f"It needs about {format_size(need.bytes)} of VRAM: {need.reason}")
-    gpus = _gpus()
+    gpus = _gpus(paths)
     return sentences if not gpus else [*sentences, where_it_fits(gpus, need.bytes)]
 
 
@@ -183,12 +183,12 @@ def where_it_fits(gpus: Sequence[Gpu], need_bytes: int) -> str:
     return "No GPU here is large enough for all of it."
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    from gpusvc.gpu.nvml import Nvml
+def _gpus(paths: Paths) -> tuple[Gpu, ...]:
+    from gpusvc.state import hung
 
     try:
-        with Nvml() as nvml:
-            return nvml.snapshot()
+        with hung.driver(paths) as driver:
+            return driver.snapshot()
     except GpusvcError:
         return ()
 
