@@ -41,7 +41,9 @@ def main() -> int:
         runs = _in_runs(steps) if options.keep_going else [steps]
         try:
             while runs:
-                done, error = attempt(layer, generation, package, runs, total, deadline, say, options.replays)
+                done, error = attempt(
+                    layer, generation, package, runs, total, deadline, say, options.replays, pace=options.pace
+                )
                 if error is None:
                     break
                 failures += 1
@@ -69,6 +71,8 @@ def attempt(
     deadline: float,
     say: Callable[[str], None],
     replays: Path,
+    *,
+    pace: float = 0.0,
 ) -> tuple[list[Step], Exception | None]:
     """Does runs of steps on a machine of its own until one fails.
 
@@ -85,6 +89,7 @@ def attempt(
                 for step in runs.pop(0):
                     done.append(step)
                     campaign.do(step)
+                    time.sleep(pace)
                     if step.kind == "settle":
                         done.clear()
                         if total.settlings % 10 == 0:
@@ -172,6 +177,7 @@ def _parse_options() -> argparse.Namespace:
     add("--seed", type=int, default=1)
     add("--operations", type=int, default=300)
     add("--minutes", type=float, default=30.0, help="end after so long, however many operations that were")
+    add("--pace", type=float, default=0.0, metavar="SECONDS", help="pause after each step, as others work here")
     add("--generation", default="trixie", choices=[str(one) for one in Generation])
     add("--replay", type=Path, metavar="FILE", help="do these steps again")
     add("--replays", type=Path, default=Path(tempfile.gettempdir()), metavar="DIRECTORY", help="where replays go")

@@ -180,14 +180,15 @@ class Campaign:
 
     def _do_wedge(self, step: Step) -> None:
         """The engine's health stays 200, and it answers each chat with 500, as long as it lives."""
-        lease = self._observer.look(units=False).leases.get(step.model)
-        targets = self._targets("engine", step.model)
-        if lease is None or not lease.ready or not targets:
+        leases = self._observer.look(units=False).leases
+        ready = [name for name in (step.model, *sorted(leases)) if name in leases and leases[name].ready]
+        targets = self._targets("engine", ready[0]) if ready else []
+        if not targets:
             return
-        self._note(step, Cause.WEDGED, Cause.ENDS, until=None)
+        self._note(replace(step, model=ready[0]), Cause.WEDGED, Cause.ENDS, until=None)
         self._signal(targets, signal.SIGUSR2)
-        self._wedges.begin(lease)
-        self._users.insist(step.model, 10.0, tries=1000)
+        self._wedges.begin(leases[ready[0]])
+        self._users.insist(ready[0], 10.0, tries=1000)
 
     def _do_start(self, step: Step) -> None:
         self._systemctl("start", "--no-block", f"model@{step.model}.service")

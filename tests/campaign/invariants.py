@@ -88,7 +88,9 @@ def _size(snapshot: Snapshot, lease: Held, gpu: int) -> int:
         holders = snapshot.vram.get(gpu, {})
         return sum(holders.get(process.pid, 0) for process in living)
     if lease.ready:  # and dead; what it had asked for may have been given away, even where nobody could see how much
-        return given.used_bytes or 0
+        # Its lease may name more than it held: one of its processes died before, and that room was given away.
+        used = given.used_bytes or 0
+        return min(used, snapshot.held_before.get((lease.model, lease.created, gpu), used))
     return given.reserved_bytes
 
 

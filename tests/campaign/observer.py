@@ -10,7 +10,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +36,11 @@ class Observer:
         self._host = host
         self.owners: dict[int, str] = {}
         """By inner PID, the model whose process that was last; of this boot."""
+        self._held: dict[tuple[str, float, int], int] = {}
 
     def rebooted(self) -> None:
         self.owners.clear()
+        self._held.clear()
 
     def look(self, *, units: bool = True) -> Snapshot:
         """One look, of some milliseconds, or what systemd takes to answer."""
@@ -58,12 +60,14 @@ class Observer:
         self.owners.update((process.inner, process.model) for process in processes if process.model is not None)
         names = {*leases_before, *leases_after}
         same = {name for name in names if _same(leases_before.get(name), leases_after.get(name))}
+        leases = {name: held for name in same if isinstance(held := leases_after[name], Held)}
+        self._remember(leases, processes, vram_after)
         doors, tickets = self._locks(run)
         return Snapshot(
             began=began,
             ended=time.monotonic(),
             processes=processes,
-            leases={name: held for name in same if isinstance(held := leases_after[name], Held)},
+            leases=leases,
             changing=frozenset(names - same),
             broken=frozenset(name for name in same if leases_after[name] is None),
             units=said,
@@ -73,10 +77,23 @@ class Observer:
                 if gpu in vram_after
             },
             late=tuple(sorted(set(late_before) & set(late_after), key=lambda late: (late.gpu, late.inner))),
+            held_before=dict(self._held),
             capacity={index: gpu.total - gpu.reserved for index, gpu in enumerate(self._host.gpus.gpus)},
             closed_doors=doors,
             tickets=tickets,
         )
+
+    def _remember(
+        self, leases: Mapping[str, Held], processes: Iterable[Process], vram: Mapping[int, Mapping[int, int]]
+    ) -> None:
+        """Note what the living hold, for the looks after their end."""
+        pids: dict[str, list[int]] = {}
+        for process in processes:
+            if process.model is not None:
+                pids.setdefault(process.model, []).append(process.pid)
+        for name in leases.keys() & pids.keys():
+            for gpu, holders in vram.items():
+                self._held[name, leases[name].created, gpu] = sum(holders.get(pid, 0) for pid in pids[name])
 
     # Processes
 

@@ -90,6 +90,8 @@ class Snapshot:
     """By GPU and ``pid``: bytes held throughout, by the kernel's locks."""
     late: tuple[Late, ...] = ()
     """Of the dead, throughout."""
+    held_before: Mapping[tuple[str, float, int], int] = field(default_factory=dict)
+    """By model, creation of its lease, and GPU: the bytes that its processes held when they were last seen alive."""
     capacity: Mapping[int, int] = field(default_factory=dict)
     """By GPU: the bytes that there are for programs."""
     closed_doors: frozenset[str] = frozenset()

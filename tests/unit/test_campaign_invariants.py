@@ -93,7 +93,9 @@ def test_a_victim_counts_until_another_run_of_it_has_a_lease() -> None:
 def test_a_ready_model_counts_by_what_it_holds_and_an_ended_one_by_what_it_held() -> None:
     both = replace(SOUND, leases={"qwen": LEASE, "next": LOADING}, vram={0: {100: GIB}})
     assert not list(invariants.overcommitted(both))
-    assert list(invariants.overcommitted(replace(both, processes=())))
+    dead = replace(both, processes=())
+    assert list(invariants.overcommitted(dead))
+    assert not list(invariants.overcommitted(replace(dead, held_before={("qwen", LEASE.created, 0): GIB})))
 
 
 def test_a_lease_that_is_gone_before_the_bytes_are_back_is_a_false_release() -> None:
