@@ -107,6 +107,10 @@ class Paths(Record):
         return self.runtime / "waiting"
 
     @property
+    def line_directory(self) -> Path:
+        return self.runtime / "line"
+
+    @property
     def placement_lock(self) -> Path:
         return self.runtime / "placement.lock"
 

@@ -111,6 +111,7 @@ class Room:
         from gpusvc.placement.plan import plan
         from gpusvc.placement.request import Request, Wish
         from gpusvc.placement.search import Plan
+        from gpusvc.state.line import Blocker
 
         request = Request(model=_WHO, count=1, needs={gpu.uuid: size for gpu in gpus})
         host = _without_limits(self._host, named=named)
@@ -128,6 +129,8 @@ class Room:
                     self._ticket = stack.enter_context(waitlist.Ticket(self._paths, _WHO))
                 sizes = {gpu.uuid: size for gpu in found.gpus}
                 self._ticket.wish(Wish(_WHO, sizes, found.victims, is_model=False))
+                users = [Blocker(name, "in use") for name in found.victims if name not in doors.drained]
+                self._ticket.tell(users, [wish.model for wish in line])
         return found, isinstance(outcome, Plan)
 
     def _say_free(self, gpu: Gpu) -> None:

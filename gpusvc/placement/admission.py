@@ -26,6 +26,7 @@ from gpusvc.record import Record
 from gpusvc.release import proof
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import Lease, LeasedGpu
+from gpusvc.state.line import Blocker
 
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
@@ -97,7 +98,7 @@ class Admission:
             last_run=last_run,
             deadline=time.monotonic() + config.start_timeout_seconds,
         )
-        self._is_behind_waiters = False
+        self._scene: Scene | None = None
         self._next_try = 0.0
         self._pause_seconds = _PAUSE_SECONDS
         self._needs: tuple[_Types, Need] | None = None
@@ -134,7 +135,7 @@ class Admission:
         needs = self._needs[1]
         line = waitlist.ahead(self._paths, self._ticket, self._config.priority)
         scene = occupancy.scene(self._paths, self._host, occupants, gpus, line, drained=self._doors.drained)
-        self._is_behind_waiters = bool(line)
+        self._scene = scene
         request = self._request(needs.bytes)
         outcome = self._plan(request, gpus, scene)
         if isinstance(outcome, NoPlan):
@@ -205,14 +206,11 @@ class Admission:
 
     def _wait_in_line(self, behind: Sequence[str]) -> None:
         self._doors.open_all_but(())
+        self._tell([] if self._scene is None else self._scene.changing(behind))
         now = time.monotonic()
-        if not self._is_behind_waiters:
-            self._on_wait(f"Waiting for {', '.join(behind)}: the room then is not known yet.")
-        else:
-            self._on_wait(f"Waiting in line behind {', '.join(behind)}.")
-            if now >= self._next_try:
-                self._patience.tries += self._next_try > 0
-                self._next_try = now + self._host.eviction.interval_seconds
+        if self._scene is not None and self._scene.line and now >= self._next_try:
+            self._patience.tries += self._next_try > 0
+            self._next_try = now + self._host.eviction.interval_seconds
         time.sleep(self._pause_seconds)
         self._pause_seconds = min(self._pause_seconds * 1.2, _LONGEST_PAUSE_SECONDS)
 
@@ -221,12 +219,18 @@ class Admission:
         self._patience.tries += 1
         self._doors.open_all_but(victims)
         until = time.monotonic() + self._host.eviction.interval_seconds
-        limit = "as long as requests wait"
+        limit = ""
         if not self._patience.is_wanted:
-            limit = f"try {self._patience.tries} of {self._host.eviction.retries}"
+            limit = f"This is try {self._patience.tries} of {self._host.eviction.retries}."
         self._doors.drain(
-            victims, until, lambda busy: self._on_wait(f"Waiting for {', '.join(sorted(busy))} to finish ({limit}).")
+            victims, until, lambda busy: self._tell([Blocker(name, "in use") for name in sorted(busy)], limit)
         )
+
+    def _tell(self, blockers: Sequence[Blocker], limit: str = "") -> None:
+        """Say what the start waits for, to systemd and to everybody who looks at the line."""
+        if self._ticket is not None and self._scene is not None:
+            waiting = self._ticket.tell(blockers, [wish.model for wish in self._scene.line])
+            self._on_wait(f"{waiting.gist()} {limit}".rstrip())
 
     def _make_room(self, chosen: Plan) -> bool:
         """Evict the victims. Return False if one of them came into use or stayed: then the plan is void."""

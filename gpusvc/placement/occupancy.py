@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gpusvc import names
@@ -17,6 +17,7 @@ from gpusvc.state import holdings, readiness, use
 from gpusvc.state import lease as leases
 from gpusvc.state.holdings import Holding
 from gpusvc.state.lease import BrokenLeaseError, Lease
+from gpusvc.state.line import Blocker
 
 if TYPE_CHECKING:
     from gpusvc.config.files import HostConfig, ModelConfig
@@ -130,6 +131,18 @@ class Scene(Record):
     claims: tuple[Claim, ...]
     residents: tuple[Resident, ...]
     line: tuple[Wish, ...] = ()
+
+    def changing(self, names: Iterable[str]) -> list[Blocker]:
+        """Return those of the models ``names`` that do not wait in the line, with what they are doing."""
+        waiting = {wish.model for wish in self.line}
+        by_model = {holding.lease.model: holding for holding in self.held}
+        leaving = {resident.model for resident in self.residents if resident.leaving}
+        found = []
+        for name in names:
+            if name not in waiting:
+                loads = name not in by_model or not by_model[name].lease.ready
+                found.append(Blocker(name, "stopping" if name in leaving else "loading" if loads else "just loaded"))
+        return found
 
     def holders(self, gpus: Sequence[Gpu], now_seconds: float) -> dict[str, list[str]]:
         """Return in_words(), with each model's state at ``now_seconds`` since the epoch."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,25 +22,11 @@ from gpusvc import files
 from gpusvc.errors import PermissionDeniedError
 from gpusvc.paths import Paths
 from gpusvc.placement.request import Wish
-from gpusvc.state import locks
+from gpusvc.state import line, locks
+from gpusvc.state.line import Blocker, Rank, Waiting, rank
 
 # A placement takes milliseconds, or a few seconds where the driver is slow.
 _PLACEMENT_SECONDS = 60.0
-
-_AGE_CLASS_NS = 60 * 10**9
-
-Rank = tuple[int, int, int, str]
-
-
-def rank(born_ns: int, priority: int, model: str) -> Rank:
-    """Return the place in the line, as a key to sort by.
-
-    Args:
-        born_ns: when the start joined the line, in nanoseconds since boot.
-        priority: the model's; the highest goes first.
-        model: decides between equals.
-    """
-    return (born_ns // _AGE_CLASS_NS, -priority, born_ns, model)
 
 
 class Ticket:
@@ -53,6 +39,7 @@ class Ticket:
         born_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._file = directory / f"{born_ns:020d}-{model}"
         self._rank = rank(born_ns, priority, model)
+        self._notice = line.Notice(paths, self._file.name, model, born_ns, priority)
         # Made new and private, so that nobody can hold its lock.
         self._handle = os.fdopen(locks.open_private(self._file), "w")
         locks.try_lock(self._handle.fileno(), locks.EXCLUSIVE)
@@ -63,6 +50,7 @@ class Ticket:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._notice.close()
         self._file.unlink(missing_ok=True)
         self._handle.close()
 
@@ -82,6 +70,10 @@ class Ticket:
             self._handle,
         )
         self._handle.flush()
+
+    def tell(self, blockers: Sequence[Blocker], behind: Iterable[str]) -> Waiting:
+        """Show everybody what this start waits for, and behind which starts. This needs no placement lock."""
+        return self._notice.tell(blockers, behind)
 
     @property
     def name(self) -> str:
@@ -120,7 +112,7 @@ def ahead(paths: Paths, ticket: Ticket | None, priority: int = 0) -> list[Wish]:
     own = ticket.rank if ticket is not None else rank(time.clock_gettime_ns(time.CLOCK_BOOTTIME), priority, "")
     found = []
     for file in files:
-        wish = None if ticket is not None and file.name == ticket.name else _read(file)
+        wish = None if ticket is not None and file.name == ticket.name else _read(paths, file)
         if wish is not None:
             place = rank(_born_ns(file.name), wish.priority, wish.model)
             if place < own:
@@ -133,7 +125,7 @@ def _born_ns(name: str) -> int:
     return int(born) if born.isascii() and born.isdecimal() else 0
 
 
-def _read(file: Path) -> Wish | None:
+def _read(paths: Paths, file: Path) -> Wish | None:
     try:
         handle = files.open_regular(file)
     except (OSError, ValueError):
@@ -142,6 +134,7 @@ def _read(file: Path) -> Wish | None:
         if not locks.try_lock(handle, locks.SHARED):
             return _parse(handle)
         file.unlink(missing_ok=True)  # its owner is dead
+        line.forget(paths, file.name)
         return None
     finally:
         os.close(handle)

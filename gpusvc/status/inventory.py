@@ -14,7 +14,7 @@ from gpusvc.errors import UnknownModelError
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.paths import Paths
-from gpusvc.state import holdings
+from gpusvc.state import holdings, line
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import BrokenLeaseError, Lease
 from gpusvc.status.gpus import GpuStatus
@@ -83,7 +83,11 @@ def models(
     shown = holders | {name for name, unit in loaded.items() if unit.active != "failed" or not _is_gone(paths, name)}
     found = {name: _lease(paths, name) for name in sorted(shown)}
     readings, held = _join(found.values(), read_gpus)
-    statuses = [_status(manager, name, loaded.get(name), lease, readings, held) for name, lease in found.items()]
+    waiting = line.read(paths)
+    statuses = [
+        replace(_status(manager, name, loaded.get(name), lease, readings, held), waiting=line.of(waiting, name))
+        for name, lease in found.items()
+    ]
     if not standing:
         return statuses
     return [_with_standing(paths, status, found[status.name], readings) for status in statuses]
@@ -96,7 +100,7 @@ def model(
     lease = _lease(paths, name)
     readings, held = _join([lease], read_gpus)
     status = _status(manager, name, manager.unit(names.service(name)), lease, readings, held)
-    status = _with_standing(paths, status, lease, readings)
+    status = _with_standing(paths, replace(status, waiting=line.of(line.read(paths), name)), lease, readings)
     if not isinstance(lease, Lease):
         return status, ()
     inside = () if lease.cgroup is None else Cgroup(lease.cgroup).pids()

@@ -13,6 +13,7 @@ from gpusvc.gpu.reading import total
 from gpusvc.state.lease import BrokenLeaseError, Lease
 
 if TYPE_CHECKING:
+    from gpusvc.state.line import Waiting
     from gpusvc.status.standing import Standing
     from gpusvc.systemd.units import ServiceStatus, Unit
 
@@ -58,6 +59,8 @@ class ModelStatus:
     """When the state was entered, in seconds since the epoch."""
     standing: Standing | None = None
     """None: the caller did not ask for it."""
+    waiting: Waiting | None = None
+    """Its place in the line of starts that wait for room; None: it does not wait."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +75,7 @@ class ModelStatus:
             "pid": self.pid,
             "scope": self.scope,
             "since": None if self.since is None else _iso(self.since),
+            "waiting": None if self.waiting is None else _waiting_to_json(self.waiting),
             **({} if self.standing is None else _standing_to_json(self.standing)),
         }
 
@@ -185,6 +189,10 @@ def _standing_to_json(standing: Standing) -> dict[str, Any]:
 def url(address: str, port: int) -> str:
     """Return the URL of an engine that listens on this address and port."""
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def _waiting_to_json(waiting: Waiting) -> dict[str, Any]:
+    return {**waiting.to_json(), "since": _iso(waiting.since)}
 
 
 def _iso(seconds: float) -> str:

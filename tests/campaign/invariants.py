@@ -204,6 +204,9 @@ class Answer:
 # What a cause leaves behind goes on for a moment: a unit that is on its way down, a restart that waits.
 AFTERMATH_SECONDS = 10.0
 
+# How long before a request its model's start may have begun: what makes the start fail may be over by then.
+_START_SECONDS = 15.0
+
 _CAUSES: Mapping[int, tuple[Cause, ...]] = {
     404: (Cause.GONE,),
     409: (Cause.ENDS, Cause.START),
@@ -229,8 +232,9 @@ def untrue(answer: Answer, notes: Sequence[Noted]) -> Iterator[str]:
     where = f"request {answer.number} to {answer.model}"
     since = answer.began - AFTERMATH_SECONDS
 
-    def has(*causes: Cause) -> bool:
-        return any(note.explains(cause, answer.model, since, answer.ended) for note in notes for cause in causes)
+    def has(*causes: Cause, earlier_seconds: float = 0.0) -> bool:
+        begin = since - earlier_seconds
+        return any(note.explains(cause, answer.model, begin, answer.ended) for note in notes for cause in causes)
 
     if answer.status is None:
         if answer.is_patient and not has(Cause.GATEWAY):
@@ -252,7 +256,11 @@ def untrue(answer: Answer, notes: Sequence[Noted]) -> Iterator[str]:
         yield f"{where} got {answer.status}, which nothing explains: {message}"
     elif message.startswith("The last start of "):
         return  # it repeats what was judged when it was said first
-    elif not has(*_CAUSES[answer.status], *_room_causes(message)):
+    elif not has(
+        *_CAUSES[answer.status],
+        *_room_causes(message),
+        earlier_seconds=_START_SECONDS if "did not start" in message else 0.0,
+    ):
         yield f"{where} got {answer.status}, and nothing that was done makes that true: {message}"
 
 

@@ -88,6 +88,7 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
         paths.placement_lock,
         paths.config / ".keys.toml.lock",
         paths.waitlist_directory,
+        paths.line_directory,
         paths.runtime,
         paths.state,
         verdicts.file_of(paths),

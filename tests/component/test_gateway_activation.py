@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from gpusvc.state import lease as leases
 from gpusvc.state import use
 from gpusvc.state.drain import Drain
 from gpusvc.state.lease import Lease
+from gpusvc.state.line import Blocker, Notice
 from tests.component.conftest import ROOT
 
 QWEN = Serving("qwen")
@@ -640,6 +642,26 @@ def test_no_more_wait_than_may(play: Play) -> None:
         world.ready()
         for passage in await asyncio.gather(*waiting[:2]):
             passage.close()
+
+    play(scene)
+
+
+def test_who_waits_at_a_door_is_told_for_whom_it_is_closed(play: Play) -> None:
+    async def scene(world: World) -> None:
+        world.ready()
+        notice = Notice(world.paths, "1-coder", "coder", 1, 0)
+        notice.tell([Blocker("qwen", "in use")], [])
+        said: list[str] = []
+        with Drain(world.paths, "qwen") as drain:
+            assert drain.wait_idle()
+            waiting = world.enter(on_wait=said.append)
+            await until(lambda: said)
+        (await waiting).close()
+        notice.close()
+        assert re.fullmatch(
+            r"Waiting until qwen is evicted, or stays\. coder has waited \w+ for qwen \(in use\)\. It is next\.",
+            said[0],
+        )
 
     play(scene)
 

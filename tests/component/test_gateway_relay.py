@@ -8,6 +8,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.upstream import Address, Upstream
 from gpusvc.state import use
 from gpusvc.state.counters import NO_ANSWERS
+from gpusvc.state.line import Blocker, Notice
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
 from tests.component.upstream import (
     STREAM,
@@ -835,6 +837,35 @@ def test_loading_events_keep_a_stream_alive_until_the_engine_takes_over(run: Run
         assert "accept-encoding" not in rig.engine.requests[0].headers  # of a stream that has begun in clear
 
     run(scenario, loading_events=True)
+
+
+@pytest.mark.parametrize("key", ["all", "cold"])
+def test_loading_events_say_behind_whom_a_model_waits_as_far_as_the_client_may_know(
+    run: Run, tmp_path: Path, key: str
+) -> None:
+    known, secrets = make_keys(tmp_path, all=(), cold=("cold",))
+
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold")
+        rig.api.answer = silence
+        first = Notice(rig.paths, "1-whisper", "whisper", 1, 0)
+        own = Notice(rig.paths, "2-cold", "cold", 2, 0)
+        first.tell([Blocker("qwen", "in use")], [])
+        own.tell([Blocker("qwen", "in use")], [])
+        client = await rig.client()
+        await client.post(b'{"model": "cold", "stream": true}', more=f"Authorization: Bearer {secrets[key]}\r\n")
+        await client.head()
+        said = (await client.chunk()).decode()
+        if key == "all":
+            what = "for qwen (in use), behind whisper. whisper is next."
+        else:
+            what = "for 1 other model, behind 1 other model. Another model is next."
+        assert re.fullmatch(f": Waiting for cold to load\\. cold has waited \\d+(ms|s) {re.escape(what)}\n+", said)
+        first.close()
+        assert (await client.chunk()).decode().rstrip().endswith("It is next."), "it moves up"
+        own.close()
+
+    run(scenario, loading_events=True, known=known)
 
 
 @pytest.mark.parametrize("failure", ["start", "engine"])

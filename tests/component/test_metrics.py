@@ -20,6 +20,7 @@ from gpusvc.api.backend.journal import Loads
 from gpusvc.quantity import GIB
 from gpusvc.state import counters
 from gpusvc.state.counters import Counters
+from gpusvc.state.line import Blocker, Notice
 from gpusvc.status.models import ModelState
 from tests.component.scene import Scene, furnish, refusal, serving
 
@@ -96,6 +97,21 @@ def test_gpus_are_told_with_memory_use_and_what_is_foreign(scene: Scene) -> None
     assert told.value("gpusvc_gpu_memory_free_bytes", gpu) == 23.5 * GIB
     assert told.value("gpusvc_gpu_memory_foreign_bytes", gpu) == 3 * GIB
     assert told.value("gpusvc_gpu_utilisation_ratio", gpu) == 0.37
+
+
+def test_the_line_is_told_with_places_and_what_is_waited_for(scene: Scene) -> None:
+    notices = [Notice(scene.paths, f"{born}-{name}", name, born, 0) for born, name in enumerate(("coder", "gemma"))]
+    since = notices[0].tell([Blocker("qwen", "in use")], []).since
+    notices[1].tell([], [])
+    told = scrape(scene)
+    for notice in notices:
+        notice.close()
+    assert told.value("gpusvc_line_starts") == 2
+    assert [told.value("gpusvc_line_position", model=name) for name in ("coder", "gemma", "qwen")] == [1, 2, None]
+    assert told.value("gpusvc_line_since_timestamp_seconds", model="coder") == pytest.approx(since)
+    assert told.value("gpusvc_line_blocked", model="coder", by="qwen", state="in use") == 1
+    assert not any(key[0] == "gpusvc_line_blocked" and ("model", "gemma") in key for key in told.samples)
+    assert scrape(scene).value("gpusvc_line_starts") == 0
 
 
 def test_requests_are_told_as_the_workers_counted_them(scene: Scene) -> None:

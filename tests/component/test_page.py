@@ -13,6 +13,7 @@ import pytest
 from gpusvc.api.page.clock import duration
 from gpusvc.journal.events import EventType
 from gpusvc.quantity import GIB
+from gpusvc.state.line import Blocker, Notice
 from gpusvc.status.models import ModelState
 from tests.component.browser import PROGRAM, Browser, Page, opened
 from tests.component.scene import TRAIN, Scene, furnish, refusal, serving
@@ -262,6 +263,29 @@ def test_models_come_and_go(run: Run, scene: Scene) -> None:
         names = "[...document.querySelectorAll('.model')].map(model => model.dataset.name)"
         assert await page.ask(names) == ["coder", "dinner", "flux", "qwen", "scribe", "whisper"]
         assert await page.ask("document.activeElement.id") == "pin-qwen"
+
+    run(scenario)
+
+
+def test_who_waits_for_room_is_shown_as_long_as_it_waits(run: Run, scene: Scene) -> None:
+    scene.add("coder", state=ModelState.STARTING, text="coder waits for qwen (in use). It is next.")
+    first = Notice(scene.paths, "1-coder", "coder", 1, 0)
+    second = Notice(scene.paths, "2-late", "<b>late</b>", 2, 0)
+
+    async def scenario(page: Page) -> None:
+        await show(page, scene)
+        assert await page.ask("document.getElementById('line')") is None
+        first.tell([Blocker("qwen", "in use")], [])
+        second.tell([], [])
+        await page.until("document.querySelectorAll('#line li').length === 2")
+        said = await page.text("#line")
+        assert re.search(r"coder has waited (a moment|\d+ s) for qwen \(in use\)\. It is next\.", said)
+        assert re.search(r"<b>late</b> has waited .* in line behind coder\. coder is next\.", said)
+        await page.until("/waited [1-9]\\d* s/.test(document.querySelector('#line li').innerText)")
+        first.close()
+        await page.until("document.querySelectorAll('#line li').length === 1")
+        second.close()
+        await page.until("document.getElementById('line') === null")
 
     run(scenario)
 

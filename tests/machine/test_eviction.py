@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from functools import partial
 from typing import TYPE_CHECKING
@@ -230,7 +231,7 @@ def request_start(machine: Host, name: str) -> subprocess.Popen[str]:
 
 
 def says_that_it_waits(machine: Host, name: str) -> bool:
-    return machine.property(f"model@{name}.service", "StatusText").startswith("Waiting")
+    return machine.property(f"model@{name}.service", "StatusText").startswith(f"{name} waits")
 
 
 @pytest.mark.parametrize(
@@ -262,6 +263,44 @@ def test_requests_wait_in_line_for_longer_than_an_operator(
     stop_using(machine, names[0])
     assert [(one.communicate(timeout=60)[0], one.returncode)[1] for one in waiting] == [0, 0]
     assert up(machine) == [names[2]]
+
+
+def test_everybody_sees_who_waits_for_what_and_behind_whom(machine: Host) -> None:
+    machine.write("/etc/gpusvc/gpusvc.toml", "[gateway]\nloading_events = true\n" + QUICK)
+    names = ["seen-first", "seen-second", "seen-third"]
+    for name in names:
+        write(machine, name, "20GiB")
+    start(machine, names[0])
+    occupy(machine, names[0], 60)
+    clients = []
+    for name in names[1:]:
+        body = json.dumps({"model": name, "stream": True, "messages": [{"role": "user", "content": "Hi"}]})
+        url = "http://127.0.0.1:8484/v1/chat/completions"
+        clients.append(machine.popen("curl", "--silent", "--no-buffer", "--max-time", "60", url, "--data", body))
+        machine.wait_until(partial(says_that_it_waits, machine, name), f"{name} waits")
+    second = "for seen-first (in use). It is next."
+    third = "in line behind seen-second. seen-second is next."
+    told = machine.run("gpusvc", "ps").stdout
+    assert re.search(rf"(?m)^  seen-second has waited .* {re.escape(second)}$", told)
+    assert re.search(rf"(?m)^  seen-third has waited .* {re.escape(third)}$", told)
+    assert second in machine.run("gpusvc", "ps", user="nobody").stdout
+    rows = {row["name"]: row["waiting"] for row in json.loads(machine.run("gpusvc", "ps", "--json").stdout)}
+    assert rows["seen-first"] is None
+    assert (rows["seen-second"]["position"], rows["seen-third"]["position"]) == (1, 2)
+    assert rows["seen-second"]["for"] == [{"model": "seen-first", "state": "in use"}]
+    assert rows["seen-third"]["behind"] == ["seen-second"]
+    assert third in machine.run("gpusvc", "top", "--count", "1").stdout
+    page = machine.curl("http://127.0.0.1:8484/gpusvc/page")
+    assert re.search(rf'data-name="seen-third">seen-third has waited <span[^>]*>[^<]*</span> {re.escape(third)}', page)
+    metrics = machine.curl("http://127.0.0.1:8484/metrics")
+    assert 'gpusvc_line_position{model="seen-third"} 2.0' in metrics
+    assert 'gpusvc_line_blocked{by="seen-first",model="seen-second",state="in use"} 1.0' in metrics
+    stop_using(machine, names[0])
+    said = [client.communicate(timeout=60)[0] for client in clients]
+    assert all("answered with status 200" in one for one in said), said  # the engine has no streams
+    assert "Waiting for seen-third to load. seen-third has waited" in said[1]
+    assert third in said[1]
+    assert "Waiting for room" not in machine.run("gpusvc", "ps").stdout
 
 
 def test_a_broken_model_evicts_a_healthy_one_once_for_one_request(machine: Host) -> None:

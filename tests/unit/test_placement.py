@@ -19,8 +19,8 @@ from gpusvc.placement.plan import NoPlan, plan
 from gpusvc.placement.refusal import refuse
 from gpusvc.placement.request import Claim, Request, Resident, Wish, exclude_each_other
 from gpusvc.placement.search import Plan
-from gpusvc.placement.waitlist import rank
 from gpusvc.record import replace
+from gpusvc.state.line import rank
 from tests.unit.readings import GIB, MIB, a_gpu, a_lost_gpu, uuid_of
 
 HOST = HostConfig(gpu=HostGpu(reserve_bytes=512 * MIB))

@@ -28,8 +28,9 @@ from gpusvc import __version__
 from gpusvc.errors import GpusvcError
 from gpusvc.gpu.reading import total
 from gpusvc.journal.events import EventType
-from gpusvc.state import counters
+from gpusvc.state import counters, line
 from gpusvc.state.counters import BOUNDS, Histogram, Totals
+from gpusvc.state.line import Waiting
 from gpusvc.status.gpus import GpuStatus
 from gpusvc.status.models import ModelState, ModelStatus
 
@@ -52,6 +53,7 @@ class Scrape:
     totals: Mapping[str, Totals] | None
     seen: Counter[tuple[str, str, str]]
     loads: Mapping[str, Loads]
+    line: Sequence[Waiting] = ()
 
 
 def routes(backend: Backend) -> list[web.RouteDef]:
@@ -76,7 +78,8 @@ async def scrape(backend: Backend) -> Scrape:
         gpus = await backend.snapshots.gpus()
     with suppress(GpusvcError):
         totals = counters.read(counters.directory(backend.paths))
-    return Scrape(models, gpus, totals, backend.events.seen, backend.events.loads)
+    waiting = await backend.snapshots.beside(lambda: line.read(backend.paths))
+    return Scrape(models, gpus, totals, backend.events.seen, backend.events.loads, waiting)
 
 
 class _Told(Collector):
@@ -106,6 +109,7 @@ def families(scrape: Scrape) -> Iterator[Metric]:
         ],
     )
     yield from _of_models(scrape.models or ())
+    yield from _of_line(scrape.line)
     yield from _of_events(scrape.seen, scrape.loads)
     yield from _of_requests(scrape.totals or {})
     yield from _of_gpus(scrape.gpus or ())
@@ -148,6 +152,28 @@ def _of_models(models: Sequence[ModelStatus]) -> Iterator[Metric]:
         "When a model was last used, or started, in seconds since the epoch.",
         ["model"],
         [([name], standing.last_use) for name, standing in standings],
+    )
+
+
+def _of_line(waiting: Sequence[Waiting]) -> Iterator[Metric]:
+    yield _gauge("gpusvc_line_starts", "Starts that wait in line for room.", [], [([], len(waiting))])
+    yield _gauge(
+        "gpusvc_line_position",
+        "The place in the line of a model that waits for room; 1 is next.",
+        ["model"],
+        [([each.model], each.position) for each in waiting],
+    )
+    yield _gauge(
+        "gpusvc_line_since_timestamp_seconds",
+        "When a model joined the line, in seconds since the epoch.",
+        ["model"],
+        [([each.model], each.since) for each in waiting],
+    )
+    yield _gauge(
+        "gpusvc_line_blocked",
+        "1 for each model that a start waits for, and what that model is doing. Starts before it in line are not here.",
+        ["model", "by", "state"],
+        [([each.model, blocker.model, blocker.state], True) for each in waiting for blocker in each.blockers],
     )
 
 

@@ -13,7 +13,7 @@ from gpusvc import __version__
 from gpusvc.api.page import gpus as gpus_section
 from gpusvc.api.page import history
 from gpusvc.api.page import models as models_section
-from gpusvc.api.page.clock import clock
+from gpusvc.api.page.clock import clock, since
 from gpusvc.api.page.html import Html, element, join
 from gpusvc.api.page.moment import Log, Moment
 
@@ -73,6 +73,7 @@ def parts(moment: Moment) -> Html:
             None if moment.gpus is None else [gpus_section.gpu(status, hues) for status in moment.gpus],
             empty="There is no GPU that NVML knows of.",
         ),
+        _waiting(moment),
         _section(
             "models",
             join("Models", summary),
@@ -108,6 +109,17 @@ def error_page(message: str, hint: str | None) -> str:
         element("p", element("a", "Back to the models", href="/")),
     )
     return "<!doctype html>\n" + element("html", element("head", head), element("body", body), lang="en")
+
+
+def _waiting(moment: Moment) -> Html | None:
+    """Return the section of the starts that wait for room, if there are any."""
+    if not moment.line:
+        return None
+    items = []
+    for waiting in moment.line:
+        before, after = waiting.parts()
+        items.append(element("li", before, since(waiting.since, moment.now), after, data_name=waiting.model))
+    return _section("line", join("Waiting for room"), items, empty="")
 
 
 def _section(name: str, title: Html, items: Sequence[Html] | None, *, empty: str) -> Html:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpusvc.journal.eventlog import Event
+from gpusvc.state.line import Waiting
 from gpusvc.status.gpus import GpuStatus
 from gpusvc.status.models import ModelStatus
 
@@ -39,5 +40,7 @@ class Moment:
     gpus: Sequence[GpuStatus] | None
     events: Sequence[Event] | None
     """The newest first."""
+    line: Sequence[Waiting] = ()
+    """The starts that wait for room, the next one first."""
     problems: Sequence[str] = ()
     """Why some of it is missing."""

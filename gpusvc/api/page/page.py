@@ -24,6 +24,7 @@ from gpusvc.config.model import read_model
 from gpusvc.config.table import read_table
 from gpusvc.errors import GpusvcError
 from gpusvc.paths import Paths
+from gpusvc.state import line
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -91,7 +92,8 @@ async def moment(backend: Backend) -> Moment:
     gpus = await _or_none(backend.snapshots.gpus(), problems)
     events = await _or_none(backend.events.last(_EVENTS), problems)
     facts = await backend.snapshots.beside(lambda: facts_of(backend.paths, [model.name for model in models or ()]))
-    return Moment(time.time(), models, facts, gpus, events and events[::-1], list(dict.fromkeys(problems)))
+    waiting = await backend.snapshots.beside(lambda: line.read(backend.paths))
+    return Moment(time.time(), models, facts, gpus, events and events[::-1], waiting, list(dict.fromkeys(problems)))
 
 
 async def _or_none(question: Awaitable[Sequence[_T]], problems: list[str]) -> Sequence[_T] | None:

@@ -108,7 +108,16 @@ def _show_models(paths: Paths, more: Sequence[str], *, wide: bool, as_json: bool
         # The columns of VRAM stand side by side.
         head = ("NAME", "STATE", "GPU", "DECLARED", "LEARNED", "USED", "USE", "PRIORITY", *head[4:])
     rows = [[_cell(title, model, now) for title in head] for model in models]
-    table.print_lines(table.table(head, rows, right=("VRAM", "DECLARED", "LEARNED", "USED", "PRIORITY", "PORT", "PID")))
+    lines = table.table(head, rows, right=("VRAM", "DECLARED", "LEARNED", "USED", "PRIORITY", "PORT", "PID"))
+    table.print_lines([*lines, *_line_lines(paths, now)])
+
+
+def _line_lines(paths: Paths, now: float) -> list[str]:
+    """Return the line of starts that wait for room, the next one first."""
+    from gpusvc.state import line
+
+    waiting = line.read(paths)
+    return ["", "Waiting for room:", *(f"  {printable(each.sentence(now))}" for each in waiting)] if waiting else []
 
 
 def _cell(title: str, model: ModelStatus, now: float) -> str:
@@ -178,6 +187,8 @@ def _card(
 
     facts = [("State", str(model.state) if model.since is None else f"{model.state} since {_when(model.since)}")]
     facts.append(("Status", printable(model.text)))
+    if model.waiting is not None:
+        facts.append(("Waits", f"{model.waiting.sentence(time.time())} Place {model.waiting.position} in the line."))
     facts += [("GPU", f"{gpu.index} ({gpu.uuid})") for gpu in model.gpus]
     if model.gpus:
         reserved = "" if model.reserved_bytes is None else f", {table.size(model.reserved_bytes)} reserved"

@@ -54,6 +54,8 @@ class View:
     rows: tuple[Row, ...]
     events: tuple[str, ...]
     clock: str
+    line: tuple[str, ...] = ()
+    """A sentence for each start that waits for room, the next one first."""
     order: Order = Order.NAME
     filter: str = ""
     chosen: str | None = None
@@ -100,7 +102,7 @@ def plain(view: View) -> list[str]:
         lines += [f"  {_held(holder)}" for holder in each.holders]
     rows = [_cells(row) for row in arranged(view)]
     lines += table.table(_HEAD, rows, right=("VRAM",))
-    return lines
+    return [*lines, *(f"  {sentence}" for sentence in view.line)]
 
 
 _HEAD = ("NAME", "STATE", "GPU", "VRAM", "USE", "LEAVES", "NEXT")
@@ -167,9 +169,12 @@ def drawn(view: View, width: int, height: int) -> RenderableType:
     lines.append(Text(""))
     rows = arranged(view)
     rest = height - len(lines) - 2
+    shown_line = min(len(view.line), max(1, rest // 4))
+    rest -= shown_line
     shown_events = min(len(view.events), max(0, min(5, rest - len(rows) - 3)))
     room = max(1, rest - (shown_events + 1 if shown_events else 0) - 1)
     lines += _model_lines(view, rows, width, room)
+    lines += [Text(table.shortened(each, width), style="cyan", no_wrap=True) for each in view.line[:shown_line]]
     if shown_events:
         lines.append(Text(""))
         lines += [

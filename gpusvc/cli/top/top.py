@@ -93,6 +93,7 @@ class _Look:
 
     def view(self) -> View:
         from gpusvc.config import files as config
+        from gpusvc.state import line
         from gpusvc.status import inventory
 
         readings = self._readings()
@@ -101,7 +102,8 @@ class _Look:
         models = inventory.models(self._paths, self._manager, lambda: readings, more=configured)
         rows = _ranked([self._row(model) for model in models], self._watched)
         gpus = inventory.gpus(self._paths, readings or ())
-        return View(tuple(gpus), tuple(rows), (), time.strftime("%H:%M:%S"))
+        waiting = tuple(printable(each.sentence(time.time())) for each in line.read(self._paths))
+        return View(tuple(gpus), tuple(rows), (), time.strftime("%H:%M:%S"), waiting)
 
     def _readings(self) -> tuple[Gpu, ...] | None:
         from gpusvc.gpu.driver import Driver
@@ -191,6 +193,7 @@ class _Screen:
             gpus=view.gpus,
             rows=view.rows,
             clock=view.clock,
+            line=view.line,
             message=message,
         )
         self._choose(0)

@@ -16,11 +16,13 @@ from gpusvc.errors import GpusvcError
 from gpusvc.gateway.activation.engine import EngineFinder
 from gpusvc.gateway.activation.entrance import Entrance
 from gpusvc.gateway.activation.fair_slots import FairSlots
+from gpusvc.gateway.activation.line import Line
 from gpusvc.gateway.activation.passage import Onlooker, Passage
 from gpusvc.gateway.activation.slots import OwnSlots, SharedSlots, Slots
 from gpusvc.gateway.activation.starter import Starter
 from gpusvc.log import log
 from gpusvc.paths import Paths
+from gpusvc.state.line import Shown
 from gpusvc.state.turnstile import Turnstile
 
 __all__ = ["Activation", "Passage"]
@@ -48,6 +50,7 @@ class Activation:
         self._paths = paths
         self._settings = settings
         self._starter = Starter(api)
+        self._line = Line(paths)
         self._entrances: dict[str, Entrance] = {}
 
     def try_enter(self, serving: Serving) -> Passage | None:
@@ -58,7 +61,13 @@ class Activation:
         entrance = self._entrances.get(serving.name) or self._entrance(serving.name)
         return entrance.try_enter(serving)
 
-    async def enter(self, serving: Serving, *, on_wait: Callable[[str], None] | None = None) -> Passage:
+    async def enter(
+        self,
+        serving: Serving,
+        *,
+        on_wait: Callable[[str], None] | None = None,
+        knows: Shown = lambda _: True,
+    ) -> Passage:
         """Come in, and wait for that where need be: at the door, for the start, for a slot, behind whoever came before.
 
         Cancelling it takes this request out of the line; with the last one out, a start is abandoned.
@@ -67,6 +76,7 @@ class Activation:
             serving: the model.
             on_wait: told in a sentence what is being waited for: at the beginning, when that changes, and every few
                 seconds. Called from the loop, never after this has returned.
+            knows: the models that the client may know of. A sentence only counts the others.
 
         Raises:
             HttpError: 503, too many wait for the model, it did not start (with the reason and the engine's last
@@ -77,6 +87,7 @@ class Activation:
         return await self._entrance(serving.name).enter(
             serving,
             on_wait,
+            knows=knows,
             max_waiting=settings.max_waiting,
             timeout_seconds=settings.activation_timeout_seconds,
         )
@@ -108,6 +119,7 @@ class Activation:
                 finder=EngineFinder(self._paths, name),
                 starter=self._starter,
                 slots=FairSlots(lambda: self._make_slots(name)),
+                line=self._line,
             )
         return entrance
 

@@ -17,10 +17,12 @@ from gpusvc.errors import GpusvcError
 from gpusvc.gateway.activation import refusals
 from gpusvc.gateway.activation.engine import Engine, EngineFinder
 from gpusvc.gateway.activation.fair_slots import FairSlots
+from gpusvc.gateway.activation.line import Line
 from gpusvc.gateway.activation.loading import Loading
 from gpusvc.gateway.activation.passage import Passage, Waiter
 from gpusvc.gateway.activation.queue import Queue
 from gpusvc.gateway.activation.starter import Failure, Starter
+from gpusvc.state.line import Shown
 from gpusvc.state.turnstile import Turnstile
 from gpusvc.state.use import NoDoorError
 
@@ -46,12 +48,14 @@ class Entrance:
         finder: EngineFinder,
         starter: Starter,
         slots: FairSlots,
+        line: Line,
     ) -> None:
         self._loop = loop
         self._name = name
         self._turnstile = turnstile
         self._finder = finder
         self._slots = slots
+        self._line = line
         self._loading = Loading(loop, name, finder=finder, starter=starter, on_end=self._on_loaded)
         self.touch = turnstile.touch
 
@@ -94,6 +98,7 @@ class Entrance:
         serving: Serving,
         on_wait: Callable[[str], None] | None,
         *,
+        knows: Shown,
         max_waiting: int,
         timeout_seconds: float,
     ) -> Passage:
@@ -101,12 +106,14 @@ class Entrance:
         passage = self.try_enter(serving)
         if passage is not None:
             return passage
-        waiter = self._join(serving, on_wait, max_waiting)
+        waiter = self._join(Waiter(serving, self._loop.create_future(), on_wait, knows), max_waiting)
         try:
             async with asyncio.timeout(timeout_seconds):
                 return await waiter.future
         except TimeoutError:
-            error = refusals.too_late(self._goal(is_inside=not self._queue.is_outside(waiter)), timeout_seconds)
+            is_inside = not self._queue.is_outside(waiter)
+            news = self._line.news(self._name, is_inside=is_inside)
+            error = refusals.too_late(self._goal(is_inside=is_inside), timeout_seconds, news.gist(knows))
             self._quit(waiter)
             raise error from None
         except BaseException:
@@ -125,7 +132,8 @@ class Entrance:
 
     # The queue: a request joins it, advances in it, and leaves it with a passage, an error, or by itself.
 
-    def _join(self, serving: Serving, on_wait: Callable[[str], None] | None, max_waiting: int) -> Waiter:
+    def _join(self, waiter: Waiter, max_waiting: int) -> Waiter:
+        serving = waiter.serving
         failure = refusals.SHUTTING_DOWN if self._closed else self._loading.fresh_failure
         if failure is not None:
             raise failure.to_http_error(show_logs=serving.show_logs)
@@ -135,7 +143,6 @@ class Entrance:
             if serving.concurrency and queue.inside and self._engine is not None:
                 raise refusals.no_slot(serving, waiting, self._slots.held_seconds)
             raise refusals.too_many_waiting(self._name, waiting, self._loading.expected_seconds)
-        waiter = Waiter(serving, self._loop.create_future(), on_wait)
         queue.waiters.append(waiter)
         if not waiting:
             self._pause_seconds = _FIRST_PAUSE_SECONDS
@@ -195,11 +202,10 @@ class Entrance:
             self._pause_seconds = _FIRST_PAUSE_SECONDS  # a free slot that no request takes is lost time
         if self._timer is None:
             self._timer = self._loop.call_later(self._pause_seconds, self._tick)
-        inside, outside = (f"Waiting {self._goal(is_inside=is_inside)}." for is_inside in (True, False))
         for position, waiter in enumerate(queue.waiters):
-            if waiter.wants(sentence := inside if position < queue.inside else outside):
-                # Later, so that what it does finds no step half done.
-                self._loop.call_soon(waiter.tell, sentence)
+            if waiter.on_wait is not None:
+                is_inside = position < queue.inside
+                waiter.hear(self._goal(is_inside=is_inside), self._line.news(self._name, is_inside=is_inside))
 
     def _tick(self) -> None:
         self._timer = None

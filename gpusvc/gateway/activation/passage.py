@@ -10,6 +10,8 @@ from typing import Protocol
 
 from gpusvc.config.serving import Serving
 from gpusvc.gateway.activation.engine import Engine
+from gpusvc.gateway.activation.line import News
+from gpusvc.state.line import Shown
 
 # How often a waiting client is told the same again: clients and proxies have timeouts.
 _NEWS_SECONDS = 5.0
@@ -90,25 +92,31 @@ class Onlooker:
 class Waiter:
     """One request that waits."""
 
-    __slots__ = ("future", "on_wait", "serving", "told", "told_seconds")
+    __slots__ = ("future", "knows", "on_wait", "serving", "told", "told_seconds")
 
     def __init__(
-        self, serving: Serving, future: asyncio.Future[Passage], on_wait: Callable[[str], None] | None
+        self,
+        serving: Serving,
+        future: asyncio.Future[Passage],
+        on_wait: Callable[[str], None] | None,
+        knows: Shown = lambda _: True,
     ) -> None:
+        """``knows``: the models that the client may know of."""
+        self.knows = knows
         self.serving = serving
         self.future = future
         self.on_wait = on_wait
-        self.told = ""
+        self.told: object = None
         self.told_seconds = -math.inf
 
-    def wants(self, sentence: str) -> bool:
-        """Whether it is to be told this: it is new, or the last news was long ago."""
-        now = time.monotonic()
-        if self.on_wait is None or (sentence == self.told and now - self.told_seconds < _NEWS_SECONDS):
-            return False
-        self.told, self.told_seconds = sentence, now
-        return True
+    def hear(self, goal: str, line: News) -> None:
+        """Be told what it waits for ("for qwen to load") and of the line, if that is new or the last news are old."""
+        told, now = (goal, line.key), time.monotonic()
+        if told != self.told or now - self.told_seconds >= _NEWS_SECONDS:
+            self.told, self.told_seconds = told, now
+            # Later, so that what the request does finds no step half done.
+            self.future.get_loop().call_soon(self._tell, f"Waiting {goal}.{line.sentence(self.knows)}")
 
-    def tell(self, sentence: str) -> None:
+    def _tell(self, sentence: str) -> None:
         if self.on_wait is not None and not self.future.done():
             self.on_wait(sentence)

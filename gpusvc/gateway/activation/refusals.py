@@ -36,11 +36,11 @@ def too_many_waiting(name: str, waiting: int, load_seconds: float) -> HttpError:
     )
 
 
-def too_late(goal: str, timeout_seconds: float) -> HttpError:
-    """The error if ``activation_timeout`` is over. ``goal`` follows "waited"."""
+def too_late(goal: str, timeout_seconds: float, line: str) -> HttpError:
+    """The error if ``activation_timeout`` is over. ``goal`` follows "waited"; ``line`` is News.gist()."""
     return HttpError(
         504,
-        f"This request waited {goal}, and activation_timeout ({format_duration(timeout_seconds)}) is over.",
+        f"This request waited {goal}, and activation_timeout ({format_duration(timeout_seconds)}) is over.{line}",
         code="activation_timeout",
     )
 

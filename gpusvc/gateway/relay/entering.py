@@ -15,6 +15,7 @@ from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.account import Account
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Shared
+from gpusvc.state.line import Shown
 
 
 def enter_now(
@@ -67,8 +68,9 @@ class Waiting:
         body: Body,
         response: Response,
         account: Account,
+        knows: Shown,
     ) -> None:
-        """Begin to wait for the model of ``serving``."""
+        """Begin to wait for the model of ``serving``. ``knows``: the models that the client may know of."""
         self._shared = shared
         self._owner = owner
         self._head = head
@@ -77,17 +79,17 @@ class Waiting:
         self._account = account
         self._is_over = False
         account.wait()
-        self._task = shared.loop.create_task(self._wait(serving))
+        self._task = shared.loop.create_task(self._wait(serving, knows))
 
     def cancel(self) -> None:
         """Leave the queue. With the last request in it the start of the model is abandoned."""
         if not self._is_over:  # else it is the task itself that tells its owner
             self._task.cancel()
 
-    async def _wait(self, serving: Serving) -> None:
+    async def _wait(self, serving: Serving, knows: Shown) -> None:
         tell = self._tell if self._shared.settings().loading_events else None
         try:
-            passage = await self._shared.activation.enter(serving, on_wait=tell)
+            passage = await self._shared.activation.enter(serving, on_wait=tell, knows=knows)
             self._is_over = True
             self._account.stop_waiting()
             self._owner.on_entered(passage)

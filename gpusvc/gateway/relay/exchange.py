@@ -186,7 +186,8 @@ class Exchange:
             shared, head = self._shared, self._head
             self._passage = enter_now(shared, serving, head, self._client.scheme, is_probe=destination.is_probe)
             if self._passage is None:
-                self._waiting = Waiting(shared, self, serving, head, body, self._response, self._account)
+                knows = allowed_by(self._key)
+                self._waiting = Waiting(shared, self, serving, head, body, self._response, self._account, knows)
                 return
         self._forward(destination, body)
 
