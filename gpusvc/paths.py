@@ -90,6 +90,9 @@ class Paths(Record):
     def pin_file(self, name: str) -> Path:
         return self.runtime / "pins" / name
 
+    def keep_file(self, name: str) -> Path:
+        return self.runtime / "keep" / name
+
     @property
     def downloads_directory(self) -> Path:
         """The directory of downloaded models."""

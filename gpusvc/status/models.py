@@ -182,6 +182,7 @@ def _standing_to_json(standing: Standing) -> dict[str, Any]:
         "in_use": standing.in_use,
         "last_use": None if standing.last_use is None else _iso(standing.last_use),
         "pinned": standing.pinned,
+        "idle_timeout_seconds": standing.idle_timeout_seconds,
         "priority": standing.priority,
     }
 

@@ -13,7 +13,7 @@ from gpusvc.config.files import HostConfig, load_host, load_sound_model
 from gpusvc.errors import GpusvcError
 from gpusvc.gpu.reading import total
 from gpusvc.state import footprints as footprint
-from gpusvc.state import use
+from gpusvc.state import keepalive, use
 
 if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
@@ -36,6 +36,10 @@ class Standing:
     """The need that its file declares, on all its GPUs together."""
     learned_bytes: int | None
     """Its footprint, on all its GPUs together."""
+    idle_timeout_seconds: float | None = None
+    """How long it stays without use; 0: as long as it runs."""
+    is_kept_by_client: bool = False
+    """Whether a client has asked for that time, instead of its file."""
 
     @property
     def pinned(self) -> bool:
@@ -52,6 +56,9 @@ def of(paths: Paths, name: str, lease: Lease | None, readings: Sequence[Gpu] | N
         readings: of NVML; None: there are none.
     """
     config = load_sound_model(paths, name, _host(paths))
+    own = None if config is None else 0.0 if config.serving.keep else config.idle_timeout_seconds
+    wanted = None if lease is None or own is None else keepalive.read(paths.keep_file(name), lease.created)
+    is_kept_by_client = wanted is not None and config is not None and not config.serving.keep
     digest = lease.config_digest if lease is not None else "" if config is None else config.digest()
     types = {gpu.uuid: gpu.name for gpu in readings or ()}
     return Standing(
@@ -66,6 +73,8 @@ def of(paths: Paths, name: str, lease: Lease | None, readings: Sequence[Gpu] | N
             [types.get(gpu.uuid) for gpu in lease.gpus] if lease is not None else [],
             0 if config is None else config.gpu.count,
         ),
+        idle_timeout_seconds=wanted if is_kept_by_client else own,
+        is_kept_by_client=is_kept_by_client,
     )
 
 

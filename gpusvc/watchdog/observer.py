@@ -17,14 +17,17 @@ from gpusvc.files import Stamp
 from gpusvc.gpu.meter import Reading
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
-from gpusvc.state import counters, holdings, use
+from gpusvc.state import counters, holdings, keepalive, use
 from gpusvc.state import lease as leases
 from gpusvc.state.counters import NO_ANSWERS
 from gpusvc.state.lease import BrokenLeaseError, Lease
 from gpusvc.watchdog.judge import Evidence, GpuEvidence
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gpusvc.config.files import HostConfig, ModelConfig
+    from gpusvc.config.host import HostWatchdog
     from gpusvc.config.watched import Watched
     from gpusvc.gpu.meter import Meter
     from gpusvc.gpu.reading import Hung
@@ -62,6 +65,7 @@ class _Kept:
     recorded: dict[int, processes.Process]
     directory: str
     pin: str
+    keep: Path
     cgroup: Cgroup | None
 
 
@@ -163,6 +167,7 @@ class Observer:
             recorded={process.pid: process for process in lease.processes} if lease is not None else {},
             directory=str(self._paths.lease_directory(name)),
             pin=str(self._paths.pin_file(name)),
+            keep=self._paths.keep_file(name),
             cgroup=Cgroup(lease.cgroup) if lease is not None and lease.cgroup is not None else None,
         )
 
@@ -209,7 +214,7 @@ class Observer:
             vram_bytes=holdings.used_bytes(lease, reading.gpus, holding.pids),
             pinned=(config is not None and config.pinned) or os.path.exists(kept.pin),  # noqa: PTH110
             # While the configuration cannot be read, these values lead to no verdict.
-            idle_timeout_seconds=policy.idle_timeout_seconds if policy is not None and not is_kept else 0.0,
+            idle_timeout_seconds=_idle_timeout(policy, kept.keep, lease.created) if not is_kept else 0.0,
             busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None and not is_frozen else 0.0,
             busy_action=policy.busy_action if policy is not None else BusyAction.NONE,
             attached_timeout_seconds=policy.attached_timeout_seconds if policy is not None and not is_kept else 0.0,
@@ -245,6 +250,14 @@ def _age(kept: _Kept, now: float) -> float:
     """Return for how long the engine has run, by a clock that nobody sets; 0 if the lease does not record it."""
     engine = None if kept.lease is None else kept.recorded.get(kept.lease.pid or 0)
     return 0.0 if engine is None else max(0.0, now - engine.start_ticks / _TICKS_PER_SECOND)
+
+
+def _idle_timeout(policy: ModelConfig | HostWatchdog | None, keep: Path, run: float) -> float:
+    """Return the idle timeout in effect: a client's, or else the policy's; 0: where the policy is unknown."""
+    if policy is None:
+        return 0.0
+    wanted = keepalive.read(keep, run)
+    return policy.idle_timeout_seconds if wanted is None else wanted
 
 
 def _has_worked(lease: Lease, reading: Reading, pids: frozenset[int]) -> bool | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -21,6 +21,8 @@ Value: TypeAlias = "str | float | list[Value]"
 # What describes a model comes first, then the vocabulary, and the tensors last. No more of a file is read.
 _METADATA_BYTES = 1 * MIB
 _HEADER_BYTES = (1 * MIB, 8 * MIB, 64 * MIB)
+# The entries behind the vocabulary are within these.
+_VOCABULARY_BYTES = 32 * MIB
 
 _MAGIC = b"GGUF"
 
@@ -140,6 +142,33 @@ def read_header(file: Path) -> Header:
             if reader.has_whole_file:
                 break
     return Header(metadata, ())
+
+
+def find_text(file: Path, key: str) -> str | None:
+    """Return the text of an entry behind the vocabulary; None: there is none, or it stands too far behind.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a regular file.
+    """
+    head = read_head(file, _VOCABULARY_BYTES)
+    begin = _entry(key) + struct.pack("<I", _STRING)
+    at = head.find(begin) + len(begin)
+    if at < len(begin) or at + 8 > len(head):
+        return None
+    (length,) = struct.unpack_from("<Q", head, at)
+    return head[at + 8 : at + 8 + min(length, len(head))].decode(errors="replace")
+
+
+def has_any(file: Path, keys: Sequence[str]) -> bool:
+    """Return whether one of these entries is there, behind the vocabulary too. Raises as find_text()."""
+    head = read_head(file, _VOCABULARY_BYTES)
+    return any(_entry(key) in head for key in keys)
+
+
+def _entry(key: str) -> bytes:
+    """Return how an entry begins: its name with its length. In a vocabulary that is no word."""
+    return struct.pack("<Q", len(key)) + key.encode()
 
 
 class _Reader:

@@ -39,6 +39,7 @@ from gpusvc.state.lease import Lease
 from gpusvc.systemd import jobs as systemd_jobs
 from gpusvc.systemd.jobs import EndedJob, JobResult, QueuedJob
 from gpusvc.systemd.units import ActiveState, ServiceStatus, Unit
+from tests.engines import tinygguf
 
 T = TypeVar("T")
 
@@ -813,6 +814,34 @@ def test_a_pinned_model_is_not_evicted_until_it_is_unpinned(api: Run) -> None:
         assert (await api.get("/gpusvc/models/qwen"))["pinned"] is True
         assert (await api.post("/gpusvc/models/qwen/unpin"))[0] == 200
         assert (await api.get("/gpusvc/models/qwen"))["pinned"] is False
+
+    api(scenario)
+
+
+def test_a_client_says_how_long_a_model_stays(api: Run) -> None:
+    async def scenario(api: Api) -> None:
+        api.model("qwen", 'idle_timeout = "10m"', runs=True)
+        for idle, seconds in (("90s", 90), ("never", 0), ("default", 600)):
+            assert await api.post(f"/gpusvc/models/qwen/keep?idle={idle}") == (200, {"name": "qwen", "idle": idle})
+            assert (await api.get("/gpusvc/models/qwen"))["idle_timeout_seconds"] == seconds
+        assert (await api.post("/gpusvc/models/qwen/keep?idle=soon"))[0] == 400
+        api.model("cold")
+        assert code(await api.post("/gpusvc/models/cold/keep?idle=never")) == (409, "not_running")
+
+    api(scenario)
+
+
+def test_models_say_what_they_can_do(api: Run, tmp_path: Path) -> None:
+    async def scenario(api: Api) -> None:
+        file = tmp_path / "m.gguf"
+        tinygguf.write(file)
+        api.model("qwen")
+        api.paths.model_file("tiny").write_text(f'engine = "llama-server"\nmodel = "{file}"\n')
+        (found,) = await api.get("/gpusvc/weights")
+        assert (found["name"], found["architecture"], found["capabilities"]) == ("tiny", "llama", ["completion"])
+        assert await api.get("/gpusvc/weights") == [found]
+        file.write_bytes(b"words")
+        assert await api.get("/gpusvc/weights") == []
 
     api(scenario)
 

@@ -83,7 +83,7 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     directory = paths.lease_directory("NAME")
     known = {paths.host_file, paths.models_directory, paths.model_file("NAME"), paths.lease_file("NAME")}
     known |= {directory, directory / "lock", directory / "door", directory / "use", paths.pin_file("NAME")}
-    known |= {paths.readiness_file("NAME"), paths.demand_file("NAME")}
+    known |= {paths.readiness_file("NAME"), paths.demand_file("NAME"), paths.keep_file("NAME")}
     known |= {
         paths.placement_lock,
         paths.config / ".keys.toml.lock",

@@ -37,7 +37,7 @@ WEIGHTS = [
     {"name": "qwen", "format": "gguf", "architecture": "qwen3", "size_bytes": 5_000_000_000, "parameters": "8B",
      "quantisation": "Q4_K_M", "context": 32768, "capabilities": ["completion", "tools"]},
 ]  # fmt: skip
-MODELS = [{"name": "qwen", "in_use": False, "last_use_seconds": 1_700_000_000.0, "idle_timeout_seconds": 300.0}]
+MODELS = [{"name": "qwen", "in_use": False, "last_use": "2023-11-14T22:13:20+00:00", "idle_timeout_seconds": 300.0}]
 
 
 async def api(request: Request, connection: Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ from gpusvc.gpu.meter import Meter
 from gpusvc.journal import events
 from gpusvc.linux import cgroup
 from gpusvc.record import replace
-from gpusvc.state import counters, use
+from gpusvc.state import counters, keepalive, use
 from gpusvc.state import lease as leases
 from gpusvc.state.counters import Counters
 from gpusvc.watchdog import verdicts
@@ -262,6 +263,27 @@ def test_a_pinned_model_stays(ticker: Ticker) -> None:
     ticker.fleet.paths.pin_file("qwen").unlink()
     ticker.tick()
     assert ticker.jobs == [STOP]
+
+
+def test_a_client_may_keep_a_model_or_let_it_go_sooner(ticker: Ticker) -> None:
+    lease = ticker.fleet.add("qwen")
+    keepalive.write(ticker.fleet.paths, "qwen", lease.created, math.inf)
+    ticker.tick(20)
+    assert ticker.jobs == []
+    keepalive.write(ticker.fleet.paths, "qwen", lease.created + 1, 0.0)
+    ticker.fleet.model("qwen", 'idle_timeout = "1h"')
+    ticker.tick(20)
+    assert ticker.jobs == []
+    keepalive.write(ticker.fleet.paths, "qwen", lease.created, 0.0)
+    ticker.tick(2)
+    assert ticker.jobs == [STOP]
+
+
+def test_a_model_whose_file_keeps_it_stays_whatever_clients_want(ticker: Ticker) -> None:
+    lease = ticker.fleet.add("qwen", text="keep = true")
+    keepalive.write(ticker.fleet.paths, "qwen", lease.created, 0.0)
+    ticker.tick(20)
+    assert ticker.jobs == []
 
 
 def test_a_model_that_is_kept_is_not_idle(ticker: Ticker) -> None:

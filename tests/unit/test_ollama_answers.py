@@ -21,6 +21,7 @@ from tests.unit.test_ollama_questions import JSON_VALUES
 SECOND = 1_000_000_000
 CREATED = 1_700_000_000.25
 AT = "2023-11-14T22:13:20.250000Z"
+LONG_AGO = "1970-01-01T00:00:00+00:00"
 
 
 def question(form: Form = Form.CHAT, *, said: tuple[tuple[str, str], ...] | None = None) -> Question:
@@ -273,7 +274,7 @@ def test_models_are_listed_with_a_tag_and_once() -> None:
 
 def test_loaded_models_are_listed_with_their_vram_and_their_end() -> None:
     listed = [card("qwen", state="ready", used_bytes=7), card("q", "qwen", state="ready"), card("cold")]
-    use: dict[str, object] = {"in_use": False, "last_use_seconds": 1_700_000_000.0, "idle_timeout_seconds": 300.0}
+    use: dict[str, object] = {"in_use": False, "last_use": "2023-11-14T23:13:20+01:00", "idle_timeout_seconds": 300.0}
     models: Any = listing.running(listed, WEIGHTS, {"qwen": use}, 1_700_000_100.0)["models"]
     (one,) = models
     assert (one["name"], one["size_vram"], one["size"], one["context_length"]) == ("qwen:latest", 7, 7, 32768)
@@ -284,9 +285,15 @@ def test_loaded_models_are_listed_with_their_vram_and_their_end() -> None:
 @pytest.mark.parametrize(
     ("use", "expires"),
     [
-        ({"in_use": True, "last_use_seconds": 0.0, "idle_timeout_seconds": 60.0}, "2023-11-14T22:16:00.000000Z"),
-        ({"pinned": True, "last_use_seconds": 0.0, "idle_timeout_seconds": 60.0}, "2286-11-20T17:46:39.000000Z"),
-        ({"last_use_seconds": 0.0, "idle_timeout_seconds": 0.0}, "2286-11-20T17:46:39.000000Z"),
+        (
+            {"in_use": True, "last_use": LONG_AGO, "idle_timeout_seconds": 60.0},
+            "2023-11-14T22:16:00.000000Z",
+        ),
+        (
+            {"pinned": True, "last_use": LONG_AGO, "idle_timeout_seconds": 60.0},
+            "2286-11-20T17:46:39.000000Z",
+        ),
+        ({"last_use": LONG_AGO, "idle_timeout_seconds": 0.0}, "2286-11-20T17:46:39.000000Z"),
         ({}, "2286-11-20T17:46:39.000000Z"),
     ],
 )

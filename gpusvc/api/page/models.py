@@ -83,11 +83,12 @@ def _use(model: ModelStatus, facts: Facts, now: float) -> Iterator[Content]:
         yield since(standing.last_use, now)
         if standing.pinned:
             return  # the button says so
-        if facts.idle_timeout_seconds == 0:
+        timeout_seconds = standing.idle_timeout_seconds if standing.is_kept_by_client else facts.idle_timeout_seconds
+        if timeout_seconds == 0:
             yield ", stays loaded"
-        elif facts.idle_timeout_seconds is not None:
+        elif timeout_seconds is not None:
             yield ", unloads in "
-            yield until(standing.last_use + facts.idle_timeout_seconds, now)
+            yield until(standing.last_use + timeout_seconds, now)
 
 
 def _actions(model: ModelStatus, key: str) -> Iterator[Html]:

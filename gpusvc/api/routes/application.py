@@ -11,7 +11,7 @@ from gpusvc.api.backend import metrics
 from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.responses import error_response, json_response
 from gpusvc.api.page import page
-from gpusvc.api.routes import compatible, history, machine, models
+from gpusvc.api.routes import compatible, history, machine, models, weights
 from gpusvc.api.routes.endpoints import Endpoint
 from gpusvc.api.routes.openapi import document
 from gpusvc.errors import GpusvcError
@@ -53,6 +53,7 @@ def endpoints(backend: Backend) -> list[Endpoint]:
     found = [
         *models.endpoints(backend),
         *machine.endpoints(backend),
+        *weights.endpoints(backend),
         *history.endpoints(backend),
         *compatible.endpoints(backend),
         *map(Endpoint.from_route, [*metrics.routes(backend), *page.routes(backend)]),

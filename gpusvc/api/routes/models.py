@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from gpusvc.config.serving import load_serving
 from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.log import log
 from gpusvc.quantity import parse_duration
+from gpusvc.state import keepalive
+from gpusvc.state import lease as leases
 from gpusvc.watchdog import verdicts
 
 _T = TypeVar("_T")
@@ -40,7 +43,18 @@ _WAIT = Parameter(
 _PATIENCE = Parameter(
     "wait", "How long to wait for those who use it, as in 30s; absent: as long as a start would.", {"type": "string"}
 )
+_IDLE = Parameter(
+    "idle",
+    "How long it stays without use, as in 10m; never: as long as it runs; default: as its file says.",
+    {"type": "string"},
+)
 _FORCE = Parameter("force", "Then evict it all the same.", {"type": "boolean", "default": False})
+
+
+class _NotRunningError(GpusvcError):
+    """The model has no run that anything could be said of."""
+
+    http_status = 409
 
 
 class _Models:
@@ -143,6 +157,21 @@ class _Models:
         pins.unpin(self._backend.paths, name)
         return _done(request, {"name": name, "pinned": False})
 
+    async def keep(self, request: web.Request) -> web.StreamResponse:
+        """Replace the idle timeout of a model's present run, as a client of the gateway wants it."""
+        name = self._name(request)
+        lease = leases.read(self._backend.paths, name)
+        if lease is None:
+            raise _NotRunningError(f"{name} does not run.", hint="idle_timeout in its file is for every run.")
+        text = request.query.get("idle", "")
+        self._note(request, name, f"idle timeout {text[:32]!r} for")
+        if text == "default":
+            keepalive.remove(self._backend.paths, name)
+        else:
+            keepalive.write(self._backend.paths, name, lease.created, _idle_seconds(text))
+        self._backend.snapshots.forget()
+        return _done(request, {"name": name, "idle": text})
+
     def _name(self, request: web.Request) -> str:
         return self._backend.resolve(request.match_info["name"])
 
@@ -186,7 +215,17 @@ def endpoints(backend: Backend) -> list[Endpoint]:
         Endpoint("POST", f"{one}/release", models.release),
         Endpoint("POST", f"{one}/pin", models.pin),
         Endpoint("POST", f"{one}/unpin", models.unpin),
+        Endpoint("POST", f"{one}/keep", models.keep, (_IDLE,)),
     ]
+
+
+def _idle_seconds(text: str) -> float:
+    if text == "never":
+        return math.inf
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(str(error), hint="?idle= is a duration, never, or default.") from None
 
 
 def _ready(ready: Ready) -> web.Response:

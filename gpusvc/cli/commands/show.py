@@ -14,6 +14,7 @@ from gpusvc.cli.arguments import JSON, NAME, paths_of
 from gpusvc.errors import GpusvcError, NvmlError, NvmlUnavailableError
 from gpusvc.paths import is_user_instance
 from gpusvc.printable import printable
+from gpusvc.quantity import format_duration
 
 if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
@@ -239,6 +240,9 @@ def _about_standing(state: ModelState, standing: Standing) -> Iterator[tuple[str
     ]
     if pins:
         yield "Pinned", " and ".join(pins)
+    if standing.is_kept_by_client and standing.idle_timeout_seconds is not None:
+        limit = standing.idle_timeout_seconds
+        yield "Kept by", f"a client, until it {f'is idle for {format_duration(limit)}' if limit else 'stops'}"
     if standing.priority:
         yield "Priority", str(standing.priority)
 

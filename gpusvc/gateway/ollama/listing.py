@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 
 from gpusvc.gateway.ollama.answers import now_text
 
@@ -122,11 +123,19 @@ def _entry(name: str, card: Mapping[str, object], weights: Facts) -> Value:
 
 
 def _expiry(known: Mapping[str, object], now: float) -> float:
-    timeout, last_use = known.get("idle_timeout_seconds"), known.get("last_use_seconds")
-    if known.get("pinned") is True or not isinstance(timeout, int | float) or not timeout:
+    timeout = known.get("idle_timeout_seconds")
+    if known.get("pinned") is True or not isinstance(timeout, int | float) or not timeout > 0:
         return _NEVER_SECONDS
-    begin = now if known.get("in_use") is True or not isinstance(last_use, int | float) else last_use
-    return min(max(begin, 0.0) + timeout, _NEVER_SECONDS)
+    last_use = None if known.get("in_use") is True else _seconds(known.get("last_use"))
+    return min((now if last_use is None else last_use) + timeout, _NEVER_SECONDS)
+
+
+def _seconds(text: object) -> float | None:
+    """Return a time of the API's in seconds since the epoch; None: it is none."""
+    try:
+        return max(0.0, datetime.fromisoformat(text).timestamp()) if isinstance(text, str) else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _own(card: Mapping[str, object]) -> Mapping[str, object]:
