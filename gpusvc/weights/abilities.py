@@ -79,7 +79,7 @@ def _of_gguf(path: Path, found: Description, asked: EngineCommand) -> Abilities:
     architecture, label = _word(known.get("general.architecture")), _word(known.get("general.size_label"))
     template = gguf.find_text(path, "tokenizer.chat_template") or ""
     can = ["completion"]
-    if asked.has_any([_PROJECTOR]):
+    if asked.value(_PROJECTOR) is not None:
         can.append("vision")
     if "tools" in template:
         can.append("tools")
@@ -97,9 +97,9 @@ def _of_directory(path: Path, found: Description, asked: EngineCommand) -> Abili
     can = ["completion"]
     if isinstance(config.get("vision_config"), dict):
         can.append("vision")
-    if asked.has_any([_TOOLS]):
+    if asked.value(_TOOLS) is not None:
         can.append("tools")
-    if asked.has_any([_THINKS]) and any(word in _template(path) for word in _THINKING):
+    if asked.value(_THINKS) is not None and any(word in _template(path) for word in _THINKING):
         can.append("thinking")
     if _is_for_embeddings(asked):
         can = ["embedding"]
