@@ -1,7 +1,7 @@
-"""The presets of engines: how each turns a model into a command, and how its program is found.
+"""The presets of engines: how each makes a command of a model, and how its program is found.
 
-A preset binds the engine to the loopback address and to ``{port}``, tells it the names that clients may use, and splits
-the model over as many GPUs as it gets. The user's ``args`` come last, and so have the last word.
+A preset binds the engine to the loopback address and to ``{port}``, gives it the names that clients may use, and splits
+the model over the GPUs that it gets. The user's ``args`` come last, so that they override the preset.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gpusvc.record import Record
 
 PORT = "{port}"
 
-# Where an engine's program is searched, unless the model's env has a PATH.
+# The search path for an engine's program, unless the model's env has a PATH.
 ENGINE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _LISTEN = ("--host", "127.0.0.1", "--port", PORT)
 
-# Compiled when they are asked for: most models have a command of their own.
+# Not compiled here: most models have a command of their own.
 _REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 _QUANTISED_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?"
 
@@ -48,9 +48,9 @@ class Preset(Record):
     health: str
     command: Callable[[Served], tuple[str, ...]]
     require_name: Callable[[str], None]
-    """Raises ValueError, with one sentence, if a model cannot be called so; the files are not looked at."""
+    """Raise ValueError, with one sentence, if the name is not valid. It does not look at the files."""
     require_files: Callable[[str], None]
-    """Raises ValueError, with one sentence, if the model's files are missing or of another kind."""
+    """Raise ValueError, with one sentence, if the model's files are missing or of another kind."""
 
     def probe(self, served: Served) -> Probe:
         """Return a request for one token of the model. All presets speak OpenAI's API."""
@@ -63,7 +63,7 @@ def _llama_server(served: Served) -> tuple[str, ...]:
 
 
 def _require_gguf_name(model: str) -> None:
-    """An absolute path, or a Hugging Face repository, with a quantisation if need be."""
+    """Accept an absolute path, or a Hugging Face repository, with or without a quantisation."""
     if not _is_path(model) and (model.lower().endswith(".gguf") or not re.fullmatch(_QUANTISED_REPOSITORY, model)):
         raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'owner/model:Q4_K_M'.")
 
@@ -97,13 +97,13 @@ def _sglang(served: Served) -> tuple[str, ...]:
 
 
 def _require_repository_name(model: str) -> None:
-    """An absolute path, or a Hugging Face repository."""
+    """Accept an absolute path, or a Hugging Face repository."""
     if not _is_path(model) and not re.fullmatch(_REPOSITORY, model):
         raise ValueError(f"{shown(model)} is neither an absolute path nor a repository such as 'Qwen/Qwen3-8B'.")
 
 
 def _require_path(model: str) -> None:
-    """A directory (or a file, such as a GGUF)."""
+    """Accept a directory, or a file such as a GGUF file."""
     if _is_path(model):
         _mode(model)
 
@@ -123,7 +123,7 @@ def _is_path(model: str) -> bool:
 
 
 def _mode(path: str) -> int:
-    """``st_mode``; that of a plain file where we may not look. Raises ValueError if there is nothing."""
+    """Return ``st_mode``; that of a regular file without permission to look. Raise ValueError if there is no file."""
     try:
         return Path(path).stat().st_mode
     except PermissionError:
@@ -133,24 +133,22 @@ def _mode(path: str) -> int:
 
 
 def find_program(program: str, env: Mapping[str, str]) -> str:
-    """The absolute path of an engine's program, as its first argument names it.
+    """Return the absolute path of an engine's program, given its first argument.
 
-    Where we may not look (the engine's user may), it is taken to be there: exec(2) will say.
+    A path without permission to look is accepted, because the engine's user may have it: exec(2) will tell.
 
     Raises:
-        ValueError: one sentence on why there is none.
+        ValueError: there is no program; the message is a sentence.
     """
     if "/" in program:
         if not program.startswith("/"):
-            raise ValueError(
-                f"{shown(program)} is a relative path: write an absolute one, or a name to be found in PATH."
-            )
+            raise ValueError(f"{shown(program)} is a relative path: write an absolute one, or a name that is in PATH.")
         verdict = _verdict(program)
         if verdict not in (_RUNS, _UNKNOWN):
             raise ValueError(f"{shown(program)} cannot be run: {verdict}.")
         return program
     search = env.get("PATH", ENGINE_PATH)
-    # An empty or relative entry would mean the working directory, from which nothing is run by accident.
+    # An empty or relative entry means the working directory, from which no program is run by accident.
     candidates = [f"{directory}/{program}" for directory in search.split(":") if directory.startswith("/")]
     verdicts = [_verdict(path) for path in candidates]
     for verdict in (_RUNS, _UNKNOWN):
@@ -164,7 +162,7 @@ _UNKNOWN = "unknown"
 
 
 def _verdict(path: str) -> str:
-    """Whether somebody may run ``path``, or else why nobody can."""
+    """Return whether ``path`` can be run, or the reason why not."""
     try:
         mode = Path(path).stat().st_mode
     except PermissionError:
@@ -177,7 +175,7 @@ def _verdict(path: str) -> str:
 
 
 def misplaced_placeholder(arguments: Sequence[str]) -> str | None:
-    """The first argument that looks as if it should be replaced, but is not: only ``{port}`` is."""
+    """Return the first argument that looks like a placeholder other than ``{port}``; None if there is none."""
     for argument in arguments:
         if argument in ("$PORT", "${PORT}", "{model}", "{name}"):
             return argument

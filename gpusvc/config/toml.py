@@ -1,4 +1,7 @@
-"""Write values as TOML, which the standard library can only read. It knows no keys."""
+"""Write values as TOML, which the standard library can only read. It knows no keys.
+
+tomli-w would write each word of a command on a line of its own; it has neither comments nor inline tables.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-# Where a list is broken into lines.
+# Longer lists are broken into lines.
 _WIDTH = 110
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")

@@ -1,5 +1,5 @@
-"""Models out of other programs' configurations: what they say, as drafts of model files, and what they say in vain.
+"""Other programs' configurations as drafts of model files, with notes on what has no counterpart.
 
-One module for each format; each has a function that takes what was read and returns an Import. What reads files beside
-that says so. Nothing here writes any.
+Each format has a module with a function that takes what was read and returns an Import. Functions that read files say
+so. No module here writes a file.
 """

@@ -1,4 +1,4 @@
-"""Commands of engines: their options, and what stands before them: variables, ``env``, ``nice``, ``sh -c``."""
+"""Commands of engines: their options, and the variables and wrappers before them (``env``, ``nice``, ``sh -c``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gpusvc.importing import llama_options, places, shell
 
-# They have a daemon or another machine start the engine, outside the model's control group.
+# Programs that let a daemon or another machine start the engine, outside the model's control group.
 _REMOTE = {
     *("docker", "podman", "nerdctl", "docker-compose", "podman-compose", "ctr", "crictl", "lxc", "incus", "kubectl"),
     *("machinectl", "ssh", "systemd-run"),
@@ -16,7 +16,7 @@ _REMOTE = {
 
 _SHELLS = {"sh", "bash", "dash", "zsh", "ash", "ksh"}
 
-# Scripts nest scripts, and wrappers wrappers; nobody means more than this.
+# Limits for scripts within scripts and wrappers within wrappers.
 _DEEPEST = 4
 _MOST_WRAPPERS = 16
 
@@ -64,12 +64,12 @@ class Peeled(NamedTuple):
 
 
 def program(command: Sequence[str]) -> str:
-    """The file name of a command's program; empty if there is none."""
+    """Return the file name of a command's program; empty if the command is empty."""
     return PurePath(command[0]).name if command else ""
 
 
 def peel(command: Sequence[str]) -> Peeled:
-    """Take off the variables before a command: ``A=1 COMMAND`` and ``env A=1 COMMAND``, but not ``env -i``."""
+    """Split off the variables before a command: ``A=1 COMMAND`` and ``env A=1 COMMAND``, but not ``env -i``."""
     rest = list(command)
     variables: dict[str, str] = {}
     for _ in range(_MOST_WRAPPERS):
@@ -89,7 +89,7 @@ def peel(command: Sequence[str]) -> Peeled:
 
 
 def script_position(command: Sequence[str]) -> int | None:
-    """Where the script of ``sh -c SCRIPT`` stands; None if the command is no such."""
+    """Return the position of the script of ``sh -c SCRIPT``; None if it is another command."""
     if program(command) not in _SHELLS:
         return None
     for position, word in enumerate(command[1:], start=1):
@@ -101,7 +101,7 @@ def script_position(command: Sequence[str]) -> int | None:
 
 
 def chain(command: Sequence[str], depth: int = 0) -> Iterator[list[str]]:
-    """Each command that a command executes, itself first: behind wrappers, and within the scripts of shells."""
+    """Yield each command that a command executes, itself first: behind wrappers, and within scripts of shells."""
     rest = list(command)
     for _ in range(_MOST_WRAPPERS):
         if not rest:
@@ -120,7 +120,7 @@ def chain(command: Sequence[str], depth: int = 0) -> Iterator[list[str]]:
 
 
 def prefix_length(command: Sequence[str]) -> int:
-    """How many words stand before the engine or the shell that a command executes in the end."""
+    """Return the number of words before the engine or the shell that a command executes in the end."""
     rest = list(command)
     for _ in range(_MOST_WRAPPERS):
         following = _unwrapped(rest) if rest and script_position(rest) is None else rest
@@ -131,7 +131,7 @@ def prefix_length(command: Sequence[str]) -> int:
 
 
 def _unwrapped(command: list[str]) -> list[str]:
-    """The command within a wrapper or behind assignments; the same where there is neither."""
+    """Return the command within a wrapper or behind assignments; the same command if there is neither."""
     if shell.is_assignment(command[0]):
         return command[1:]
     wrapper = _WRAPPERS.get(program(command))
@@ -144,12 +144,12 @@ def _unwrapped(command: list[str]) -> list[str]:
 
 
 def is_container(command: Sequence[str]) -> bool:
-    """Whether a command has a daemon start the engine, outside the model's control group."""
+    """Return whether a command lets a daemon start the engine, outside the model's control group."""
     return any(program(inner) in _REMOTE and "--cgroups=disabled" not in inner for inner in chain(command))
 
 
 def options_of(command: Sequence[str]) -> list[str]:
-    """All words that a command and the scripts within it have, for reading options."""
+    """Return all words of a command and of the scripts within it, to read options from."""
     words = list(command)
     for inner in chain(command):
         if (position := script_position(inner)) is not None:
@@ -158,7 +158,7 @@ def options_of(command: Sequence[str]) -> list[str]:
 
 
 def relative_paths(command: Sequence[str]) -> list[str]:
-    """The words of a command, and of the scripts within it, that name files relative to the working directory."""
+    """Return the words of a command and of its scripts that name files relative to the working directory."""
     found: list[str] = []
     for inner in chain(command):
         if script_position(inner) is not None:
@@ -176,7 +176,7 @@ def relative_paths(command: Sequence[str]) -> list[str]:
 
 
 def _paths_of_options(command: Sequence[str]) -> list[str]:
-    """The values of those options of llama-server that name files."""
+    """Return the values of those options of llama-server that name files."""
     found: list[str] = []
     for position, word in enumerate(command):
         name, equals, text = word.partition("=")
@@ -186,13 +186,13 @@ def _paths_of_options(command: Sequence[str]) -> list[str]:
 
 
 def fixed_port(command: Sequence[str]) -> int | None:
-    """The port that a command names, if it is a number."""
+    """Return the port that a command names as a number; None if it names none."""
     port = value(options_of(command), ("--port",))
     return int(port) if port is not None and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536 else None
 
 
 def value(command: Sequence[str], names: Collection[str]) -> str | None:
-    """The value of an option, as ``NAME VALUE`` or ``NAME=VALUE``; the last one counts."""
+    """Return the value of an option, given as ``NAME VALUE`` or ``NAME=VALUE``; the last one counts."""
     found = None
     for position, argument in enumerate(command):
         name, equals, text = argument.partition("=")
@@ -202,7 +202,7 @@ def value(command: Sequence[str], names: Collection[str]) -> str | None:
 
 
 def without(command: Sequence[str], names: Collection[str]) -> list[str]:
-    """The command without these options and their values."""
+    """Return the command without these options and their values."""
     kept: list[str] = []
     skip = False
     for argument in command:

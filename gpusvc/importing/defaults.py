@@ -1,4 +1,4 @@
-"""Defaults of requests that a model brings along, as options of llama-server: what a request says still prevails."""
+"""A model's default parameters of requests, as options of llama-server. A request can override them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def put(draft: Draft, fields: Foreign) -> None:
-    """Take those that ``fields`` has over into the arguments."""
+    """Add the defaults that ``fields`` has to the arguments."""
     for key, option in OPTIONS.items():
         number = fields.number(key)
         if number is not None:

@@ -1,4 +1,4 @@
-"""A model file in the making, and what is to be said about it; it knows no foreign format."""
+"""A model file in the making, and notes for the person who imports it. It knows no foreign format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from gpusvc.config import toml
 
-# The order of a model's file; a key that is not here comes after these.
+# The order of keys in a model's file. Other keys come after these.
 _ORDER = (
     "description",
     "engine",
@@ -35,7 +35,7 @@ _ORDER = (
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One thing that a source says and no model file does, or not in the same way, and why."""
+    """A key of a source that has no counterpart in a model file, or another one, and why."""
 
     model: str | None  # the model's name here; None: the source as a whole
     key: str  # of the source, dotted
@@ -46,7 +46,7 @@ class Note:
 
 
 class Notes(list[Note]):
-    """The notes of an import, in the order of its source; each is said once."""
+    """The notes of an import, in the order of its source, without repetitions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Notes(list[Note]):
 
 
 def by_kind(notes: Iterable[Note]) -> list[str]:
-    """The notes as lines, one for each key and reason: ``a, b: KEY: REASON`` names the models that it is about."""
+    """Return the notes as lines, one for each key and reason: ``MODEL, MODEL: KEY: REASON``."""
     models: dict[tuple[str, str], list[str]] = {}
     for note in notes:
         models.setdefault((note.key, note.reason), []).extend([note.model] if note.model is not None else [])
@@ -79,7 +79,7 @@ class Draft:
     keys: dict[str, object] = field(default_factory=dict)
 
     def put(self, key: str, value: object) -> None:
-        """Say a key, dotted where it belongs to a table; None: say nothing of it."""
+        """Set a key, dotted if it belongs to a table; None removes it."""
         table, _, last = key.rpartition(".")
         if value is None:
             self._table(table).pop(last, None)
@@ -87,18 +87,18 @@ class Draft:
             self._table(table)[last] = value
 
     def get(self, key: str) -> object:
-        """What a key says; None if nothing."""
+        """Return the value of a key; None if it is not set."""
         table, _, last = key.rpartition(".")
         keys = self.keys.get(table, {}) if table else self.keys
         return keys.get(last) if isinstance(keys, dict) else None
 
     def extend(self, key: str, values: Iterable[object]) -> None:
-        """Say more of a list."""
+        """Append values to a list."""
         known = self.get(key)
         self.put(key, [*(known if isinstance(known, list) else []), *values])
 
     def text(self) -> str:
-        """The file. Lists and tables in which nothing stands are left out of it."""
+        """Return the text of the file, without empty lists and tables."""
         said = _filled({key: _filled(value) for key, value in self.keys.items()})
         rank = {key: number for number, key in enumerate(_ORDER)}
         ordered = {key: said[key] for key in sorted(said, key=lambda key: rank.get(key, len(rank)))}
@@ -113,20 +113,20 @@ class Draft:
 
 
 def _filled(value: Any) -> Any:
-    """A table without what is empty in it; anything else as it is."""
+    """Return a table without its empty lists and tables; any other value as it is."""
     return {key: item for key, item in value.items() if item not in ([], {})} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """What became of a source."""
+    """The result of an import."""
 
     drafts: tuple[Draft, ...]
     notes: tuple[Note, ...]
 
 
 def finish(drafts: Iterable[Draft], notes: Notes) -> Import:
-    """The drafts as they may stand beside each other: no two of them answer to the same name."""
+    """Return the drafts, after removing aliases that already mean another model."""
     settled = tuple(drafts)
     owners = {draft.name: draft.name for draft in settled}
     for draft in settled:
@@ -143,7 +143,7 @@ def finish(drafts: Iterable[Draft], notes: Notes) -> Import:
 
 
 def without_nulls(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """Members that TOML can say, and the names of those that it cannot, as it has no null."""
+    """Return the members that TOML can express, and the names of the others: TOML has no null."""
     kept: dict[str, object] = {}
     lost: list[str] = []
     for key, value in values.items():

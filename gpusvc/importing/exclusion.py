@@ -1,6 +1,6 @@
-"""Which models exclude each other, said by groups with sides; pure graph work.
+"""Groups with sides that say which models exclude each other; pure graph work.
 
-Models of different sides of a group exclude each other, models of one side do not. A side of one model needs no name.
+Models of different sides of a group exclude each other, models of one side do not. A side with one model needs no name.
 Sets of models are bit masks: bit ``n`` is the model of that number.
 """
 
@@ -13,7 +13,7 @@ Sides = list[int]
 
 
 def members(mask: int) -> Iterator[int]:
-    """The numbers of the bits that are set, in their order."""
+    """Yield the numbers of the bits that are set, in ascending order."""
     while mask:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
@@ -21,10 +21,10 @@ def members(mask: int) -> Iterator[int]:
 
 
 def groups(excluded: Sequence[int]) -> list[Sides]:
-    """Groups that say what is excluded and nothing else.
+    """Return groups that exclude exactly these pairs of models.
 
     Args:
-        excluded: for each model those that it excludes. It holds both ways.
+        excluded: for each model a mask of the models that it excludes. The relation is symmetric.
     """
     found: list[Sides] = []
     left = [(1 << len(excluded)) - 1]
@@ -42,7 +42,7 @@ def groups(excluded: Sequence[int]) -> list[Sides]:
         if len(parts) > 1:
             left += parts
             continue
-        # No such division: one model against those that it excludes, then all the others.
+        # There is no such division: separate the model that excludes most, and go on with the others.
         most = max(members(models), key=lambda model: (excluded[model] & models).bit_count())
         found.append([1 << most, excluded[most] & models])
         left.append(models & ~(1 << most))
@@ -50,7 +50,7 @@ def groups(excluded: Sequence[int]) -> list[Sides]:
 
 
 def _components(models: int, neighbours: Callable[[int, int], int]) -> list[int]:
-    """The connected parts of a graph, in the order of their first models."""
+    """Return the connected parts of a graph, in the order of their first models."""
     parts: list[int] = []
     while models:
         part = border = models & -models
@@ -67,7 +67,7 @@ def _components(models: int, neighbours: Callable[[int, int], int]) -> list[int]
 
 
 def entries(name: str, sides: Sequence[Sequence[str]], titles: Sequence[str]) -> dict[str, str]:
-    """What ``exclusive`` says of each model of a group: ``NAME``, or ``NAME/SIDE`` where its side has several."""
+    """Return the entry of ``exclusive`` for each model: ``NAME``, or ``NAME/SIDE`` if its side has several models."""
     return {
         model: name if len(side) == 1 else f"{name}/{title}"
         for side, title in zip(sides, titles, strict=True)

@@ -1,7 +1,7 @@
-"""One mapping of a foreign configuration, key by key: what is asked for, what has no counterpart, and what is unknown.
+"""One mapping of a foreign configuration, read key by key. It notes keys without a counterpart and unknown keys.
 
-Nothing here raises: a source that another program accepted is not for gpusvc to refuse. What cannot be understood is
-noted, and left out.
+Nothing here raises an error, because the other program accepted the source. A value that makes no sense is noted and
+left out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _FALSE = {"false", "no", "off", "n", "0", "disabled"}
 
 
 def truth_of(value: object) -> bool | None:
-    """What a person means by ``on``, ``yes`` or ``0``; None if it is no such word."""
+    """Return the truth value of a word such as ``on``, ``yes`` or ``0``; None for other words."""
     word = str(value).strip().lower()
     return True if word in _TRUE else False if word in _FALSE else None
 
 
 def _number(value: object) -> int | float | None:
-    """A number, also as text; whole ones without a fraction. None for all else, and for what nothing could count."""
+    """Return a number, also of a text; a whole one as int. None for other values and for huge numbers."""
     try:
         number = None if isinstance(value, bool) else float(str(value))
     except ValueError:
@@ -34,7 +34,7 @@ def _number(value: object) -> int | float | None:
 
 
 class Foreign:
-    """The keys of one mapping. Those that nobody asks for are noted by ``finish()``."""
+    """The keys of one mapping. ``finish()`` notes the keys that were not read."""
 
     def __init__(self, values: object, notes: Notes, model: str | None, prefix: str = "") -> None:
         self.model = model
@@ -42,7 +42,7 @@ class Foreign:
         self._prefix = prefix
         self._asked: set[str] = set()
         if values is not None and not isinstance(values, Mapping):
-            notes.add(model, prefix.rstrip(".") or "the file", f"It is no mapping, but {shown(values)}: left out.")
+            notes.add(model, prefix.rstrip(".") or "the file", f"It is not a mapping, but {shown(values)}. Left out.")
             values = None
         self._values: dict[str, object] = {str(key): value for key, value in (values or {}).items()}
 
@@ -50,7 +50,7 @@ class Foreign:
         self.notes.add(self.model, self._prefix + key, reason)
 
     def names(self) -> list[str]:
-        """All keys, for who knows what to do with any."""
+        """Return all keys."""
         return list(self._values)
 
     def has(self, key: str) -> bool:
@@ -60,7 +60,7 @@ class Foreign:
         return key in self._asked
 
     def value(self, key: str) -> object:
-        """Whatever the key says; None if nothing."""
+        """Return the value of a key as it is; None if it is absent."""
         self._asked.add(key)
         return self._values.get(key)
 
@@ -83,7 +83,7 @@ class Foreign:
         return number
 
     def count(self, key: str) -> int | None:
-        """A whole number, 0 or more."""
+        """Return a whole number of 0 or more; None, and a note, for other values."""
         number = self.number(key)
         if number is None or (isinstance(number, int) and number >= 0):
             return number
@@ -110,17 +110,17 @@ class Foreign:
         return type(self)(self.value(key), self.notes, self.model, f"{self._prefix}{key}.")
 
     def drop(self, reasons: Mapping[str, str]) -> None:
-        """Note those of these keys that say something, each with its reason."""
+        """Note those of these keys that are set, each with its reason."""
         for key in [key for key in self._values if key in reasons]:
-            # Off or empty is what there is here anyhow.
+            # A key that is off or empty changes nothing.
             if self.value(key) not in (None, False, "", [], {}):
                 self.note(key, reasons[key])
 
     def finish(self) -> None:
-        """Note the keys that nobody asked for."""
+        """Note the keys that were not read."""
         for key in self._values:
             if key not in self._asked:
-                self.note(key, "It is not known here, and left out.")
+                self.note(key, "gpusvc does not know this key. Left out.")
 
     def _wrong(self, key: str, wanted: str) -> None:
-        self.note(key, f"It is not {wanted}, but {shown(self._values[key])}: left out.")
+        self.note(key, f"It is not {wanted}, but {shown(self._values[key])}. Left out.")

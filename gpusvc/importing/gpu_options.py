@@ -1,7 +1,7 @@
-"""The GPUs that an engine's command asks for, as ``[gpu]`` of a model file says it.
+"""The GPUs that an engine's command asks for, as keys below ``[gpu]`` of a model file.
 
-An engine of gpusvc sees the GPUs that it gets and no others, and counts them from 0. So what picks GPUs by their number
-leaves the command. What stays in it and does not fit the result is reported.
+An engine of gpusvc sees only the GPUs that it gets, and counts them from 0. So options that pick GPUs by number leave
+the command. Options that stay and do not fit the result are reported.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _WAYS = (
 )
 _DATA = ("-dp", "--data-parallel-size", "--dp-size")
 _DATA_HERE = ("-dpl", "--data-parallel-size-local")
-# SGLang splits its tensor parallel GPUs into the data parallel ranks then, and takes no more of them.
+# With it SGLang divides its tensor parallel GPUs among the data parallel ranks, and takes no more GPUs.
 _WITHIN_TENSOR = "--enable-dp-attention"
 
-# As many as `count` below [gpu] takes.
+# The largest `count` below [gpu].
 _MOST = 1024
 
 _CUDA = re.compile(r"CUDA([0-9]{1,4})")
@@ -44,23 +44,23 @@ _INDICES = "Here indices are those of nvidia-smi; CUDA's own order is another un
 
 
 class Report(NamedTuple):
-    """One thing that is to be said: of a variable, or of an option of the command."""
+    """A note on a variable, or on an option of the command."""
 
     subject: str  # a variable's name or an option's
     reason: str
 
 
 def settle(draft: Draft, command: Sequence[str], env: dict[str, str], reports: list[Report]) -> list[str]:
-    """Put what ``command`` and ``env`` say of GPUs into ``draft``.
+    """Put the GPUs that ``command`` and ``env`` pick into ``draft``.
 
     Args:
         draft: gets ``gpu.count``, ``gpu.devices`` and ``env``.
         command: the engine's, or arguments of a preset.
-        env: variables of the engine. Those of the command take precedence over them.
-        reports: gets what is to be said.
+        env: variables of the engine. Variables in the command override them.
+        reports: gets the notes.
 
     Returns:
-        The command without what has become keys of the model file.
+        The command without the options that became keys of the model file.
     """
     rest, assigned = _taken_out(list(command))
     variables = env | assigned
@@ -83,14 +83,14 @@ def settle(draft: Draft, command: Sequence[str], env: dict[str, str], reports: l
 
 
 def _taken_out(command: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command without its leading variables, and without those that gpusvc sets wherever they are set in it."""
+    """Return the command and its variables, without leading ones and without those that gpusvc sets itself."""
     command, variables = commandline.peel(command)
     position = commandline.script_position(command)
     if position is not None:
         script = command[position]
         inner = commandline.peel(shell.split(script).words) if shell.is_simple(script) else None
         if inner is not None and inner.variables and position == len(command) - 1 and inner.command:
-            # One command and its variables need no shell.
+            # A single command with variables needs no shell.
             engine = inner.command[1:] if inner.command[0] == "exec" and len(inner.command) > 1 else inner.command
             return engine, variables | inner.variables
         command[position], found = _without_assignments(script)
@@ -104,7 +104,7 @@ def _taken_out(command: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _without_assignments(script: str) -> tuple[str, dict[str, str]]:
-    """A script without the assignments of variables that gpusvc sets; those with a ``$`` in them stay."""
+    """Return a script without assignments of gpusvc's own variables; values with a ``$`` stay."""
     found: dict[str, str] = {}
 
     def take(match: re.Match[str]) -> str:
@@ -119,7 +119,7 @@ def _without_assignments(script: str) -> tuple[str, dict[str, str]]:
 
 
 def _visible(text: str) -> tuple[int | str, ...]:
-    """CUDA's list ends with the first entry that CUDA does not understand, such as -1."""
+    """Return the devices of a list. As for CUDA, the list ends at the first invalid entry, such as -1."""
     devices: list[int | str] = []
     for entry in (part.strip() for part in text.split(",")):
         if not entry:
@@ -138,7 +138,7 @@ def _visible(text: str) -> tuple[int | str, ...]:
 def _devices(
     command: list[str], visible: tuple[int | str, ...] | None, reports: list[Report]
 ) -> tuple[list[str], tuple[int | str, ...] | None]:
-    """Take --device and --main-gpu of llama-server off, as far as they pick GPUs by number."""
+    """Take --device and --main-gpu out of a command of llama-server if they pick GPUs by number."""
     listed = [part.strip() for part in (commandline.value(command, DEVICE) or "").split(",") if part.strip()]
     if listed == ["none"]:
         return command, ()
@@ -158,7 +158,7 @@ def _devices(
 
 
 def _pick(numbers: Sequence[int], visible: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
-    """Those of the visible GPUs that have these numbers; None if one is not there."""
+    """Return the visible GPUs that have these numbers; None if one is missing."""
     if visible is None:
         return tuple(numbers)
     return tuple(visible[number] for number in numbers) if max(numbers) < len(visible) else None
@@ -167,7 +167,7 @@ def _pick(numbers: Sequence[int], visible: tuple[int | str, ...] | None) -> tupl
 def _main(
     command: list[str], chosen: tuple[int | str, ...] | None, reports: list[Report]
 ) -> tuple[list[str], tuple[int | str, ...] | None]:
-    """--main-gpu picks the one GPU of a model that is not split, and else the first among equals."""
+    """Handle --main-gpu: it picks the only GPU of a model that is not split, else the GPU for small tensors."""
     text = commandline.value(command, _MAIN)
     if text is None or not text.isdecimal() or len(text) > 4:
         return command, chosen
@@ -189,7 +189,7 @@ def _main(
 
 
 def count(command: Sequence[str]) -> int | None:
-    """How many GPUs the options of a command say that the engine is split over; None if they do not say."""
+    """Return the number of GPUs that the options split the engine over; None if they do not say it."""
     words = commandline.options_of(command)
     factors = [_whole(commandline.value(words, names)) for names in _WAYS]
     here = _whole(commandline.value(words, _DATA_HERE))
@@ -206,7 +206,7 @@ def count(command: Sequence[str]) -> int | None:
 
 
 def _whole(text: str | None) -> int | None:
-    """A number of at most five digits and more than 0; None for all else."""
+    """Return a number of at most five digits and above 0; None for other texts."""
     return int(text) if text is not None and text.isdecimal() and 0 < len(text) < 6 and int(text) > 0 else None
 
 
@@ -214,14 +214,14 @@ def _whole(text: str | None) -> int | None:
 
 
 def _put(draft: Draft, wanted: int | None, devices: tuple[int | str, ...] | None, reports: list[Report]) -> None:
-    """None: nothing says how many, or which ones may be taken."""
+    """Put the number of GPUs and the devices into the draft. None: the command does not say it."""
     if devices is None:
         draft.put("gpu.count", wanted if wanted != 1 else None)
         return
     if wanted is not None and wanted > len(devices):
         reason = f"The command wants {wanted} GPUs, and may have {len(devices)}: see count and devices below [gpu]."
         reports.append(Report(VISIBLE, reason))
-    # An engine that takes fewer than it sees takes the first.
+    # An engine that takes fewer GPUs than it sees takes the first ones.
     taken = devices if wanted is None else devices[:wanted]
     draft.put("gpu.count", len(taken))
     draft.put("gpu.devices", list(dict.fromkeys(taken)))

@@ -7,7 +7,7 @@ import re
 from gpusvc.errors import ConfigError
 from gpusvc.quantity import shown
 
-# Where the keys before the first header are.
+# The section of the keys before the first header.
 DEFAULT = "default"
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -16,10 +16,10 @@ _COMMENT = re.compile(r"[;#]")
 
 
 def parse(text: str, source: str) -> dict[str, dict[str, str]]:
-    """The sections in their order, and their keys. Of two sections with one name the later counts.
+    """Return the sections in their order, and their keys. Of two sections with one name the later one counts.
 
     Raises:
-        ConfigError: a line is none of what may be there; ``source`` names the file.
+        ConfigError: a line is malformed; ``source`` names the file.
     """
     sections: dict[str, dict[str, str]] = {}
     current = DEFAULT
@@ -39,7 +39,7 @@ def parse(text: str, source: str) -> dict[str, dict[str, str]]:
 
 
 def _header(line: str, number: int, source: str) -> str:
-    """The name of a section, out of ``[ NAME ] ; comment``."""
+    """Return the name of a section from ``[ NAME ] ; comment``."""
     name, bracket, rest = line[1:].partition("]")
     if not bracket or not name.strip() or rest.strip()[:1] not in ("", ";", "#"):
         raise _malformed(line, number, source)

@@ -1,4 +1,4 @@
-"""llama-server's options by their names: which take a value, which can be denied, and how a preset writes them."""
+"""llama-server's options by name: which of them take a value, which have a negation, how a preset writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gpusvc.importing import llama_table
 
-# llama.cpp knows these words and no others (common/arg.cpp).
+# The words that llama.cpp knows (common/arg.cpp).
 _TRUE = ("on", "enabled", "true", "1")
 _FALSE = ("off", "disabled", "false", "0")
 
@@ -33,17 +33,17 @@ class Option(NamedTuple):
     names: tuple[str, ...]
     denials: tuple[str, ...]
     variable: str  # of the environment; empty: none
-    older: bool = False  # today's llama-server refuses it
+    older: bool = False  # a current llama-server refuses it
 
     @property
     def leading(self) -> str:
-        """The name by which two spellings are known to be the same option, without dashes."""
+        """Return the name that identifies the option, whatever its spelling, without dashes."""
         return self.names[-1].lstrip("-")
 
 
 @cache
 def options() -> tuple[Option, ...]:
-    """All options, the older ones last."""
+    """Return all options, the older ones last."""
     tables = (
         (OptionKind.FLAG, llama_table.FLAGS),
         (OptionKind.SWITCH, llama_table.SWITCHES),
@@ -77,28 +77,28 @@ def _by_key() -> dict[str, Option]:
 
 
 def _denied_variable(option: Option) -> str:
-    """llama.cpp reads LLAMA_ARG_NO_X beside LLAMA_ARG_X for options that can be denied."""
+    """Return LLAMA_ARG_NO_X, which llama.cpp reads beside LLAMA_ARG_X for options with a negation."""
     if not option.denials or not option.variable.startswith(_VARIABLE):
         return ""
     return _DENIED_VARIABLE + option.variable.removeprefix(_VARIABLE)
 
 
 def find(key: str) -> Option | None:
-    """The option that a preset's key means: one of its names without dashes, or its variable; None if unknown."""
+    """Return the option that a preset's key means, by a name without dashes or a variable; None if unknown."""
     return _by_key().get(key)
 
 
 def is_path(argument: str) -> bool:
-    """Whether an argument of a command is an option whose value names a file."""
+    """Return whether an argument of a command is an option whose value names a file."""
     option = find(argument.lstrip("-")) if argument.startswith("-") else None
     return option is not None and option.kind is OptionKind.PATH
 
 
 def spell(key: str, value: str) -> list[str]:
-    """The arguments that say what a preset says by ``key = value``; none for a flag that is off."""
+    """Return the arguments for a preset's ``key = value``; none for a flag that is off."""
     option = find(key)
     if option is None:
-        # An option newer than the table. A flag can be told by its value alone.
+        # The option is newer than the table. Only its value shows whether it is a flag.
         truth = _truth(value) if value in ("true", "false") else None
         return [f"--{key}", value] if truth is None else [f"--{key}"] if truth else []
     name = _dashed(option, key)
@@ -111,7 +111,7 @@ def spell(key: str, value: str) -> list[str]:
 
 
 def _spell_flag(option: Option, key: str, name: str, value: str) -> list[str]:
-    """llama.cpp takes every value for yes that it does not know as a no."""
+    """Return the arguments for a flag. For llama.cpp every value that does not mean no means yes."""
     denies = name in option.denials or key.startswith(_DENIED_VARIABLE)
     if denies == (_truth(value) is False):
         return [name if not denies and name in option.names else option.names[-1]]
@@ -125,5 +125,5 @@ def _truth(word: str) -> bool | None:
 
 
 def _dashed(option: Option, key: str) -> str:
-    """The key with its dashes; the leading name for a variable."""
+    """Return the key with its dashes; for a variable, the leading name."""
     return next((name for name in option.names + option.denials if name.lstrip("-") == key), option.names[-1])

@@ -18,20 +18,20 @@ _GLOBAL = "*"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
 
-# Options that say something about gpusvc rather than about the engine. They are known by their leading names here.
+# Options that become keys of the model file. Here they are known by their leading names.
 _LEADING = ("model", "hf-repo", "model-url", "docker-repo", "alias")
 
-# Where a model comes from, as options of llama-server that its preset here does not give.
+# Options that tell llama-server to fetch a model. The preset of gpusvc does not use them.
 _ELSEWHERE = ("model-url", "docker-repo")
 
-# More than any preset file has; all sections together, as each repeats what holds for all.
+# The limit for all sections together. Each section repeats the keys of [*].
 _MOST_KEYS = 100_000
 
 _BY_THE_GATEWAY = (
-    "Engines listen on the loopback address only, and the gateway does that: see [gateway] and `gpusvc key`."
+    "Engines listen on the loopback address only. The gateway has keys and TLS: see [gateway] and `gpusvc key`."
 )
 _BY_GPUSVC = "gpusvc binds the engine to the loopback address, and takes a port that is free."
-_ROUTER = "It is about llama-server's router, whose place gpusvc takes."
+_ROUTER = "It configures llama-server's router, which gpusvc replaces."
 
 # By leading name.
 _LEFT_OUT = {
@@ -39,8 +39,8 @@ _LEFT_OUT = {
     **dict.fromkeys(("api-key", "api-key-file", "ssl-key-file", "ssl-cert-file"), _BY_THE_GATEWAY),
     **dict.fromkeys(("models-dir", "models-preset", "models-autoload", "dedup-cache-models"), _ROUTER),
     "models-max": "It is the host's: `max_active` in gpusvc.toml.",
-    "tags": "The gateway's list of models has no fields of one's own.",
-    "api-prefix": "The gateway asks the engine at the paths that clients ask for.",
+    "tags": "The gateway's list of models has no such field.",
+    "api-prefix": "The gateway sends requests to the engine with the clients' own paths.",
     "control-vector-layer-range": "A preset cannot give an option two values; llama-server refuses it too.",
     **dict.fromkeys(
         ("usage", "version", "cache-list", "completion-bash", "list-devices"), "llama-server prints something and ends."
@@ -49,15 +49,15 @@ _LEFT_OUT = {
 
 
 def convert(text: str, source: Path, there: places.Exists = places.exists) -> Import:
-    """The models of a preset file.
+    """Return the models of a preset file.
 
     Args:
-        text: what the file holds.
-        source: where it lies. Its paths are relative to where llama-server was started, which may be there.
-        there: whether there is such a file.
+        text: of the file.
+        source: the path of the file. Paths in it are relative to the directory in which llama-server was started.
+        there: whether a file exists.
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: it is not a preset file.
     """
     notes = Notes()
     sections = ini.parse(text, str(source))
@@ -77,7 +77,7 @@ def convert(text: str, source: Path, there: places.Exists = places.exists) -> Im
 
 
 def _merged(shared: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
-    """The keys of a section and those that hold for all, each option once: the section's own spelling counts.
+    """Return the keys of a section and of [*], each option once; the section's own value counts.
 
     Of two spellings of one option in the same section llama.cpp takes the one that sorts last.
     """
@@ -106,13 +106,13 @@ class _Section:
         self._there = there
 
     def convert(self) -> Draft | None:
-        """The draft; None, and a note, if nothing says which model it is."""
+        """Return the draft; None, and a note, if the section does not name a model."""
         fields = self._fields
         name = fields.model
         assert name is not None  # noqa: S101 - convert() named it
         draft = Draft(name, f"Imported from {self._source}, where it is called {self._title!r}.")
         if not self._put_model(draft):
-            fields.note("model", "Nothing says which file it is, and so the model is left out.")
+            fields.note("model", "The section does not name a file. The model is left out.")
             return None
         aliases = (fields.text("alias") or "").split(",")
         draft.extend("aliases", [self._title, *(alias.strip() for alias in aliases if alias.strip())])
@@ -121,13 +121,13 @@ class _Section:
         asleep = fields.number("sleep-idle-seconds")
         if asleep is not None and asleep > 0:
             draft.put("idle_timeout", _seconds(asleep))
-            reason = "It became idle_timeout: the engine is stopped, and all of its VRAM is back."
+            reason = "It became idle_timeout: gpusvc stops the engine, and frees all of its VRAM."
             fields.note("sleep-idle-seconds", reason)
         self._put_options(draft)
         return draft
 
     def _put_model(self, draft: Draft) -> bool:
-        """The file, the repository, or a command that fetches it; where a section has none, its name may be one."""
+        """Put the file, the repository, or a command that fetches the model. A section's name may be a repository."""
         path, repository = self._fields.text("model"), self._fields.text("hf-repo")
         if not repository and not path and _REPOSITORY.fullmatch(self._title):
             repository = "" if self._is_elsewhere() else self._title
@@ -136,13 +136,15 @@ class _Section:
             draft.put("model", self._absolute("model", path) if path else repository)
             for key in _ELSEWHERE:
                 if self._fields.text(key):
-                    self._fields.note(key, "Another key says already where the model is. Left out.")
+                    self._fields.note(key, "Another key already names the model. Left out.")
             return True
         for key in _ELSEWHERE:
             if origin := self._fields.text(key):
                 listen = ["--alias", draft.name, "--host", "127.0.0.1", "--port", PORT]
                 draft.put("command", ["llama-server", f"--{key}", origin, *listen])
-                self._fields.note(key, "The engine downloads the model: its user needs a home that it may write to.")
+                self._fields.note(
+                    key, "The engine downloads the model. Its user needs a home directory with write access."
+                )
                 return True
         return False
 
@@ -150,7 +152,7 @@ class _Section:
         return any(self._fields.has(key) for key in _ELSEWHERE)
 
     def _put_options(self, draft: Draft) -> None:
-        """All other options: those named as variables into the environment, and the rest behind the command."""
+        """Put all other options: variables into the environment, the rest into the arguments."""
         fields = self._fields
         args: list[str] = []
         env: dict[str, str] = {}
@@ -158,9 +160,9 @@ class _Section:
             value = fields.text(key) or ""
             option = llama_options.find(key)
             if option is None and key not in _LEFT_OUT:
-                fields.note(key, "llama-server has no such option, as far as is known here; it is kept.")
+                fields.note(key, "gpusvc does not know this option of llama-server. It is kept.")
             elif option is not None and option.older:
-                fields.note(key, "llama-server of today refuses it: see its --load-mode. It is kept.")
+                fields.note(key, "A current llama-server refuses it: see its --load-mode. It is kept.")
             if _leading(key) in _LEFT_OUT:
                 # Off or empty is what there is here anyhow.
                 if value and (option is None or llama_options.spell(key, value)):
@@ -181,25 +183,25 @@ class _Section:
         draft.extend("command" if draft.get("command") else "args", args)
 
     def _absolute(self, key: str, value: str) -> str:
-        """A path of the preset as an absolute one, with a note where that took a guess.
+        """Return a path of the preset as an absolute one, with a note if that is a guess.
 
-        llama-server takes several files in one value for some options, and a scale behind a file; what is no path then
-        is not found, and stays as it is.
+        For some options llama-server takes several files in one value, or a scale behind a file. Such a value is not
+        found as a file, and stays as it is.
         """
         if not places.is_relative(value):
             return value
         base = places.directory_of([value], self._source, self._there)
         if base is None and key != "model":
-            reason = f"{value} is relative to where llama-server was started. Engines run in /: make it absolute."
+            reason = f"{value} is relative to the directory of llama-server. Engines run in /: write an absolute path."
             self._fields.note(key, reason)
             return value
         path = str((base or self._source.absolute().parent) / value)
-        self._fields.note(key, f"It is relative to where llama-server was started, and taken for {path}.")
+        self._fields.note(key, f"It is relative to the directory in which llama-server was started. It became {path}.")
         return path
 
 
 def _is_about_gpus(option: llama_options.Option) -> bool:
-    """Whether gpu_options reads it, which looks at arguments."""
+    """Return whether gpu_options reads the option, which looks at arguments only."""
     return option.leading in ("device", "main-gpu", "split-mode", "tensor-split")
 
 

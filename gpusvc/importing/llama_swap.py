@@ -1,6 +1,6 @@
 """llama-swap's configuration (its config.example.yaml and config-schema.json) as model files.
 
-Its rules of which models may run together are in ``swap_rules``.
+``swap_rules`` has the rules of which models may run together.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from gpusvc.importing.naming import Naming
 
 _LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1|0\.0\.0\.0|::")
 
-# More than any machine serves.
+# A limit above what any machine serves.
 _MOST_MODELS = 5000
 
-# Keys of the whole that no model file has, and where what they say belongs.
+# Keys of the whole configuration that no model file has, and what replaces them.
 _ELSEWHERE = {
     "logLevel": "gpusvc writes to the journal; `journalctl -p` filters it.",
-    "logTimeFormat": "The journal has the times.",
+    "logTimeFormat": "The journal records the times.",
     "logToStdout": "Everything is in the journal: `gpusvc logs NAME`.",
-    "metricsMaxInMemory": "Metrics are counters, which take no more room with time.",
-    "captureBuffer": "Requests and answers are not kept.",
+    "metricsMaxInMemory": "Metrics are counters; their size does not grow.",
+    "captureBuffer": "gpusvc keeps no requests and no responses.",
     "startPort": "gpusvc takes a port that is free.",
     "sendLoadingState": "It is the host's: `loading_events = true` below [gateway] in gpusvc.toml.",
     "includeAliasesInList": "The gateway always lists aliases.",
-    "apiKeys": "Keys are not kept in clear here: `gpusvc key add NAME` makes one.",
-    "peers": "The gateway serves this machine's models only; docs/fleet.md has several machines behind one address.",
-    "store": "The journal keeps what happened: `gpusvc events`.",
+    "apiKeys": "gpusvc stores hashes of keys only: `gpusvc key add NAME` makes a key.",
+    "peers": "The gateway serves the models of this machine only; for several machines see docs/fleet.md.",
+    "store": "The journal keeps the events: `gpusvc events`.",
     "ui": "The status page has no settings.",
-    "performance": "`gpusvc gpus`, and the metrics of the gateway, have that.",
-    "profiles": "Names that mean another model from time to time have no counterpart; aliases are for good.",
-    "upstream": "A request to /upstream always counts as use.",
+    "performance": "See `gpusvc gpus` and the metrics of the gateway.",
+    "profiles": "A name that changes its model has no counterpart; an alias is permanent.",
+    "upstream": "A request to /upstream always counts as a use.",
 }
 
-# Keys of a model that its file has no counterpart for.
+# Keys of a model without a counterpart in its file.
 _LOST = {
     "unlisted": "The gateway lists every model.",
-    "metadata": "The gateway's list of models has no fields of one's own.",
-    "capabilities": "The gateway's list of models does not tell; the engine does.",
+    "metadata": "The gateway's list of models has no such field.",
+    "capabilities": "The gateway's list of models does not show them; the engine does.",
     "sendLoadingState": "It is the host's: `loading_events = true` below [gateway] in gpusvc.toml.",
     "timeouts": "Connections to an engine are local. `upstream_timeout` below [gateway] bounds its silence.",
 }
 
 _CONTAINER = (
-    "A container is run by its daemon, outside the model's control group: gpusvc could neither keep it to its GPUs nor "
-    "prove its end, and the model never counts as ready. Name the engine itself, or a runtime that keeps the processes "
-    "below itself, as `podman run --cgroups=disabled` does."
+    "A daemon runs the container, outside the model's control group: gpusvc can neither restrict it to its GPUs nor "
+    "prove its end, and the model never becomes ready. Name the engine itself, or a runtime that starts the processes "
+    "below itself, such as `podman run --cgroups=disabled`."
 )
 
 
 class _Source(NamedTuple):
-    """What all models of a configuration need to know."""
+    """What all models of a configuration have in common."""
 
     name: str  # for people
-    place: Path  # where it lies
+    place: Path  # of the file
     macros: Macros
     there: places.Exists
 
@@ -71,16 +71,16 @@ class _Source(NamedTuple):
 def convert(
     document: object, source: str, environment: Mapping[str, str], there: places.Exists = places.exists
 ) -> Import:
-    """The models of a configuration.
+    """Return the models of a configuration.
 
     Args:
-        document: what the YAML file holds.
+        document: the content of the YAML file.
         source: its path.
         environment: for its ``${env.NAME}``.
-        there: whether there is such a file.
+        there: whether a file exists.
 
     Raises:
-        ConfigError: it is no configuration of llama-swap.
+        ConfigError: it is not a configuration of llama-swap.
     """
     if not isinstance(document, Mapping) or not isinstance(document.get("models"), Mapping):
         raise ConfigError(f"{source} has no models.", hint="A llama-swap configuration has a mapping of that name.")
@@ -106,12 +106,12 @@ def convert(
     whole.drop(_ELSEWHERE)
     whole.finish()
     if any(draft.get("gpu.count") is None for draft in models.values()):
-        whole.note("models", "An engine saw every GPU there; here a model gets one, or `count` below [gpu].")
+        whole.note("models", "With llama-swap an engine sees every GPU; here a model gets one, or `count` below [gpu].")
     return finish(models.values(), notes)
 
 
 def _expanded(document: Mapping[object, object], macros: Macros, source: str) -> dict[object, object]:
-    """The configuration with its macros expanded, but for the models, which have their own."""
+    """Return the configuration with its macros expanded, except in the models, which have macros of their own."""
     kept = ("models", "macros")
     try:
         return {key: value if key in kept else macros.expand_value(value) for key, value in document.items()}
@@ -133,21 +133,21 @@ class _Model:
         own = said.get("macros")
         first = {"MODEL_ID": identifier, "PORT": PORT}
         self._macros = source.macros.with_more(own if isinstance(own, Mapping) else {}, first)
-        # One that is no mapping is noted by Foreign.
+        # Foreign notes a document that is not a mapping.
         self._fields = Foreign(said if isinstance(document, Mapping) else document, notes, name, "")
         self._aliases = [identifier]
 
     def convert(self) -> Draft | None:
-        """The draft; None, and a note, if the model has no command."""
+        """Return the draft; None, and a note, if the model has no command."""
         draft = self._draft
         try:
             self._fields = self._expanded()
             command = self._command()
         except ValueError as error:
-            self._fields.note("cmd", f"It cannot be taken apart: {error}. The model is left out.")
+            self._fields.note("cmd", f"It cannot be split into words: {error}. The model is left out.")
             return None
         if not command:
-            self._fields.note("cmd", "It is missing, and so the model is left out.")
+            self._fields.note("cmd", "It is missing. The model is left out.")
             return None
         fields = self._fields
         self._put_command(command)
@@ -164,7 +164,7 @@ class _Model:
         return draft
 
     def _expanded(self) -> Foreign:
-        """All keys with their macros expanded. What an unknown macro is left in is noted and left out."""
+        """Return all keys with their macros expanded. Values with an unknown macro are noted and left out."""
         fields = self._fields
         kept: dict[str, object] = {}
         for key in fields.names():
@@ -178,7 +178,7 @@ class _Model:
         return Foreign(kept, fields.notes, fields.model, "")
 
     def _without_unknown(self, key: str, value: object) -> object:
-        """The value without those parts that still have macros in them."""
+        """Return the value without the parts that still have macros."""
         if isinstance(value, list):
             return [item for item in value if not self._note_unknown(key, item)]
         if isinstance(value, Mapping):
@@ -198,7 +198,7 @@ class _Model:
     def _command(self) -> list[str]:
         words, open_quote = shell.split(shell.without_comments(self._fields.text("cmd") or ""))
         if open_quote:
-            reason = "A quotation mark has no counterpart; the quotation ends with the command, as in llama-swap."
+            reason = "A quotation mark is not closed. The quotation ends with the command, as in llama-swap."
             self._fields.note("cmd", reason)
         return words
 
@@ -206,7 +206,7 @@ class _Model:
         draft, fields = self._draft, self._fields
         for macro in unknown(" ".join(command)):
             what = _what_is_wrong_with(macro)
-            fields.note("cmd", f"{what}: {macro} is left as it is. `gpusvc edit {draft.name}` mends it.")
+            fields.note("cmd", f"{what}: {macro} stays as it is. Correct it with `gpusvc edit {draft.name}`.")
         env = self._environment()
         reports: list[gpu_options.Report] = []
         settled = gpu_options.settle(draft, command, env, reports)
@@ -218,7 +218,9 @@ class _Model:
             draft.put("command", settled)
             return
         if stop:
-            fields.note("cmdStop", "A stop is a SIGTERM to the whole control group, then SIGKILL, then the proof.")
+            fields.note(
+                "cmdStop", "gpusvc stops a model by SIGTERM to its control group, then SIGKILL, then the proof."
+            )
         draft.put("command", self._placed(settled))
 
     def _environment(self) -> dict[str, str]:
@@ -226,15 +228,17 @@ class _Model:
         for entry in self._fields.texts("env"):
             variable, equals, value = entry.partition("=")
             if not equals:
-                self._fields.note("env", f"{entry!r} has no '=': left out.")
+                self._fields.note("env", f"{entry!r} has no '='. Left out.")
             elif PORT in value and variable != "PORT":
-                self._fields.note("env", f"{variable}: only a command can name the port; $PORT has it. Left out.")
+                self._fields.note(
+                    "env", f"{variable}: only a command can contain the port; engines have it in $PORT. Left out."
+                )
             else:
                 env[variable] = value
         return env
 
     def _placed(self, command: list[str]) -> list[str]:
-        """The command with the directory that its relative paths are relative to, or with a note."""
+        """Return the command, after putting the directory of its relative paths, or a note on them."""
         relative = commandline.relative_paths(command)
         if not relative:
             return command
@@ -242,12 +246,14 @@ class _Model:
         base = places.directory_of(relative, self._source.place, self._source.there)
         if base is None:
             reason = (
-                f"{listed}: relative to where llama-swap was started. Set working_directory, or write absolute paths."
+                f"{listed}: relative to the directory of llama-swap. Set working_directory, or write absolute paths."
             )
             self._fields.note("cmd", reason)
             return command
         self._draft.put("working_directory", str(base))
-        self._fields.note("cmd", f"{listed}: relative to where llama-swap was started, which is taken for {base}.")
+        self._fields.note(
+            "cmd", f"{listed}: relative to the directory in which llama-swap was started. gpusvc takes {base}."
+        )
         # A program is found by its absolute path, or in PATH.
         return [str(base / command[0]), *command[1:]] if command[0] in relative else command
 
@@ -257,7 +263,7 @@ class _Model:
         said = " ".join(f"{title}: {text}".split() if title and text else (title or text or "").split())
         description = "".join(character for character in said if character.isprintable())
         if description != said:
-            fields.note("name" if title else "description", "It has characters that cannot be printed: left out.")
+            fields.note("name" if title else "description", "Its characters that cannot be printed are left out.")
         self._draft.put("description", description or None)
         self._draft.put("served_name", fields.text("useModelName") or None)
         aliases = fields.value("aliases")
@@ -265,30 +271,36 @@ class _Model:
             if isinstance(alias, Mapping):
                 self._aliases.append(str(alias.get("id", "")))
                 if alias.get("unlisted") or alias.get("name") not in (None, alias.get("id")):
-                    fields.note("aliases", f"{alias.get('id')!r} is listed by the gateway, under no other name.")
+                    fields.note("aliases", f"The gateway lists {alias.get('id')!r}, under this name only.")
             elif isinstance(alias, str | int | float):
                 self._aliases.append(str(alias))
         self._aliases = [alias for alias in self._aliases if alias]
 
     def _put_port(self, command: list[str]) -> None:
-        """The port that llama-swap sends requests to; else the one that the command names."""
+        """Put the port to which llama-swap sends requests, else the port that the command names."""
         said = self._fields.text("proxy") or ""
         has_placeholder = any(PORT in argument for argument in command)
         parts, port = _split_url("" if PORT in said else said)
         if parts.hostname and not _LOOPBACK.fullmatch(parts.hostname):
-            self._fields.note("proxy", f"{parts.hostname} may be another machine; gpusvc asks the engine on this one.")
+            self._fields.note(
+                "proxy", f"{parts.hostname} may be another machine; gpusvc sends requests to the engine on this one."
+            )
         url = _urlsplit(said.replace(PORT, "1"))
         if url is not None and (url.path.strip("/") or url.scheme == "https"):
-            self._fields.note("proxy", "gpusvc asks the engine by plain HTTP, with the path that the client gave.")
+            self._fields.note("proxy", "gpusvc sends requests to the engine by plain HTTP, with the client's own path.")
         if port is not None:
             self._draft.put("port", port)
             if has_placeholder:
-                reason = f"It has {PORT} too, which is {port} here: give what does not listen there another port."
+                reason = (
+                    f"It has {PORT} too, which is {port} here. Give another port to programs that do not listen there."
+                )
                 self._fields.note("cmd", reason)
         elif not has_placeholder:
             self._draft.put("port", commandline.fixed_port(command))
             if self._draft.get("port") is None:
-                self._fields.note("cmd", f"It names no port. Where the engine does not go by $PORT, say {PORT} in it.")
+                self._fields.note(
+                    "cmd", f"It names no port. Write {PORT} in it, unless the engine takes its port from $PORT."
+                )
 
     def _put_times(self) -> None:
         ttl = self._fields.number("ttl")
@@ -297,7 +309,7 @@ class _Model:
         self._draft.put("stop_timeout", _seconds(self._fields.count("unloadTimeout")))
 
     def _put_filters(self, filters: Foreign) -> None:
-        # The latter is an older spelling, which llama-swap still takes.
+        # The second is an older spelling, which llama-swap still accepts.
         stripped = ",".join(filters.text(key) or "" for key in ("stripParams", "strip_params")).split(",")
         members = {member.strip() for member in stripped} - {"", "model"}
         self._draft.put("filter.strip", sorted(members))
@@ -306,13 +318,13 @@ class _Model:
         kept.pop("model", None)
         self._draft.put("filter.set", kept)
         for member in lost:
-            filters.note(f"setParams.{member}", "A member cannot be set to null: TOML has none.")
+            filters.note(f"setParams.{member}", "A member cannot be set to null: TOML has no null.")
         by_name = filters.table("setParamsByID")
         for alias in by_name.names():
             by_name.value(alias)
             if alias not in self._aliases:
                 self._aliases.append(alias)
-            reason = "It is an alias that sets nothing: [filter] holds for all names of a model."
+            reason = "It became an alias without settings: [filter] applies to all names of a model."
             by_name.note(alias, reason)
         filters.finish()
 
@@ -322,7 +334,7 @@ def _what_is_wrong_with(macro: str) -> str:
 
 
 def _sentence(report: gpu_options.Report, env: Mapping[str, str]) -> str:
-    """The reason, with what it is about where the note's key does not say that."""
+    """Return the reason, with its subject if the note's key does not name it."""
     return report.reason if report.subject in env else f"{report.subject}: {report.reason}"
 
 
@@ -334,7 +346,7 @@ def _urlsplit(url: str) -> SplitResult | None:
 
 
 def _split_url(url: str) -> tuple[SplitResult, int | None]:
-    """The parts of a URL and its port. Nothing for what is no URL."""
+    """Return the parts of a URL and its port; empty parts for other texts."""
     try:
         parts = urlsplit(url)
         return parts, parts.port
@@ -343,7 +355,7 @@ def _split_url(url: str) -> tuple[SplitResult, int | None]:
 
 
 def _put_ttl(draft: Draft, ttl: float) -> None:
-    """0 was never."""
+    """Put the idle timeout; for llama-swap 0 means never."""
     draft.put("idle_timeout", _seconds(ttl))
     draft.put("keep", None if ttl else True)
 
@@ -352,11 +364,11 @@ def _seconds(value: float | None) -> str | None:
     return f"{value:g}s" if value else None
 
 
-# -- what holds for all -----------------------------------------------------------------------------------------------
+# -- defaults for all models ------------------------------------------------------------------------------------------
 
 
 def _apply_defaults(whole: Foreign, models: Mapping[str, Draft]) -> None:
-    """What the configuration says for each model that does not say it itself."""
+    """Put the values of the whole configuration into each model that has none of its own."""
     ttl, patience, stop = whole.number("globalTTL"), whole.number("healthCheckTimeout"), whole.number("unloadTimeout")
     for draft in models.values():
         if ttl is not None and ttl >= 0 and draft.get("idle_timeout") is None and not draft.get("keep"):
@@ -365,9 +377,9 @@ def _apply_defaults(whole: Foreign, models: Mapping[str, Draft]) -> None:
             draft.put("stop_timeout", _seconds(stop))
         draft.put("start_timeout", None if patience is None else _seconds(max(patience, 15)))
     if patience is not None:
-        whole.note("healthCheckTimeout", "It became start_timeout, which is the time without any progress.")
+        whole.note("healthCheckTimeout", "It became start_timeout, which limits the time without progress.")
     if ttl is None and any(draft.get("idle_timeout") is None for draft in models.values()):
-        whole.note("globalTTL", "It is not said: llama-swap never unloads then. Here idle_timeout of the host holds.")
+        whole.note("globalTTL", "It is absent: llama-swap never unloads then. Here the host's idle_timeout applies.")
 
 
 def _apply_preload(hooks: Foreign, models: Mapping[str, Draft]) -> None:

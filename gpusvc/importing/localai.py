@@ -1,7 +1,7 @@
 """LocalAI's model files (its docs, "Model Configuration") as model files of gpusvc.
 
-The backends llama.cpp, vLLM and SGLang become the engines of that name; what others serve has to be given as a command.
-LocalAI forms prompts and answers itself, which engines do by themselves here: those keys are named, and left out.
+The backends llama.cpp, vLLM and SGLang become the engines of that name; models of other backends need a command.
+LocalAI forms prompts and responses itself, engines of gpusvc do it: those keys are named, and left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ENGINES = {
 
 _HUGGING_FACE = ("huggingface", "hf")
 
-# Files beside the model: llama-server's option for a path, and for a URL if it has one.
+# Files beside the model: llama-server's options for a path and for a URL; empty: it has none.
 _FILES = {"mmproj": ("--mmproj", "--mmproj-url"), "draft_model": ("--model-draft", "")}
 
 
@@ -37,33 +37,33 @@ def convert(
     exists: Callable[[Path], bool] = places.exists,
     broken: Iterable[tuple[Path, str]] = (),
 ) -> Import:
-    """The models of LocalAI's files.
+    """Return the models of LocalAI's files.
 
     Args:
-        documents: what each file holds: one model, or a list of them. Paths in it are relative to the file's directory.
-        exists: whether there is such a file.
+        documents: the content of each file: a model, or a list of models. Paths are relative to the file's directory.
+        exists: whether a file exists.
         broken: files that could not be read, each with a sentence on why.
 
     Raises:
-        ConfigError: none of them is a model.
+        ConfigError: there is no model.
     """
     notes = Notes()
     for file, reason in broken:
-        notes.add(None, str(file), f"{reason} The others are taken.")
+        notes.add(None, str(file), f"{reason} The other files are imported.")
     naming = Naming()
     drafts: list[Draft] = []
     seen = False
     for source, document in documents:
         for model in document if isinstance(document, list) else [document]:
             if not isinstance(model, dict) or not isinstance(model.get("name"), str):
-                notes.add(None, str(source), "It has no name, and so is no model of LocalAI's.")
+                notes.add(None, str(source), "It has no name, so it is not a model of LocalAI.")
                 continue
             seen = True
             fields = Foreign(model, notes, naming.name(model["name"]), "")
             draft = _convert(fields, source, exists)
             drafts += [draft] if draft is not None else []
     if not seen:
-        raise ConfigError("There is no model of LocalAI's.", hint="Name one of its YAML files, or their directory.")
+        raise ConfigError("There is no model of LocalAI.", hint="Name one of its YAML files, or their directory.")
     return finish(drafts, notes)
 
 
@@ -74,11 +74,11 @@ def _convert(fields: Foreign, source: Path, exists: Callable[[Path], bool]) -> D
     engine = _engine(backend)
     if engine is None:
         fields.note(
-            "backend", f"{backend!r} has no preset here: `gpusvc add {name} -- COMMAND` with your own. Left out."
+            "backend", f"{backend!r} has no preset. Left out. `gpusvc add {name} -- COMMAND` adds it with your command."
         )
         return None
     if fields.truth("disabled"):
-        fields.note("disabled", "It is switched off, and so left out.")
+        fields.note("disabled", "It is switched off. Left out.")
         return None
     parameters = fields.table("parameters")
     model = _model(parameters, source, exists, engine)
@@ -108,7 +108,7 @@ def _convert(fields: Foreign, source: Path, exists: Callable[[Path], bool]) -> D
 
 
 def _engine(backend: str) -> str | None:
-    """The engine of a backend: LocalAI installs them under names by hardware, as cuda12-llama-cpp."""
+    """Return the engine of a backend, which may have the hardware in its name, such as cuda12-llama-cpp."""
     name = backend.removesuffix("-development")
     if name in _ENGINES:
         return _ENGINES[name]
@@ -116,10 +116,10 @@ def _engine(backend: str) -> str | None:
 
 
 def _model(parameters: Foreign, source: Path, exists: Callable[[Path], bool], engine: str) -> str | None:
-    """The file, or the repository: LocalAI keeps what it downloaded beside its YAML files."""
+    """Return the file, or the repository. LocalAI keeps downloaded files beside its YAML files."""
     said = parameters.text("model")
     if not said:
-        parameters.note("model", "It is missing, and so the model is left out.")
+        parameters.note("model", "It is missing. The model is left out.")
         return None
     scheme, _, rest = said.partition("://")
     local = source.absolute().parent / (rest.rpartition("/")[2] if rest else said)
@@ -130,19 +130,19 @@ def _model(parameters: Foreign, source: Path, exists: Callable[[Path], bool], en
     owner, *more = rest.split("@")[0].split("/")
     if scheme in _HUGGING_FACE and more:
         return "/".join([owner, more[0]])
-    parameters.note("model", f"{said} was not downloaded to {local}, and gpusvc downloads nothing. Left out.")
+    parameters.note("model", f"{local} does not exist, and an import downloads nothing from {said}. Left out.")
     return None
 
 
 def _file_of(parameters: Foreign) -> str:
-    """The file within a repository that a model's URL names; empty if it names none."""
+    """Return the file within a repository that a model's URL names; empty if it names none."""
     scheme, _, rest = (parameters.text("model") or "").partition("://")
     parts = rest.split("@")[0].split("/")
     return "/".join(parts[2:]) if scheme in _HUGGING_FACE else ""
 
 
 def _put_file(draft: Draft, fields: Foreign, key: str, source: Path, exists: Callable[[Path], bool]) -> None:
-    """A file beside the model: where LocalAI keeps it, else where llama-server downloads it from."""
+    """Put a file beside the model: the local one, else the URL from which llama-server downloads it."""
     said = fields.text(key)
     if not said:
         return
@@ -162,7 +162,7 @@ def _put_file(draft: Draft, fields: Foreign, key: str, source: Path, exists: Cal
     elif url_option and scheme in ("http", "https"):
         draft.extend("args", [url_option, said])
     else:
-        fields.note(key, f"{said} was not downloaded to {local}, and gpusvc downloads nothing. Left out.")
+        fields.note(key, f"{local} does not exist, and an import downloads nothing from {said}. Left out.")
 
 
 def _put_groups(draft: Draft, fields: Foreign) -> None:
@@ -179,11 +179,11 @@ def _put_llama(draft: Draft, fields: Foreign, parameters: Foreign, source: Path)
     if limit is not None and limit > 0:
         draft.extend("args", ["-n", str(int(limit))])
     layers = fields.number("gpu_layers")
-    # LocalAI says millions for all, which is llama-server's own default.
+    # Millions mean all layers, which is llama-server's default.
     if layers is not None and 0 <= layers < 1000:
         draft.extend("args", ["-ngl", str(int(layers))])
     if fields.truth("mmap") is False:
-        fields.note("mmap", "llama-server's option for it changed its name: --no-mmap, later --load-mode; see args.")
+        fields.note("mmap", "llama-server's option changed its name: --no-mmap, later --load-mode. Add yours to args.")
     attention = fields.text("flash_attention")
     if attention is not None:
         truth = truth_of(attention)
@@ -202,7 +202,7 @@ def _put_llama(draft: Draft, fields: Foreign, parameters: Foreign, source: Path)
 
 
 def _put_adapters(draft: Draft, fields: Foreign, source: Path) -> None:
-    """LoRA adapters, each with its scale if it has one."""
+    """Put the LoRA adapters, each with its scale if it has one."""
     one, scale = fields.text("lora_adapter"), fields.number("lora_scale")
     files = fields.texts("lora_adapters") or ([one] if one else [])
     scales = fields.texts("lora_scales") or ([str(scale)] if scale else [])
@@ -216,7 +216,7 @@ def _put_adapters(draft: Draft, fields: Foreign, source: Path) -> None:
 
 
 def _put_options(draft: Draft, fields: Foreign) -> None:
-    """The list called options, KEY:VALUE each; a key alone is on, and one that begins with a dash is llama-server's."""
+    """Put the list ``options`` of KEY:VALUE. A key without a value is on; with a dash it is llama-server's own."""
     for entry in fields.texts("options"):
         key, colon, value = entry.partition(":")
         option = llama_options.find(keys.LLAMA_OPTIONS.get(key, ""))
@@ -224,9 +224,7 @@ def _put_options(draft: Draft, fields: Foreign) -> None:
         if key.startswith("-"):
             draft.extend("args", [key, value] if colon else [key])
         elif option is None:
-            fields.note(
-                f"options.{key}", "It is not known here, and left out; see args and llama-server's own options."
-            )
+            fields.note(f"options.{key}", "gpusvc does not know it. Left out; see args and llama-server's own options.")
         elif option.kind in (OptionKind.FLAG, OptionKind.SWITCH):
             if truth is not None:
                 draft.extend("args", llama_options.spell(keys.LLAMA_OPTIONS[key], "on" if truth else "off"))
@@ -236,12 +234,12 @@ def _put_options(draft: Draft, fields: Foreign) -> None:
 
 
 def _hyphenated(key: str, value: str) -> str:
-    """Types of speculation were written with underscores once."""
+    """Return types of speculation with hyphens; older files have underscores."""
     return value.replace("_", "-") if key in ("spec_type", "speculative_type") else value
 
 
 def _settle_gpus(draft: Draft, fields: Foreign) -> None:
-    """Which GPUs the arguments pick, and how many."""
+    """Put the GPUs that the arguments pick, and their number."""
     args = draft.get("args")
     reports: list[gpu_options.Report] = []
     draft.put("args", gpu_options.settle(draft, args if isinstance(args, list) else [], {}, reports))
@@ -275,14 +273,14 @@ def _put_vllm(draft: Draft, fields: Foreign, parameters: Foreign) -> None:
     count = gpu_options.count(["--tensor-parallel-size", str(ways), *listed]) or 1
     draft.put("gpu.count", count if count > 1 else None)
     if count > ways > 1:
-        # The preset splits over all of its GPUs, where nothing else is said.
+        # Without this option the preset splits the model over all GPUs.
         draft.put("args", ["--tensor-parallel-size", str(ways), *listed])
     elif count > ways and "--tensor-parallel-size" not in listed:
         draft.put("args", ["--tensor-parallel-size", "1", *listed])
 
 
 def _put_engine_options(draft: Draft, fields: Foreign) -> None:
-    """The parsers and flags of the list called options, and engine_args, which is vLLM's own mapping."""
+    """Put the parsers and flags of the list ``options``, and ``engine_args``, which is vLLM's own mapping."""
     for entry in fields.texts("options"):
         key, colon, value = entry.partition(":")
         name = key.lstrip("-").replace("-", "_")
@@ -292,7 +290,7 @@ def _put_engine_options(draft: Draft, fields: Foreign) -> None:
         elif key.startswith("--"):
             draft.extend("args", [key, value.strip()] if colon else [key])
         else:
-            fields.note(f"options.{key}", "It is not known here, and left out; see args and the engine's own options.")
+            fields.note(f"options.{key}", "gpusvc does not know it. Left out; see args and the engine's own options.")
     values = fields.value("engine_args")
     for key, value in values.items() if isinstance(values, dict) else ():
         option = f"--{str(key).replace('_', '-')}"

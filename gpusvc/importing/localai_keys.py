@@ -1,65 +1,65 @@
-"""What becomes of each key of LocalAI's model files (its docs, "Model Configuration")."""
+"""The keys of LocalAI's model files (its docs, "Model Configuration") and their counterparts."""
 
 from __future__ import annotations
 
-_PROMPTS = "The engine forms prompts by the template that comes with the model."
-_ANSWERS = "Answers are passed on as the engine gives them."
-_ABOUT = "The gateway's list of models has no fields of one's own."
+_PROMPTS = "The engine uses the model's own template."
+_ANSWERS = "The gateway passes responses on unchanged."
+_ABOUT = "The gateway's list of models has no such field."
 
 LOST = {
     "usage": _ABOUT,
     "known_usecases": _ABOUT,
     "known_input_modalities": _ABOUT,
     "known_output_modalities": _ABOUT,
-    "feature_flags": "LocalAI's own.",
-    "f16": "It is how the engine computes anyhow.",
+    "feature_flags": "Only LocalAI uses it.",
+    "f16": "It is the engine's default.",
     "cuda": "The engine's build decides.",
-    "low_vram": "llama-server has none such; see its --fit.",
-    "mmlock": "llama-server's option for it changed its name: --mlock, later --load-mode; add yours to args.",
+    "low_vram": "llama-server has no such option; see its --fit.",
+    "mmlock": "llama-server's option changed its name: --mlock, later --load-mode. Add yours to args.",
     "main_gpu": "The engine counts the GPUs that it gets from 0; see [gpu] devices.",
-    "no_mulmatq": "llama-server has none such any more.",
-    "rms_norm_eps": "The file says it.",
-    "ngqa": "The file says it.",
-    "type": "The file says it.",
-    "system_prompt": "Nothing is put into conversations here; clients send their system prompt.",
+    "no_mulmatq": "llama-server has no such option any more.",
+    "rms_norm_eps": "The model's file contains it.",
+    "ngqa": "The model's file contains it.",
+    "type": "The model's file contains it.",
+    "system_prompt": "gpusvc adds nothing to conversations; clients send their system prompt.",
     "template": _PROMPTS,
     "roles": _PROMPTS,
-    "stopwords": "Requests say where to stop; the model's own end of a turn holds anyhow.",
+    "stopwords": "Requests name their stop words; the model's end of a turn always applies.",
     "cutstrings": _ANSWERS,
     "trimspace": _ANSWERS,
     "trimsuffix": _ANSWERS,
     "extract_regex": _ANSWERS,
-    "function": "The engine finds calls of tools by itself: --jinja of llama-server, --tool-call-parser of vLLM.",
-    "reasoning": "The engine does that by itself: --reasoning-format of llama-server, --reasoning-parser of vLLM.",
-    "grammar": "Requests bring their grammar; --grammar-file of llama-server is one for all.",
+    "function": "The engine parses tool calls: --jinja of llama-server, --tool-call-parser of vLLM.",
+    "reasoning": "The engine does it: --reasoning-format of llama-server, --reasoning-parser of vLLM.",
+    "grammar": "Requests contain their grammar; --grammar-file of llama-server applies to all requests.",
     "prompt_cache_path": "llama-server keeps prompts in memory; see its --cache-ram.",
     "prompt_cache_all": "llama-server keeps prompts in memory; see its --cache-ram.",
     "prompt_cache_ro": "llama-server keeps prompts in memory; see its --cache-ram.",
-    "download_files": "gpusvc downloads nothing; the files have to be there.",
-    "pipeline": "Models are not chained here.",
-    "mcp": "Tools are the client's.",
-    "agent": "Agents are the client's.",
-    "grpc": "Engines are asked by HTTP.",
-    "tts": "It belongs to a backend that has no preset here.",
-    "diffusers": "It belongs to a backend that has no preset here.",
-    "step": "It belongs to a backend that has no preset here.",
+    "download_files": "An import downloads nothing; the files must exist.",
+    "pipeline": "gpusvc does not chain models.",
+    "mcp": "Clients run tools.",
+    "agent": "Clients run agents.",
+    "grpc": "gpusvc sends requests by HTTP.",
+    "tts": "It belongs to a backend without a preset.",
+    "diffusers": "It belongs to a backend without a preset.",
+    "step": "It belongs to a backend without a preset.",
 }
 
 LOST_PARAMETERS = {
-    "echo": "Requests say it.",
-    "n": "Requests say it.",
-    "logprobs": "Requests say it.",
-    "top_logprobs": "Requests say it.",
-    "logit_bias": "Requests say it.",
-    "language": "Requests say it.",
-    "translate": "Requests say it.",
-    "negative_prompt": "Requests say it.",
-    "negative_prompt_scale": "Requests say it.",
-    "tfz": "llama-server has none such any more.",
-    "tokenizer": "It comes with the model.",
+    "echo": "Requests contain it.",
+    "n": "Requests contain it.",
+    "logprobs": "Requests contain it.",
+    "top_logprobs": "Requests contain it.",
+    "logit_bias": "Requests contain it.",
+    "language": "Requests contain it.",
+    "translate": "Requests contain it.",
+    "negative_prompt": "Requests contain it.",
+    "negative_prompt_scale": "Requests contain it.",
+    "tfz": "llama-server has no such option any more.",
+    "tokenizer": "The model's file contains it.",
 }
 
-# Keys with a value, and the option that says the same.
+# Keys with a value, and the option with the same meaning.
 LLAMA_VALUES = {
     "context_size": "-c",
     "threads": "-t",
@@ -77,7 +77,7 @@ LLAMA_VALUES = {
 }
 LLAMA_FLAGS = {"no_kv_offloading": "--no-kv-offload", "embeddings": "--embeddings", "reranking": "--reranking"}
 
-# Of the list called options, KEY:VALUE each (its llama-cpp backend): the name of llama-server's option.
+# Keys of the list `options` of the llama-cpp backend, and the names of llama-server's options.
 LLAMA_OPTIONS = {
     "parallel": "parallel",
     "n_parallel": "parallel",
@@ -179,10 +179,10 @@ LLAMA_OPTIONS = {
     },
 }
 
-# What some values are called by llama-server.
+# Values that llama-server calls otherwise.
 VALUES = {"draft": "draft-simple", "eagle3": "draft-eagle3", "deepseek_legacy": "deepseek-legacy"}
 
-# Of the same list, for backends of vLLM and SGLang.
+# Keys of the same list for the backends vLLM and SGLang.
 PARSERS = {"tool_parser": "--tool-call-parser", "reasoning_parser": "--reasoning-parser"}
 
 VLLM_VALUES = {

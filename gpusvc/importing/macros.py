@@ -1,4 +1,4 @@
-"""llama-swap's macros: ``${name}`` for a text with a name, ``${env.NAME}`` for a variable of the environment."""
+"""llama-swap's macros: ``${name}`` for a named text, ``${env.NAME}`` for a variable of the environment."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from gpusvc.errors import ConfigError
 _MACRO = re.compile(r"\$\{[a-zA-Z0-9_.-]+\}")
 _NAMED = re.compile(r"\$\{(?:env\.([^}]+)|([a-zA-Z0-9_-]+))\}")
 
-# Macros hold macros: without a limit, twenty lines could fill the memory.
+# Macros contain macros: without a limit, twenty lines could fill the memory.
 _LONGEST = 1 << 20
 _MOST = 16 << 20
 
 
 class Budget:
-    """How much text all macros of an import may still make."""
+    """The number of characters that all macros of an import may still produce."""
 
     def __init__(self, characters: int = _MOST) -> None:
         self._left = characters
 
     def spend(self, characters: int) -> None:
-        """Raises ConfigError if that is more than is left."""
+        """Take characters from the budget. Raise ConfigError if it is exhausted."""
         self._left -= characters
         if self._left < 0:
             raise ConfigError(f"The macros make more than {_MOST >> 20} MiB of text.")
 
 
 class Macros:
-    """Values by their names; a value may refer to the macros that are defined before it.
+    """Macros by name. A macro may refer to macros that are defined before it.
 
     Args:
         environment: for ``${env.NAME}``.
-        shared: the macros that hold for all models.
-        own: those of one model. One that is in ``shared`` too takes its place, also for all that refer to it.
-        first: those that every other may refer to.
-        budget: for all macros of an import together.
+        shared: the macros of all models.
+        own: the macros of one model. They replace shared macros of the same name, also where others refer to them.
+        first: macros that all others may refer to.
+        budget: of the whole import.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Macros:
         self._texts: dict[str, str] = {}
 
     def with_more(self, own: Mapping[str, object], first: Mapping[str, object] | None = None) -> Macros:
-        """The same macros for one model, with its own."""
+        """Return these macros together with those of one model."""
         return Macros(self.environment, self.shared, own, first, self._budget)
 
     def expand(self, text: str) -> str:
-        """``text`` with all that is known in place of its macros; what is unknown stays as it is written.
+        """Return ``text`` with its macros replaced; unknown macros stay as they are.
 
         Raises:
-            ValueError: it grows beyond all measure.
-            ConfigError: all texts together do.
+            ValueError: the text becomes too long.
+            ConfigError: all texts together become too long.
         """
         try:
             return self._expand(text, frozenset())
@@ -71,9 +71,9 @@ class Macros:
             raise ValueError("the macros are nested too deeply") from error
 
     def expand_value(self, value: object) -> object:
-        """The same for every text of a value and every key of its mappings.
+        """Return a value with the macros in all its texts and keys replaced.
 
-        A text that is one macro and nothing else becomes the macro's value: a number stays one.
+        A text that is one macro and nothing else becomes the macro's value: a number stays a number.
         """
         if isinstance(value, str):
             match = _NAMED.fullmatch(value)
@@ -89,7 +89,7 @@ class Macros:
         return value
 
     def _expand(self, text: str, within: frozenset[str]) -> str:
-        """``within`` are the macros whose values ``text`` is a part of: none leads back to itself."""
+        """Return ``text`` with its macros replaced, except those in ``within``, which would contain themselves."""
         if "${" not in text:
             return text
         size = 0
@@ -124,7 +124,7 @@ class Macros:
 
 
 def _text(value: object) -> str | None:
-    """A macro's value as text, as Go writes it; None for what cannot stand within a text."""
+    """Return a macro's value as Go writes it in a text; None if it cannot be part of a text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -136,12 +136,12 @@ def _text(value: object) -> str | None:
 
 
 def unknown(text: str) -> list[str]:
-    """The macros that a text still has."""
+    """Return the macros that a text still has."""
     return list(dict.fromkeys(_MACRO.findall(text)))
 
 
 def unknown_in(value: object) -> list[str]:
-    """The macros that any text of a value still has."""
+    """Return the macros that the texts of a value still have."""
     return list(dict.fromkeys(macro for text in _texts(value) for macro in unknown(text)))
 
 

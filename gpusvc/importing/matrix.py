@@ -1,4 +1,4 @@
-"""llama-swap's language of models that may run together: ``(a | b) & c``, ``+other``."""
+"""llama-swap's expressions for models that may run together: ``(a | b) & c``, ``+other``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPACE = re.compile(r"\s*")
 # A set of models that may run together.
 Together = frozenset[str]
 
-# More than anybody means; each & multiplies.
+# Limits on the result: each & multiplies the number of sets.
 _MOST = 4096
 _MOST_MEMBERS = 200_000
 
@@ -19,14 +19,14 @@ Resolve = Callable[[str], str | None]
 
 
 def expand(sets: Mapping[str, str], resolve: Resolve) -> list[Together]:
-    """All sets of models that one of the expressions allows.
+    """Return all sets of models that one of the expressions allows.
 
     Args:
-        sets: the expressions by their names.
+        sets: the expressions by name.
         resolve: the model that a name in an expression means; None if it means none.
 
     Raises:
-        ValueError: one sentence on what is wrong with an expression.
+        ValueError: an expression is wrong; the message is a sentence.
     """
     known: dict[str, dict[Together, None]] = {}
     found: dict[Together, None] = {}
@@ -39,7 +39,7 @@ def expand(sets: Mapping[str, str], resolve: Resolve) -> list[Together]:
 def _named(
     sets: Mapping[str, str], resolve: Resolve, name: str, path: tuple[str, ...], known: dict[str, dict[Together, None]]
 ) -> dict[Together, None]:
-    """``path`` are the names that led to this one, so that none leads back to itself."""
+    """Return the sets of a named expression. ``path`` has the names that led here, to find circles."""
     if name not in known:
         known[name] = _Expression(sets, resolve, (*path, name), known).read()
     return known[name]
@@ -51,7 +51,7 @@ def _check_size(found: Mapping[Together, None], name: str) -> None:
 
 
 class _Expression:
-    """One expression; its value is a dictionary for its order."""
+    """One expression. Its value is a dictionary, which keeps the order."""
 
     def __init__(
         self, sets: Mapping[str, str], resolve: Resolve, path: tuple[str, ...], known: dict[str, dict[Together, None]]
@@ -63,7 +63,7 @@ class _Expression:
     def read(self) -> dict[Together, None]:
         found = self._any()
         if self._position < len(self._tokens):
-            raise self._wrong(f"nothing can stand before {self._tokens[self._position]!r}")
+            raise self._wrong(f"{self._tokens[self._position]!r} is not expected there")
         return found
 
     def _scan(self, text: str) -> list[str]:
@@ -78,7 +78,7 @@ class _Expression:
         return tokens
 
     def _take(self, token: str) -> bool:
-        """Whether ``token`` comes next; it is passed then."""
+        """Consume ``token`` and return True if it comes next."""
         if self._tokens[self._position : self._position + 1] != [token]:
             return False
         self._position += 1
@@ -112,11 +112,11 @@ class _Expression:
         if token.startswith("+"):
             name = token[1:]
             if name not in self._sets or name in self._path:
-                raise self._wrong(f"{token} leads nowhere")
+                raise self._wrong(f"{token} is not a set, or contains itself")
             return _named(self._sets, self._resolve, name, self._path, self._known)
         model = self._resolve(token) if token else None
         if model is None:
-            raise self._wrong(f"{token!r} is no model and none of its vars" if token else "it ends too soon")
+            raise self._wrong(f"{token!r} is neither a model nor one of the vars" if token else "it ends too soon")
         return {frozenset({model}): None}
 
     def _wrong(self, what: str) -> ValueError:

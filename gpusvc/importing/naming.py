@@ -1,4 +1,4 @@
-"""Names of models, for models that are called otherwise elsewhere."""
+"""Valid model names for models whose foreign names are not valid."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from gpusvc import names
 
 _UNFIT = re.compile(r"[^A-Za-z0-9:_.-]+")
 
-# Room for a number, should two become the same.
+# Leaves room for a number, if two names become the same.
 _LONGEST = names.MAX_LENGTH - 4
 
 
 class Naming:
-    """Gives each foreign name a name of its own; the same names in the same order are given the same."""
+    """Gives each foreign name a unique name. The same names in the same order give the same result."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
-        self._numbers: dict[str, int] = {}  # the last one by what stands before it
+        self._numbers: dict[str, int] = {}  # the last one for each base name
 
     def name(self, foreign: str) -> str:
-        """``foreign`` itself if it can be a model's name and is free, else what is nearest to it.
+        """Return ``foreign`` if it is a valid name and free, else a similar name.
 
         Of ``Qwen/Qwen3-8B`` that is ``Qwen3-8B``, or ``Qwen-Qwen3-8B`` if the former is taken.
         """
@@ -39,5 +39,5 @@ class Naming:
 
 
 def _fit(text: str) -> str:
-    """``text`` with what a name cannot have replaced; empty if nothing is left."""
+    """Return ``text`` with invalid characters replaced; empty if none is valid."""
     return _UNFIT.sub("-", text).strip(":_.-")[:_LONGEST].rstrip(":_.-")

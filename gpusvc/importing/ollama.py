@@ -1,7 +1,7 @@
-"""Ollama's local store as model files: manifests that name blobs, of which one is the GGUF itself.
+"""Ollama's local store as model files: manifests that name blobs. One blob of a model is its GGUF file.
 
-``read()`` looks at the disk, ``convert()`` does not. A store is a directory of ``manifests/HOST/NAMESPACE/MODEL/TAG``,
-each a JSON list of layers, and of ``blobs/sha256-DIGEST`` (ollama's manifest/paths.go and server/images.go).
+``read()`` reads the disk, ``convert()`` does not. A store has ``manifests/HOST/NAMESPACE/MODEL/TAG``, each a JSON list
+of layers, and ``blobs/sha256-DIGEST`` (ollama's manifest/paths.go and server/images.go).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MEDIA = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 
-# A manifest, or what it says of parameters, is kilobytes.
+# Manifests and parameters have kilobytes.
 _MOST_BYTES = 1 << 20
 
-# Architectures that llama.cpp calls otherwise, or does not know.
+# Architectures that llama.cpp does not know, or knows by another name.
 _ONLY_THERE = {"gptoss", "mllama", "qwen25vl"}
 
-# Architectures that answer with embeddings only; others say it by their pooling.
+# Architectures of embedding models. Other files tell it by their pooling.
 _EMBEDDING = {
     *("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert"),
     *("gemma-embedding", "llama-embed", "t5encoder"),
@@ -41,53 +41,53 @@ _EMBEDDING = {
 _NO_POOLING, _RANK_POOLING = 0, 4
 
 _LOST_PARAMETERS = {
-    "stop": "Requests say where to stop; the file's own end of a turn holds anyhow.",
-    "use_mmap": "llama-server's option for it changed its name: --no-mmap, later --load-mode; add yours to args.",
-    "use_mlock": "llama-server's option for it changed its name: --mlock, later --load-mode; add yours to args.",
+    "stop": "Requests name their stop words; the model's end of a turn always applies.",
+    "use_mmap": "llama-server's option changed its name: --no-mmap, later --load-mode. Add yours to args.",
+    "use_mlock": "llama-server's option changed its name: --mlock, later --load-mode. Add yours to args.",
     "main_gpu": "The engine counts the GPUs that it gets from 0; see [gpu] devices.",
-    "num_gqa": "The file says it.",
-    "low_vram": "llama-server has none such; see its --fit.",
-    "f16_kv": "It is how llama-server keeps its cache anyhow.",
-    "penalize_newline": "llama-server has none such.",
-    "tfs_z": "llama-server has none such any more.",
-    "logits_all": "llama-server has none such.",
-    "vocab_only": "llama-server has none such.",
+    "num_gqa": "The model's file contains it.",
+    "low_vram": "llama-server has no such option; see its --fit.",
+    "f16_kv": "It is llama-server's default.",
+    "penalize_newline": "llama-server has no such option.",
+    "tfs_z": "llama-server has no such option any more.",
+    "logits_all": "llama-server has no such option.",
+    "vocab_only": "llama-server has no such option.",
     "draft_num_predict": "See llama-server's --spec-type.",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A model of the store, as Ollama shows its name, and what its layers hold."""
+    """A model of the store: its name as Ollama shows it, and the content of its layers."""
 
     name: str
-    weights: Path | None  # None: there is no file of weights
-    drafts: tuple[Path, ...] = ()  # smaller models that propose tokens
+    weights: Path | None  # None: it has no file of weights
+    drafts: tuple[Path, ...] = ()  # draft models
     projectors: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
     parameters: Mapping[str, object] = field(default_factory=dict)
-    others: tuple[str, ...] = ()  # the other kinds of layers that it has
+    others: tuple[str, ...] = ()  # kinds of its other layers
     architecture: str = ""
     pooling: int | None = None  # as llama.cpp numbers it; None: the file does not say
-    has_own_vision: bool = False  # in the same file as the text, as only Ollama's own engine reads it
+    has_own_vision: bool = False  # in the same file as the text, which only Ollama's own engine can read
     problem: str | None = None  # why it cannot be read
 
 
 def root_of(path: Path) -> Path:
-    """Where the store is, given it or the directory of Ollama around it.
+    """Return the store's directory, given that or a directory of Ollama above it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no store.
     """
     for root in (path, path / "models", path / ".ollama/models"):
         if (root / "manifests").is_dir():
             return root
-    hint = "It is the directory with manifests and blobs, such as /usr/share/ollama/.ollama/models or ~/.ollama/models."
-    raise ConfigError(f"{path} is no store of Ollama's.", hint=hint)
+    hint = "A store has manifests and blobs, such as /usr/share/ollama/.ollama/models or ~/.ollama/models."
+    raise ConfigError(f"{path} is not a store of Ollama.", hint=hint)
 
 
 def read(root: Path) -> list[Stored]:
-    """All models of a store, by name.
+    """Return all models of a store, sorted by name.
 
     Raises:
         PermissionDeniedError: it may not be read.
@@ -108,7 +108,7 @@ def read(root: Path) -> list[Stored]:
 
 
 def _shown(host: str, namespace: str, model: str, tag: str) -> str:
-    """The name as `ollama list` has it."""
+    """Return the name as `ollama list` shows it."""
     parts = [host] if host != _HOST else []
     parts += [namespace] if parts or namespace != _NAMESPACE else []
     return "/".join([*parts, f"{model}:{tag}"])
@@ -124,7 +124,7 @@ def _read_manifest(root: Path, file: Path, name: str) -> Stored:
         parameters = {key: value for blob in layers.get("params", []) for key, value in _read_json(blob).items()}
         weights = layers.get("model", [])
         if len(weights) > 1:
-            return Stored(name, None, problem="It has several layers of weights, and llama-server takes one file.")
+            return Stored(name, None, problem="It has several layers of weights, but llama-server takes one file.")
         known = gguf.read_metadata(weights[0]) if weights else {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -146,14 +146,14 @@ def _read_manifest(root: Path, file: Path, name: str) -> Stored:
 
 
 def _read_json(file: Path) -> dict[str, object]:
-    """Raises ValueError or OSError."""
+    """Return the members of a JSON file. Raise ValueError or OSError."""
     content = files.read(file, limit_bytes=_MOST_BYTES, follow_links=True)
     try:
         value = json.loads(content)
     except RecursionError as error:
         raise ValueError(f"{file} is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is no JSON object")
+        raise ValueError(f"{file} is not a JSON object")
     return value
 
 
@@ -162,33 +162,33 @@ def _items(layers: object) -> Iterable[Mapping[str, object]]:
 
 
 def _blob(root: Path, digest: str) -> Path:
-    """Raises ValueError for what is no digest: it becomes part of a path."""
+    """Return the path of a blob. Raise ValueError if ``digest`` is not a digest, as it becomes part of the path."""
     if not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{digest!r} is no digest")
+        raise ValueError(f"{digest!r} is not a digest")
     return root.absolute() / "blobs" / digest.replace(":", "-")
 
 
 def convert(models: Iterable[Stored], source: Path) -> Import:
-    """The models of a store that llama-server can serve."""
+    """Return the models of a store that llama-server can serve."""
     notes = Notes()
     naming = Naming()
     drafts: list[Draft] = []
     for stored in models:
         name = naming.name(stored.name.removesuffix(f":{_TAG}"))
         if stored.problem is not None or stored.weights is None:
-            reason = stored.problem or "It has no GGUF file, which is what llama-server serves."
+            reason = stored.problem or "It has no GGUF file, but llama-server serves nothing else."
             notes.add(name, "model", f"{reason} The model is left out.")
             continue
         drafts.append(_convert(stored, name, source, notes))
     if drafts:
-        reason = "They stay where they are. `ollama rm` deletes them, and so does a pull of a newer version."
+        reason = "The files stay in the store. `ollama rm` deletes them, and so does a pull of a newer version."
         notes.add(None, "blobs", reason)
     return finish(drafts, notes)
 
 
 _CONTEXT = (
-    "It is not said. Ollama takes 4096 tokens then, or what OLLAMA_CONTEXT_LENGTH says; llama-server takes all that "
-    "the model was trained for, as far as it fits. Add -c to args to bound it."
+    "It is absent. Ollama then uses 4096 tokens or OLLAMA_CONTEXT_LENGTH; llama-server uses the context that the model "
+    "was trained for, as far as it fits. Add -c to args to limit it."
 )
 
 
@@ -196,7 +196,7 @@ def _convert(stored: Stored, name: str, source: Path, notes: Notes) -> Draft:
     draft = Draft(name, f"Imported from {source}, where it is called {stored.name!r}.")
     draft.put("engine", "llama-server")
     draft.put("model", str(stored.weights))
-    # Ollama's clients may leave the default tag out, and some add it.
+    # Some clients of Ollama add the default tag, others do not.
     draft.extend("aliases", [stored.name, stored.name.removesuffix(f":{_TAG}")])
     layers = (
         ("projector", "--mmproj", stored.projectors[:1], stored.projectors[1:]),
@@ -207,7 +207,7 @@ def _convert(stored: Stored, name: str, source: Path, notes: Notes) -> Draft:
         for file in taken:
             draft.extend("args", [option, str(file)])
         if more:
-            notes.add(name, kind, "It has several of these layers, and llama-server takes one: the first.")
+            notes.add(name, kind, "It has several of these layers, but llama-server takes one: the first.")
     if stored.pooling == _RANK_POOLING:
         draft.extend("args", ["--reranking"])
     elif stored.architecture in _EMBEDDING or stored.pooling not in (None, _NO_POOLING):
@@ -216,18 +216,20 @@ def _convert(stored: Stored, name: str, source: Path, notes: Notes) -> Draft:
         notes.add(name, "params.num_ctx", _CONTEXT)
     _put_parameters(draft, Foreign(stored.parameters, notes, name, "params."))
     if stored.has_own_vision or stored.architecture in _ONLY_THERE:
-        reason = "llama-server may not read this file, made for Ollama's own engine; a GGUF from elsewhere will do."
+        reason = (
+            "llama-server may fail to read this file, made for Ollama's engine; use a GGUF file from another source."
+        )
         notes.add(name, "model", reason)
     for kind in stored.others:
-        notes.add(name, kind, _OTHERS.get(kind, "Such a layer is not known here, and left out."))
+        notes.add(name, kind, _OTHERS.get(kind, "gpusvc does not know this kind of layer. Left out."))
     return draft
 
 
 _OTHERS = {
-    "template": "llama-server uses the template in the GGUF file; another one goes by --chat-template-file, in Jinja.",
-    "prompt": "llama-server uses the template in the GGUF file; another one goes by --chat-template-file, in Jinja.",
-    "system": "Nothing is put into conversations here; clients send their system prompt.",
-    "messages": "Nothing is put into conversations here; clients send their messages.",
+    "template": "llama-server uses the template in the GGUF file, or a Jinja file that --chat-template-file names.",
+    "prompt": "llama-server uses the template in the GGUF file, or a Jinja file that --chat-template-file names.",
+    "system": "gpusvc adds nothing to conversations; clients send their system prompt.",
+    "messages": "gpusvc adds nothing to conversations; clients send their messages.",
 }
 
 

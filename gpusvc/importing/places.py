@@ -1,7 +1,7 @@
-"""Relative paths in foreign configurations: relative to a directory that the configuration does not name.
+"""Relative paths in foreign configurations.
 
-That directory is where the other program was started. What is likely is tried: the configuration's own directory, and
-the one that gpusvc is started in.
+They are relative to the directory in which the other program was started, which the configuration does not name. Likely
+directories are tried: that of the configuration, and the current one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Exists = Callable[[Path], bool]
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file; no for a path that cannot be looked at."""
+    """Return whether a file exists; False if the path cannot be read."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -21,15 +21,15 @@ def exists(path: Path) -> bool:
 
 
 def candidates(source: Path) -> list[Path]:
-    """Directories that relative paths of a configuration may be relative to, the likeliest first."""
+    """Return likely base directories for relative paths of a configuration, the likeliest first."""
     return list(dict.fromkeys([source.absolute().parent, Path.cwd()]))
 
 
 def directory_of(paths: Sequence[str], source: Path, there: Exists) -> Path | None:
-    """The directory below which all of these paths are; None if there is no such among the likely ones."""
+    """Return the likely directory that has all of these paths; None if there is none."""
     return next((base for base in candidates(source) if all(there(base / path) for path in paths)), None)
 
 
 def is_relative(path: str) -> bool:
-    """Whether a path depends on the directory that a program runs in."""
+    """Return whether a path depends on the working directory."""
     return bool(path) and not path.startswith(("/", "~", "$", "{")) and "://" not in path

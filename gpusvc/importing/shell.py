@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# What a backslash takes its meaning from between double quotes (POSIX, "Quoting").
+# Characters that a backslash escapes between double quotes (POSIX, "Quoting").
 _ESCAPED_IN_QUOTES = '$`"\\'
 
 _SEPARATORS = ";&|\n()"
 
-# More commands than any script has that starts an engine; those behind them are not looked at.
+# Commands after this number are ignored.
 _MOST_COMMANDS = 1000
 
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
-# Characters that only a shell understands. Braces are here for {port}, and so are no such.
+# Characters that only a shell understands. Braces are not among them, because of {port}.
 _SHELL_ONLY = re.compile(r"[$`;&|<>()*?~!#\n\[\]]")
 
 
@@ -23,16 +23,16 @@ class Words(NamedTuple):
     """A command in words."""
 
     words: list[str]
-    open_quote: bool  # a quotation mark has no counterpart; the quotation ends with the text
+    open_quote: bool  # a quotation mark is not closed; the quotation ends with the text
 
 
 def without_comments(text: str) -> str:
-    """The text without the lines that begin with ``#``."""
+    """Return the text without the lines that begin with ``#``."""
     return "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("#"))
 
 
 def split(text: str) -> Words:
-    """The words of a command of one or more lines; a line's end separates words, as llama-swap has it."""
+    """Return the words of a command of one or more lines; as in llama-swap, line ends separate words."""
     words: list[str] = []
     word: list[str] = []
     started = False
@@ -62,19 +62,19 @@ def split(text: str) -> Words:
 
 
 def _escape(text: str, position: int, word: list[str]) -> int:
-    """Take the backslash at ``position`` and what it escapes. Return the position behind both."""
+    """Read the backslash at ``position`` and the escaped character. Return the position behind both."""
     following = position + 1
     while text[following : following + 1] in (" ", "\t", "\r"):
         following += 1
     if text[following : following + 1] in ("\n", ""):
-        # The line goes on in the next one. Spaces before the line's end are no reason to think otherwise.
+        # The command continues on the next line, even if spaces precede the line's end.
         return following + 1
     word.append(text[position + 1])
     return position + 2
 
 
 def _quotation(text: str, position: int, word: list[str]) -> tuple[int, bool]:
-    """Take the quotation that begins at ``position``. Return the position behind it, and whether it is closed."""
+    """Read the quotation that begins at ``position``. Return the position behind it, and whether it is closed."""
     mark = text[position]
     position += 1
     while position < len(text):
@@ -96,7 +96,7 @@ def _quotation(text: str, position: int, word: list[str]) -> tuple[int, bool]:
 
 
 def simple_commands(script: str) -> list[list[str]]:
-    """The simple commands of a script, in words; what is nested in quotes stays a word."""
+    """Return the simple commands of a script, in words; a quoted command stays a word."""
     commands: list[list[str]] = []
     start = 0
     quote = ""
@@ -115,10 +115,10 @@ def simple_commands(script: str) -> list[list[str]]:
 
 
 def is_simple(script: str) -> bool:
-    """Whether a script is one command that means the same without a shell."""
+    """Return whether a script is a single command that means the same without a shell."""
     return not _SHELL_ONLY.search(script.strip()) and not split(script).open_quote
 
 
 def is_assignment(word: str) -> bool:
-    """Whether a word sets a variable, as ``NAME=VALUE``."""
+    """Return whether a word sets a variable, as ``NAME=VALUE``."""
     return _ASSIGNMENT.match(word) is not None

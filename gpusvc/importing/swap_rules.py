@@ -1,7 +1,7 @@
 """llama-swap's rules of which models may run together, ``groups`` and ``matrix``, as ``exclusive``.
 
-Where there are none it runs one model at a time, as it does not know how much VRAM a model takes; that is not carried
-over, as gpusvc measures.
+Without rules llama-swap runs one model at a time, as it does not know how much VRAM a model takes. The import does not
+keep this, because gpusvc measures.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from gpusvc.importing import exclusion, matrix
 from gpusvc.importing.draft import Draft
 from gpusvc.importing.foreign import Foreign
 
-# A model of a persistent group is never evicted for another group's: it stays before all that say nothing.
+# llama-swap never ends a model of a persistent group for another group. This is above the default priority.
 _PERSISTENT_PRIORITY = 100
 
-# Models and sets whose combinations take a moment at most.
+# Limits that keep the work on combinations short.
 _MOST_IN_MATRIX = 1000
 _MOST_COMPARED = 1_000_000
 
 
 def apply(whole: Foreign, models: Mapping[str, Draft]) -> None:
-    """Put ``exclusive``, ``pinned`` and ``priority`` into the drafts of a configuration, which are given by ID."""
+    """Put ``exclusive``, ``pinned`` and ``priority`` into the drafts, which are given by model ID."""
     routing = whole.table("routing")
     settings, use = _router(routing)
     top_groups, top_matrix = whole.table("groups"), whole.table("matrix")
@@ -33,22 +33,22 @@ def apply(whole: Foreign, models: Mapping[str, Draft]) -> None:
     rules = top_matrix if at_the_top else settings.table("matrix")
     if rules.names() and (use == "matrix" or not groups.names()):
         if groups.names():
-            whole.note("groups", "router.use says matrix: the groups are not in force.")
+            whole.note("groups", "router.use is matrix, so the groups do not apply.")
         _apply_matrix(rules, models)
     elif groups.names():
         _Groups(groups, models).apply()
     elif len(models) > 1:
-        reason = "There are none: llama-swap ran one model at a time. Here those run side by side that find room;"
-        whole.note("groups", f"{reason} `max_active = 1` in gpusvc.toml is the old rule.")
+        reason = "There are none: llama-swap runs one model at a time. Here models run side by side if they fit;"
+        whole.note("groups", f"{reason} `max_active = 1` in gpusvc.toml keeps the old rule.")
 
 
 def _router(routing: Foreign) -> tuple[Foreign, str]:
-    """The settings below routing.router, and which of them are in force."""
+    """Return the settings below routing.router, and the name of the one that applies."""
     router = routing.table("router")
     use = router.text("use") or ""
     scheduler = routing.table("scheduler")
     if scheduler.names():
-        routing.note("scheduler", "Who waits is served in turn; `priority` of a model here is about eviction.")
+        routing.note("scheduler", "Waiting requests are served in turn; a model's `priority` is about eviction.")
     settings = router.table("settings")
     routing.finish()
     return settings, use
@@ -66,7 +66,7 @@ class _Group(NamedTuple):
 
 
 class _Groups:
-    """The groups of a configuration, and the one that llama-swap makes of all other models."""
+    """The groups of a configuration, and the default group that llama-swap makes of all other models."""
 
     def __init__(self, listed: Foreign, models: Mapping[str, Draft]) -> None:
         self._listed = listed
@@ -82,8 +82,8 @@ class _Groups:
             said = dict.fromkeys(fields.texts("members"))
             members = tuple(member for member in said if member in self._models and member not in grouped)
             for member in said.keys() - set(members):
-                what = "is in another group already" if member in grouped else "is no model"
-                fields.note("members", f"{member!r} {what}: left out.")
+                what = "is already in another group" if member in grouped else "is not a model"
+                fields.note("members", f"{member!r} {what}. Left out.")
             grouped.update(members)
             flags = {key: fields.truth(key) for key in ("swap", "exclusive", "persistent")}
             said_flags = {key: flag for key, flag in flags.items() if flag is not None}
@@ -93,7 +93,7 @@ class _Groups:
         return [group for group in (*groups, _Group(self._titles.title("default"), rest)) if group.members]
 
     def apply(self) -> None:
-        """One group of gpusvc holds between groups, and one within each group that swaps."""
+        """Put one exclusive group between the groups, and one within each group that swaps."""
         self._exclude_each_other()
         for group in self._groups:
             if group.swap and len(group.members) > 1 and not self._swaps_already(group):
@@ -103,7 +103,7 @@ class _Groups:
                 self._keep(group)
 
     def _exclude_each_other(self) -> None:
-        """A group ends the models of all groups that are not persistent, if it is exclusive.
+        """Put the exclusive group between groups: an exclusive group ends the models of groups that are not persistent.
 
         So an exclusive group that is not persistent excludes all groups but those that are persistent and not
         exclusive. Of the others, the exclusive ones exclude those that are not.
@@ -115,7 +115,7 @@ class _Groups:
         if len(sides) < 2:
             return
         if (lenient and fronts) or lasting:
-            reason = "There one of two groups ended the other, but not the reverse; here it goes both ways."
+            reason = "In llama-swap one of two groups ends the other but not the reverse; here both exclude each other."
             self._listed.note("exclusive", reason)
         name = self._titles.title("swap-1")
         for side in sides:
@@ -125,12 +125,12 @@ class _Groups:
                 self._models[member].extend("exclusive", [entry])
 
     def _swaps_already(self, group: _Group) -> bool:
-        """Whether what holds between groups keeps its members from running together as well."""
+        """Return whether the exclusive group between groups also separates the members of this group."""
         others = any(other is not group and not (other.persistent and not other.exclusive) for other in self._groups)
         return others and group.swap and group.exclusive and not group.persistent
 
     def _keep(self, group: _Group) -> None:
-        """A pinned model is never evicted: not by one of its own group, and not when it is idle."""
+        """Pin the models of a persistent group, or raise their priority if they swap or have an idle timeout."""
         swaps = group.swap and len(group.members) > 1
         for member in group.members:
             draft = self._models[member]
@@ -139,7 +139,7 @@ class _Groups:
 
 
 class _Titles:
-    """Names of groups, each once: those that llama-swap has where they can be names here."""
+    """Unique names of groups: llama-swap's own names if they are valid here."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -169,17 +169,19 @@ def _apply_matrix(rules: Foreign, models: Mapping[str, Draft]) -> None:
         if cost is not None and model is not None:
             models[model].put("priority", min(max(cost - 1, 0), MAX_PRIORITY) or None)
     if costs.names():
-        rules.note("evict_costs", "They became priority: who has the lowest goes first; costs are not added up.")
+        rules.note(
+            "evict_costs", "They became priority: the model with the lowest is evicted first. Costs are not added up."
+        )
     sets = _texts(rules.table("sets"))
     rules.finish()
     try:
         together = matrix.expand(sets, resolve)
     except (ValueError, RecursionError) as error:
         what = "They are nested too deeply." if isinstance(error, RecursionError) else str(error)
-        rules.note("sets", f"{what} They are left out.")
+        rules.note("sets", f"{what} Left out.")
         return
     if len(models) > _MOST_IN_MATRIX:
-        rules.note("sets", f"They are about more than {_MOST_IN_MATRIX} models: left out.")
+        rules.note("sets", f"They name more than {_MOST_IN_MATRIX} models. Left out.")
         return
     numbers = {model: number for number, model in enumerate(models)}
     masks = [sum(1 << numbers[model] for model in members) for members in together]
@@ -190,7 +192,7 @@ def _apply_matrix(rules: Foreign, models: Mapping[str, Draft]) -> None:
     everyone = (1 << len(models)) - 1
     _put_groups(exclusion.groups([everyone & ~(mask | 1 << number) for number, mask in enumerate(allowed)]), models)
     if _has_trio(masks, allowed):
-        rules.note("sets", "Three that may run together two by two, but not all at once, have no counterpart.")
+        rules.note("sets", "Three models that may run together in pairs, but not all at once, have no counterpart.")
 
 
 def _put_groups(groups: Iterable[Sequence[int]], models: Mapping[str, Draft]) -> None:
@@ -203,7 +205,7 @@ def _put_groups(groups: Iterable[Sequence[int]], models: Mapping[str, Draft]) ->
 
 
 def _has_trio(masks: Sequence[int], allowed: Sequence[int]) -> bool:
-    """Whether three models may run together two by two, and are in no set together. False where that takes long."""
+    """Return whether three models may run together in pairs but not all at once. False if it takes too long."""
     pairs = [(one, other) for one, mask in enumerate(allowed) for other in exclusion.members(mask) if other > one]
     if len(pairs) * len(masks) > _MOST_COMPARED:
         return False
@@ -219,5 +221,5 @@ def _has_trio(masks: Sequence[int], allowed: Sequence[int]) -> bool:
 
 
 def _texts(fields: Foreign) -> dict[str, str]:
-    """Every key of a mapping as text."""
+    """Return every key of a mapping with its value as text."""
     return {key: text for key in fields.names() if (text := fields.text(key)) is not None}

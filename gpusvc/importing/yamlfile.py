@@ -1,6 +1,6 @@
-"""YAML as programs in Go read it, which is not quite as PyYAML does: ``on`` is a word, and ``1:30`` no number.
+"""YAML as programs in Go read it. Unlike for PyYAML, ``on`` is a word, and ``1:30`` is not a number.
 
-go-yaml descends from libyaml, and so does the parser used here: both take tabs where PyYAML's own parser does not.
+go-yaml descends from libyaml, and so does the parser used here: both accept tabs where PyYAML's own parser does not.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from yaml.composer import Composer, ComposerError
 
 from gpusvc.errors import ConfigError
 
-# Aliases count as what they stand for: a file of 500 bytes can mean a billion nodes. Configurations have thousands.
+# An alias counts as all nodes that it stands for: 500 bytes can mean a billion. Configurations have thousands.
 _MOST_NODES = 200_000
 
 _DEEPEST = 100
 
 
 def parse(text: str, source: str) -> list[object]:
-    """The documents of a file, empty ones left out.
+    """Return the documents of a file without empty ones.
 
     Raises:
-        ConfigError: it is no YAML, or more of it than any configuration; ``source`` names it.
+        ConfigError: it is not YAML, or too large for a configuration; ``source`` names the file.
     """
     try:
         return [document for document in yaml.load_all(text, _Loader) if document is not None]
     except YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML{_reason(error)}.") from error
-    except (RecursionError, ValueError) as error:  # a number that Python does not take
+    except (RecursionError, ValueError) as error:  # such as a number with too many digits
         raise ConfigError(f"{source} cannot be read as YAML: {error}.") from error
 
 
@@ -42,25 +42,25 @@ def _reason(error: YAMLError) -> str:
 
 
 class _Loader(Composer, yaml.CSafeLoader):
-    """Resolves words as YAML 1.2 does, takes no key twice, and bounds what aliases stand for."""
+    """Resolves words as YAML 1.2 does, refuses repeated keys, and limits what aliases stand for."""
 
-    # Its own, and not those of SafeLoader, which others in this process may use.
+    # A table of its own: other code in this process may use SafeLoader's.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, stream: str) -> None:
         yaml.CSafeLoader.__init__(self, stream)
         Composer.__init__(self)
         self._depth = 0
-        self._nodes = 0  # so far, with those that aliases stand for
-        self._sizes: dict[int, int] = {}  # of whole nodes, by their identity
+        self._nodes = 0  # so far, including those that aliases stand for
+        self._sizes: dict[int, int] = {}  # numbers of nodes, by the identity of the topmost
 
     def compose_document(self) -> Node | None:
-        """A document; nothing is known of the nodes of those before it."""
+        """Compose a document. Nodes of earlier documents are forgotten."""
         self._sizes = {}
         return super().compose_document()
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
-        """A node whose anchors, aliases and depth are within bounds."""
+        """Compose a node. Raise ComposerError if its aliases or its depth exceed the limits."""
         event = self.peek_event()
         before = self._nodes
         self._depth += 1
@@ -85,12 +85,12 @@ class _Loader(Composer, yaml.CSafeLoader):
         for key, _ in node.value:
             if isinstance(key, ScalarNode):
                 if key.value in seen:
-                    raise ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                    raise ComposerError(None, None, f"the key {key.value!r} appears twice", key.start_mark)
                 seen.add(key.value)
         return node
 
     def construct_local(self, _suffix: str, node: Node) -> object:
-        """A value with a tag of a program's own, as ``!secret x``: without the tag, as go-yaml takes it."""
+        """Return a value with a local tag, such as ``!secret x``, without the tag, as go-yaml does."""
         if isinstance(node, ScalarNode):
             return self.construct_scalar(node)
         if isinstance(node, SequenceNode):
@@ -110,7 +110,7 @@ _FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    # What begins with 0 is octal, unless it has an 8 or a 9: that is a float then.
+    # A number that begins with 0 is octal, unless it has an 8 or a 9: then it is a float.
     ("int", r"[-+]?(?:0|[1-9][0-9_]*|0o?[0-7_]+|0b[01_]+|0x[0-9a-fA-F_]+)", list("-+0123456789")),
     (
         "float",

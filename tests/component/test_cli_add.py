@@ -371,7 +371,9 @@ def test_one_broken_file_of_localai_leaves_the_others(host: Beginner, tmp_path: 
     done = host.gpusvc("import", "localai", str(tmp_path))
     assert f"## {host.paths.model_file('good')}\n" in done.stdout
     named = [
-        Path(line.strip().partition(": ")[0]).name for line in done.stderr.splitlines() if "others are taken" in line
+        Path(line.strip().partition(": ")[0]).name
+        for line in done.stderr.splitlines()
+        if "other files are imported" in line
     ]
     assert named == ["bad.yaml", "latin.yaml", "pipe.yml"]
 
@@ -384,7 +386,7 @@ def test_what_is_no_file_or_too_large_is_refused_at_once(host: Beginner, tmp_pat
         stream.truncate(1 << 40)
     for path in (pipe, large):
         done = host.gpusvc("import", program, str(path))
-        assert (done.returncode, "is no configuration" in done.stderr) == (2, True)
+        assert (done.returncode, "is not a configuration" in done.stderr) == (2, True)
 
 
 def test_one_model_can_be_imported_alone(host: Beginner) -> None:

@@ -76,9 +76,9 @@ def test_keys_are_read_as_what_they_mean_and_the_rest_is_noted() -> None:
     fields.drop({"gone": "It is gone.", "no": "Nobody hears of this.", "absent": "Nor of this."})
     fields.finish()
     assert [str(note) for note in notes] == [
-        "m: x.bad: It is not text, but [1]: left out.",
+        "m: x.bad: It is not text, but [1]. Left out.",
         "m: x.gone: It is gone.",
-        "m: x.what: It is not known here, and left out.",
+        "m: x.what: gpusvc does not know this key. Left out.",
     ]
 
 

@@ -87,7 +87,7 @@ models:
     "a quotation that never ends": Kind(
         'models: {a: {cmd: "llama-server --port ${PORT} --system-note don\'t"}}',
         {"a": {"command": ["llama-server", "--port", "{port}", "--system-note", "dont"]}},
-        (("a", "A quotation mark has no counterpart"),),
+        (("a", "A quotation mark is not closed"),),
     ),
     "a matrix by model id": Kind(
         """
@@ -120,7 +120,7 @@ routing:
       matrix: {vars: {x: a, y: b}, sets: {both: "x & y"}}
 """,
         {"a": {"exclusive": None}, "b": {"exclusive": None}},
-        ((None, "router.use says matrix"),),
+        ((None, "router.use is matrix"),),
     ),
     "persistent with swap": Kind(
         """
@@ -258,7 +258,7 @@ chat-template-file = tpl/a.jinja
 """,
         {"a": {"model": "/srv/models/a.gguf"}},
         (
-            ("a", "model: It is relative to where llama-server was started"),
+            ("a", "model: It is relative to the directory in which llama-server was started"),
             ("a", "mmproj: models/mmproj-a.gguf is relative"),
             ("a", "model-draft: models/draft.gguf is relative"),
             ("a", "chat-template-file: tpl/a.jinja is relative"),

@@ -188,7 +188,7 @@ def test_relative_paths_that_nobody_can_place_are_named() -> None:
     found = llama_server.convert(RELATIVE, SOURCE, lambda _: False)
     assert files(found)["m"]["args"] == ["-mm", "gguf/mm.gguf"]
     assert [note.key for note in found.notes] == ["model", "mm", "LLAMA_ARG_CHAT_TEMPLATE_FILE"]
-    assert "make it absolute" in found.notes[1].reason
+    assert "write an absolute path" in found.notes[1].reason
 
 
 @pytest.mark.parametrize(

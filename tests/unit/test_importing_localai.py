@@ -216,7 +216,7 @@ def test_engine_args_and_parsers_are_options_of_vllm() -> None:
 def test_files_that_cannot_be_read_are_named() -> None:
     model = {"name": "m", "parameters": {"model": "x"}}
     found = localai.convert([(SOURCE, model)], lambda _: True, broken=[(Path("/models/b.yaml"), "It is broken.")])
-    assert [str(note) for note in found.notes] == ["/models/b.yaml: It is broken. The others are taken."]
+    assert [str(note) for note in found.notes] == ["/models/b.yaml: It is broken. The other files are imported."]
 
 
 @pytest.mark.parametrize(

@@ -192,5 +192,5 @@ def test_the_store_is_found_in_its_surroundings(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no store of Ollama"):
+    with pytest.raises(ConfigError, match="not a store of Ollama"):
         ollama.root_of(tmp_path)

@@ -1,4 +1,4 @@
-"""``import``: another program's models as model files, shown first, and written when that is said."""
+"""``import``: another program's models as model files. It shows them, and writes them with --write."""
 # ruff: noqa: PLC0415 - a command loads only what it needs
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_BYTES = 1024 * 1024
 
 
 class Program(StrEnum):
-    """Whose configuration it is."""
+    """The program whose configuration is read."""
 
     LLAMA_SWAP = "llama-swap"
     LLAMA_SERVER = "llama-server"
@@ -44,9 +44,11 @@ _PROGRAM: Any = typer.Argument(
     ..., metavar="PROGRAM", help="llama-swap, llama-server, localai or ollama.", show_default=False
 )
 _PATH: Any = typer.Argument(..., metavar="PATH", help="Its file or directory.")
-_ONLY: Any = typer.Option([], "--only", metavar="NAME", help="This model, by the name it gets. May be said again.")
+_ONLY: Any = typer.Option(
+    [], "--only", metavar="NAME", help="Only this model, by its new name. Can be given several times."
+)
 _WRITE: Any = typer.Option(False, "--write", help="Write the files.")
-_FORCE: Any = typer.Option(False, "--force", help="Replace files of models of the same names, whatever they say.")
+_FORCE: Any = typer.Option(False, "--force", help="Replace files of models of the same names, also edited ones.")
 _UPDATE: Any = typer.Option(False, "--update", help="Say what changed since the last import, and replace those files.")
 
 
@@ -63,8 +65,8 @@ def import_(
     """Turn another program's models into model files.
 
     PATH is a YAML file of llama-swap, a preset file of llama-server, YAML files of LocalAI, or the store of Ollama.
-    Without --write the files are shown, or with --update what is not the same in the files that are there. What has no
-    counterpart is named either way.
+    Without --write the files are shown, or with --update the differences to the existing files. Keys without a
+    counterpart are named.
     """
     from gpusvc.config import directory as model_directory
     from gpusvc.importing import update as update_policy
@@ -93,7 +95,7 @@ def import_(
 
 
 def _read(program: Program, path: Path) -> Import:
-    """Raises OSError, or a GpusvcError for what is not what it should be."""
+    """Return the models of a configuration. Raise OSError, or GpusvcError if it is not one of that program."""
     from gpusvc.importing import llama_server, llama_swap, ollama, yamlfile
 
     match program:
@@ -110,7 +112,7 @@ def _read(program: Program, path: Path) -> Import:
 
 
 def _read_localai(path: Path) -> Import:
-    """One file, or those of a directory that LocalAI reads; there a broken one does not keep the others from it."""
+    """Read one file, or the files of a directory. A broken file of a directory is noted."""
     from gpusvc.importing import localai, yamlfile
 
     if not path.is_dir():
@@ -137,7 +139,7 @@ def _read_localai(path: Path) -> Import:
 
 
 def _text(path: Path) -> str:
-    """Raises OSError; UsageError for what is no text file of a configuration's size."""
+    """Return the text of a file. Raise OSError, or UsageError if it is no text or too large."""
     from gpusvc import files
 
     try:
@@ -145,7 +147,7 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8.") from None
     except ValueError as error:
-        raise UsageError(f"{path} is no configuration: {error}.") from None
+        raise UsageError(f"{path} is not a configuration: {error}.") from None
 
 
 def _chosen(found: Import, only: Sequence[str]) -> Import:
@@ -199,7 +201,7 @@ def _changed(paths: Paths, texts: dict[str, str], *, force: bool) -> dict[str, s
 
 
 def _gone(paths: Paths, found: Import) -> list[str]:
-    """Models whose files say that they were imported from the same source, which does not have them any more."""
+    """Return models that were imported from the same source, which does not have them any more."""
     sources = {draft.origin.partition(", where it is called")[0] for draft in found.drafts}
     names = {draft.name for draft in found.drafts}
     there = sorted(file.stem for file in paths.models_directory.glob("*.toml") if file.stem not in names)
@@ -207,7 +209,7 @@ def _gone(paths: Paths, found: Import) -> list[str]:
 
 
 def _there(paths: Paths, name: str) -> str | None:
-    """What a model's file says; None if there is none."""
+    """Return the text of a model's file; None if there is none."""
     try:
         return paths.model_file(name).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -215,7 +217,7 @@ def _there(paths: Paths, name: str) -> str | None:
 
 
 def _write(paths: Paths, texts: dict[str, str], *, force: bool) -> None:
-    """All, or none if one is there already."""
+    """Write all files, or none if one exists already."""
     from gpusvc.config import directory as model_directory
 
     there = [name for name in texts if os.path.lexists(paths.model_file(name))]
@@ -228,15 +230,15 @@ def _write(paths: Paths, texts: dict[str, str], *, force: bool) -> None:
 
 
 def _tell(found: Import, problems: Sequence[Problem], *, count: int, written: bool) -> None:
-    """On stderr, so that files may go elsewhere."""
+    """Print the notes and problems on stderr, so that stdout has the files only."""
     from gpusvc.importing.draft import by_kind
 
     if found.notes:
-        typer.echo("What has no counterpart, or another one:", err=True)
+        typer.echo("Keys without a counterpart, or with a different one:", err=True)
     for line in by_kind(found.notes):
         typer.echo(f"  {line}", err=True)
     if problems:
-        typer.echo("What has to be mended before these models start:", err=True)
+        typer.echo("Problems to correct before these models can start:", err=True)
     for problem in problems:
         typer.echo(f"  {problem}", err=True)
     models = f"{count} model{'' if count == 1 else 's'}"
