@@ -6,21 +6,22 @@ other listed processes are foreign. This module reads /proc, and gets leases and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from gpusvc.gpu.reading import total
 from gpusvc.linux import processes
 from gpusvc.linux.cgroup import Cgroup
-from gpusvc.linux.processes import Process
 from gpusvc.record import Record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
     from gpusvc.gpu.reading import Gpu, GpuProcess
+    from gpusvc.linux.processes import Process
     from gpusvc.state.lease import Lease
 
-Listed = Mapping[int, Sequence[tuple["Gpu", "GpuProcess"]]]
-"""By PID, what the driver lists of a process: each GPU on which it has a context."""
+    # By PID: each GPU on which the process has a context.
+    Listed = Mapping[int, Sequence[tuple[Gpu, GpuProcess]]]
 
 
 class Stray(Record):
@@ -55,7 +56,7 @@ class Holding(Record):
         return self.inside.union(stray.process.pid for stray in self.strays) if self.strays else self.inside
 
 
-class Share(NamedTuple):
+class Share(Record):
     """What one model holds of one GPU. ``used_bytes`` None: NVML does not report it."""
 
     holding: Holding
