@@ -1,9 +1,10 @@
-"""The last lines of an engine's output, from the journal, and whether they report that VRAM ran out."""
+"""The last lines of an engine's output, from the journal: which one says why it ended, and whether VRAM ran out."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 
 from gpusvc.errors import GpusvcError
 from gpusvc.journal import journalctl
@@ -16,6 +17,13 @@ _OUT_OF_MEMORY = (
     r"|No available memory for the cache blocks|less than desired GPU memory utilization"
 )
 
+_GPU_ERROR = r"(CUDA|HIP|NCCL|ROCm)\w* error|cudaError|CUBLAS_STATUS|hipError"
+
+# The last line of a Python traceback, also behind a logger's prefix. The lines before it are the traceback.
+_EXCEPTION = r"(^|[\s:|])(\w+\.)*[A-Z]\w*(Error|Exception): \S"
+
+# A line of another program that begins with its error, perhaps after the program's name.
+_ERROR = r"^(\S+: )?(error|fatal|panic)\b.*: ?\S"
 
 # What precedes the last words in the launcher's sentence about the end of an engine.
 LEAD = "its last words: "
@@ -50,6 +58,17 @@ def last_words(*matches: str, lines: int = 30, since: float | None = None) -> li
             time.sleep(_PAUSE_SECONDS)
     except GpusvcError:
         return []
+
+
+def telling(words: Sequence[str]) -> str:
+    """Return the line that most likely says why the engine ended; of equal ones the last. There must be a line."""
+    for pattern in (f"{_OUT_OF_MEMORY}|{_GPU_ERROR}", _EXCEPTION, _ERROR):
+        # The patterns for runtimes are in mixed case in the wild; an exception's name is not.
+        flags = re.NOFLAG if pattern is _EXCEPTION else re.IGNORECASE
+        found = [line for line in words if re.search(pattern, line, flags)]
+        if found:
+            return found[-1]
+    return words[-1]
 
 
 def tells_of_memory(words: list[str]) -> bool:

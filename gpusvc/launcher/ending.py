@@ -75,7 +75,7 @@ def _report(run: Run, sentence: str, killed: str | None, *, was_full: bool = Fal
         sentence += ": it ran out of VRAM"
         if run.is_second_try:
             sentence += ", although all idle models made room for it"
-    line = f"{sentence}; {lastwords.LEAD}{words[-1]}" if words else f"{sentence}; it wrote nothing."
+    line = f"{sentence}; {lastwords.LEAD}{lastwords.telling(words)}" if words else f"{sentence}; it wrote nothing."
     run.notifier.status(line)
     run.emit(EventType.FAIL, line, level=3)
     return ran_out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpusvc.journal.lastwords import tells_of_memory
+from gpusvc.journal.lastwords import telling, tells_of_memory
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,36 @@ def test_these_are_cries_for_memory(line: str) -> None:
 )
 def test_these_are_not(words: list[str]) -> None:
     assert not tells_of_memory(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["loading", "dying"], "dying"),
+        (["CUDA error: out of memory", "main: exiting"], "CUDA error: out of memory"),
+        (["CUDA error: an illegal memory access was encountered", "  current device: 0"], None),
+        (
+            [
+                "Traceback (most recent call last):",
+                '  File "server.py", line 3, in main',
+                "ValueError: No model at /models/x",
+                "[rank0]: process group was not destroyed",
+            ],
+            "ValueError: No model at /models/x",
+        ),
+        (
+            ["(EngineCore pid=7) ERROR 09-01 12:00:00 core.py:700] torch.AcceleratorError: bad device", "Exiting."],
+            None,
+        ),
+        (
+            ["RuntimeError: first", "During handling of the above exception …", "OSError: second", "bye"],
+            "OSError: second",
+        ),
+        (["error: invalid argument: --ctx", "usage: llama-server [options]"], "error: invalid argument: --ctx"),
+        (["llama_model_load: error loading model: not a GGUF file", "main: exiting"], None),
+        (["0 errors: all is well", "bye"], "bye"),
+        (["INFO: Error handlers are installed", "bye"], "bye"),
+    ],
+)
+def test_the_line_that_says_why_is_told_rather_than_the_last(words: list[str], told: str | None) -> None:
+    assert telling(words) == (told or words[0])
