@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from typing import NoReturn
 
 from gpusvc import names
@@ -28,7 +29,17 @@ def on_sigterm(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, on_sigterm)
     signal.setitimer(signal.ITIMER_REAL, _REPEAT_SECONDS)
+    sys.unraisablehook = _tell_others
     raise TerminatedError
+
+
+def _tell_others(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print what Python cannot raise, such as errors in callbacks of weak references, which every import makes.
+
+    A TerminatedError is not printed: the handler repeats itself.
+    """
+    if unraisable.exc_type is not TerminatedError:
+        sys.__unraisablehook__(unraisable)
 
 
 def end_quietly() -> None:
