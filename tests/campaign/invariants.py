@@ -272,13 +272,17 @@ class Insisted:
     began: float
     ended: float
     tries: int | None
+    last: str = ""
+    """What it was told last."""
 
 
 def starved(insisted: Insisted, notes: Sequence[Noted]) -> Iterator[str]:
     """A client that asks again and again is served in the end, if nothing was in the way."""
     since = insisted.began - AFTERMATH_SECONDS
-    if insisted.tries is None or any(
-        note.explains(cause, insisted.model, since, insisted.ended) for note in notes for cause in Cause
+    if (
+        insisted.tries is None
+        or "The last start of " in insisted.last
+        or any(note.explains(cause, insisted.model, since, insisted.ended) for note in notes for cause in Cause)
     ):
         return
     yield f"{insisted.model} was asked {insisted.tries} times in {insisted.ended - insisted.began:.0f} s for nothing"

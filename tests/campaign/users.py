@@ -186,7 +186,7 @@ class Users:
 
     async def _insist(self, model: str, patience: float, tries: int) -> None:
         began = time.monotonic()
-        asked = 0
+        asked, last = 0, ""
         while asked < tries and time.monotonic() - began < _LONGEST_SECONDS:
             asked += 1
             question = f"question {next(self._numbers)}"
@@ -197,14 +197,14 @@ class Users:
             except (TimeoutError, OSError, EOFError, ValueError):
                 pass  # it goes away, or is sent away
             else:
-                now = time.monotonic()
+                now, last = time.monotonic(), body.decode(errors="replace")
                 self.answers.append(Answer(0, model, question, once, now, status, body, is_patient=False))
                 if status == HTTPStatus.OK:
                     self.insisted.append(Insisted(model, began, now, None))
                     break
             await asyncio.sleep(0.3)
         else:
-            self.insisted.append(Insisted(model, began, time.monotonic(), asked))
+            self.insisted.append(Insisted(model, began, time.monotonic(), asked, last))
         self.insisting.remove(model)
 
     async def _look_at(self, number: int, model: str, path: str) -> None:

@@ -180,6 +180,7 @@ def test_a_client_that_asks_again_and_again_is_served_unless_something_was_done(
     assert list(invariants.starved(insisted, []))
     assert not list(invariants.starved(insisted, [noted(Cause.BUSY)]))
     assert not list(invariants.starved(replace(insisted, tries=None), []))
+    assert not list(invariants.starved(replace(insisted, last="The last start of qwen failed 3 s ago."), []))
 
 
 def test_a_probe_is_answered_by_the_engine_or_told_that_the_model_is_not_loaded() -> None:
