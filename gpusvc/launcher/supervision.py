@@ -52,7 +52,10 @@ class Supervision:
 
     def _announce(self) -> None:
         run = self._run
-        run.lease = replace(run.lease, ready=True, address=None if self._where is None else self._where.reachable_at)
+        run.lease = replace(run.lease, ready=True)
+        if self._where is not None:
+            where = self._where
+            run.lease = replace(run.lease, address=where.reachable_at, socket_cgroup_id=where.cgroup_id)
         self._sampler.sample()
         run.write_lease()
         use.touch(run.paths, run.name)

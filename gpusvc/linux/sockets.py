@@ -7,6 +7,7 @@ group of the socket's owner proves it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 import socket
@@ -15,24 +16,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gpusvc.linux import processes
+from gpusvc.linux import processes, sock_diag
+from gpusvc.linux.sock_diag import End
 
 _FAMILIES = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6}
-_LISTEN = 10  # TCP_LISTEN in the kernel's include/net/tcp_states.h
 
-# sock_diag(7), netlink(7) and linux/inet_diag.h.
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST_DUMP = 0x301
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_REQUEST = struct.Struct("=BBBBI48x")  # inet_diag_req_v2: family, protocol, extensions, padding, states, socket
-_ANSWER = struct.Struct("!4xH2x16s")  # inet_diag_msg: …, source port, …, source address, …
-_OWNER = struct.Struct("=64xII")  # and at its end, in this machine's byte order: uid, inode
-
-_MESSAGE_BYTES = 72  # inet_diag_msg; attributes follow (struct nlattr: length, type)
-_ATTRIBUTE = struct.Struct("=HH")
-_SKV6ONLY = 11  # INET_DIAG_SKV6ONLY
+# cgroupfs numbers its directories from 1 on.
+_SEVERAL = 0
 
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, where an IPv6 socket has an IPv4 address
 
@@ -46,6 +36,8 @@ class Listener(NamedTuple):
     uid: int
     only_ipv6: bool = False
     """Whether a socket at ``::`` gets no connections to IPv4 addresses."""
+    cgroup_id: int | None = None
+    """The control group in which the socket was made, by the kernel's number; None: unknown."""
 
     @property
     def reachable_at(self) -> str:
@@ -95,35 +87,43 @@ def owner(inode: int) -> int | None:
     return next((pid for pid in everybody if inode in owned_by([pid])), None)
 
 
+def peer_group(near: End, far: End) -> int | None:
+    """Return the control group in which the other end of a connection was made, by the kernel's number.
+
+    Both ends have to be on this machine. Return None if the kernel does not tell, and a number that no control group
+    has if it may be one of several.
+
+    Args:
+        near: the caller's end.
+        far: the other end.
+
+    Raises:
+        ConnectionResetError: the other end is closed.
+    """
+    try:
+        peer, own = sock_diag.find(far, near), None
+        if peer is None:
+            own = sock_diag.find(near, far)
+    except OSError:
+        return None  # the caller's unit lacks AF_NETLINK
+    if peer is None and own is None:
+        return None  # the kernel lacks tcp_diag
+    if peer is None or peer.state == sock_diag.LISTEN:
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    if peer.state != sock_diag.SYN_RECV:
+        return peer.cgroup_id
+    # The connection has no socket yet, because the queue of a listener is full. It may be any of these listeners.
+    meant = Listener(*far, 0, 0)
+    groups = {each.cgroup_id for each in listeners() if each.may_receive_for(meant)}
+    return groups.pop() if len(groups) == 1 else _SEVERAL
+
+
 def _ask(family: int) -> Iterator[Listener]:
     """Yield the listening sockets by sock_diag(7), which is faster than /proc/net: its tables hold all sockets."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
-        size = _HEADER.size + _REQUEST.size
-        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN)
-        kernel.sendall(_HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 0, 0) + request)
-        while True:
-            answers = kernel.recv(1 << 16)
-            while answers:
-                length, kind, *_ = _HEADER.unpack_from(answers)
-                if kind == _NLMSG_DONE:
-                    return
-                answer, answers = answers[_HEADER.size : length], answers[length + 3 & ~3 :]
-                if kind == _NLMSG_ERROR:
-                    number = -struct.unpack_from("=i", answer)[0]
-                    raise OSError(number, os.strerror(number))
-                port, address = _ANSWER.unpack_from(answer)
-                uid, inode = _OWNER.unpack_from(answer)
-                text = _text(address if family == socket.AF_INET6 else address[:4])
-                yield Listener(text, port, inode, uid, text == "::" and _is_only_ipv6(answer[_MESSAGE_BYTES:]))
-
-
-def _is_only_ipv6(attributes: bytes) -> bool:
-    while len(attributes) > _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(attributes)
-        if kind == _SKV6ONLY:
-            return attributes[_ATTRIBUTE.size] != 0
-        attributes = attributes[max(length + 3 & ~3, _ATTRIBUTE.size) :]
-    return False
+    for found in sock_diag.listening(family):
+        text = _text(found.address)
+        only_ipv6 = text == "::" and found.is_only_ipv6
+        yield Listener(text, found.port, found.inode, found.uid, only_ipv6, found.cgroup_id)
 
 
 def _read_tables() -> Iterator[Listener]:
@@ -135,7 +135,7 @@ def _read_tables() -> Iterator[Listener]:
             continue  # IPv6 may be switched off
         for row in rows:
             fields = row.split()
-            if int(fields[3], 16) == _LISTEN:
+            if int(fields[3], 16) == sock_diag.LISTEN:
                 address, port = fields[1].split(":")
                 # Words of 32 bits, each printed as a number in this machine's byte order.
                 words = struct.unpack(f"!{len(address) // 8}I", bytes.fromhex(address))

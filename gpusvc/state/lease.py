@@ -67,6 +67,8 @@ class Lease(Record):
     """The engine's main process."""
     address: str | None = None
     """The address at which the engine listens; None: it does not serve yet, or its end has begun."""
+    socket_cgroup_id: int | None = None
+    """The control group in which the engine's listening socket was made, by the kernel's number; None: unknown."""
     cgroup: str | None = None
     """The scope's control group; None: no engine has entered it yet."""
     processes: frozenset[Process] = frozenset()
@@ -128,6 +130,7 @@ class Lease(Record):
             ready=bool(value["ready"]),
             pid=None if value["pid"] is None else _within(value["pid"], _MAX_PID),
             address=None if value["address"] is None else str(value["address"]),
+            socket_cgroup_id=_optional(value.get("socket_cgroup_id")),
             cgroup=None if value["cgroup"] is None else str(value["cgroup"]),
             fenced=value.get("fenced") is True,
             processes=frozenset(Process(_within(pid, _MAX_PID), _within(ticks)) for pid, ticks in value["processes"]),

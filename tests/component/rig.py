@@ -26,6 +26,7 @@ from gpusvc.gateway.process.gateway import Gateway
 from gpusvc.gateway.relay.client import Client as Connected
 from gpusvc.gateway.relay.shared import Shared
 from gpusvc.paths import Paths
+from gpusvc.record import replace
 from gpusvc.state import counters, use
 from gpusvc.state import lease as leases
 from gpusvc.state.counters import Answers, Counters, Totals
@@ -192,8 +193,9 @@ class Rig:
         self.add_model(name, text)
         self.mark_ready(name, port)
 
-    def mark_ready(self, name: str, port: int) -> None:
-        leases.write(self.paths, Lease(name, port, (), time.time(), ready=True, address="127.0.0.1", pid=os.getpid()))
+    def mark_ready(self, name: str, port: int, *, cgroup_id: int | None = None) -> None:
+        lease = Lease(name, port, (), time.time(), ready=True, address="127.0.0.1", pid=os.getpid())
+        leases.write(self.paths, replace(lease, socket_cgroup_id=cgroup_id))
 
     async def client(self) -> Client:
         client = Client(*await asyncio.open_connection("127.0.0.1", self.port))

@@ -418,7 +418,7 @@ def test_a_request_is_sent_again_only_once(run: Run) -> None:
 
 
 def test_an_engine_is_not_suspected_for_what_the_gateway_lacks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def exhausted(_: Address) -> Upstream:
+    async def exhausted(_: Address, __: int | None) -> Upstream:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     async def scenario(rig: Rig) -> None:

@@ -150,6 +150,62 @@ def listening_at(address: str) -> tuple[str, ...]:
     return ("python3", "-c", script)
 
 
+# Takes the port as soon as it is free, and notes what it is asked: in the /tmp of the machine, or an engine's own.
+THIEF = """#!/usr/bin/python3 -IS
+import http.server, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        open("/tmp/stolen", "ab").write(self.rfile.read(int(self.headers["Content-Length"])))
+        self.do_GET()
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+while True:
+    try:
+        server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+    except OSError:
+        time.sleep(0.01)
+    else:
+        server.serve_forever()
+"""
+
+
+def test_whoever_takes_the_port_of_a_killed_model_gets_no_request(machine: Host) -> None:
+    machine.write("/usr/local/bin/thief", THIEF, mode=0o755)
+    write(machine, "killed", "thief", "{port}")
+    machine.start("killed")
+    body = json.dumps({"model": "killed", "messages": []})
+    ask = ("curl", "-s", "-m", "5", "http://127.0.0.1:8484/v1/chat/completions", "-d", body)
+    assert machine.run(*ask).stdout == "{}"
+    # The proof, which removes the lease, waits until it is let go.
+    machine.override(
+        "killed",
+        "Restart=no",
+        "ExecStopPost=",
+        "ExecStopPost=/bin/sh -c 'until test -e /run/go; do sleep 0.1; done; exec python3 -I -m gpusvc.release killed'",
+    )
+    machine.run("systemd-run", "--quiet", "--collect", "--unit=stranger", "--uid=gpusvc", "thief", str(PORT))
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "model@killed.service")
+    machine.run("systemctl", "kill", "--signal=KILL", "model-killed.scope", check=False)
+    machine.wait_until(lambda: answers(machine, PORT), "the thief has the port", unit="stranger.service")
+    lease = json.loads(machine.read("/run/gpusvc/models/killed/lease.json"))
+    assert (lease["ready"], lease["address"], lease["port"]) == (True, "127.0.0.1", PORT)
+    answered = [machine.run(*ask, check=False).stdout for _ in range(3)]
+    assert machine.run("cat", "/tmp/stolen", check=False).stdout == ""
+    said = machine.journal("gpusvc-gateway.service")
+    assert "is not sent: another program has taken its port" in said, (answered, said)
+
+    machine.run("touch", "/run/go")
+    stop_stranger(machine)
+    machine.wait_for_state("model@killed.service", "failed", "inactive", "active")
+    machine.remove("/run/go")
+
+
 def test_a_twin_that_comes_after_the_start_fails_the_model(machine: Host) -> None:
     machine.write("/usr/local/bin/twin", TWIN, mode=0o755)
     write(machine, "shared", "twin", "{port}", keys='user = "nobody"\nhealth_timeout = "2s"')

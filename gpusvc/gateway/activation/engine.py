@@ -16,6 +16,8 @@ class Engine(NamedTuple):
 
     address: str
     port: int
+    cgroup_id: int | None
+    """The control group of its listening socket, by the kernel's number; None: unknown."""
     created: float
     """When its lease was made: another value means another run."""
 
@@ -69,4 +71,4 @@ class EngineFinder:
             return None
         if lease is None or not lease.ready or lease.address is None:
             return None
-        return Engine(lease.address, lease.port, lease.created)
+        return Engine(lease.address, lease.port, lease.socket_cgroup_id, lease.created)

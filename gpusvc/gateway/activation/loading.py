@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from gpusvc.gateway.activation.engine import Engine, EngineFinder
+from gpusvc.gateway.activation.peer import require_engine
 from gpusvc.gateway.activation.starter import Failure, Starter
 
 # Clients that come within this time after a failure are told the same, without asking the API again. The API decides
@@ -120,11 +121,16 @@ class Loading:
 
 
 async def _answers(engine: Engine) -> bool:
-    """Whether somebody takes connections there."""
+    """Whether the engine, and no other program, takes connections there."""
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
             _, writer = await asyncio.open_connection(engine.address, engine.port)
     except (OSError, TimeoutError):
         return False
-    writer.transport.abort()
+    try:
+        require_engine(writer.transport, engine.cgroup_id)
+    except OSError:
+        return False
+    finally:
+        writer.transport.abort()
     return True

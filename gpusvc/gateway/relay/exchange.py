@@ -14,13 +14,13 @@ client that is gone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from typing import TypeVarTuple
 
 from gpusvc.config.keys import Key
 from gpusvc.gateway.activation.passage import Onlooker, Passage
+from gpusvc.gateway.activation.peer import StrangerError
 from gpusvc.gateway.body.body import Body, body_of
 from gpusvc.gateway.entry import destination as destinations
 from gpusvc.gateway.entry import routes
@@ -36,6 +36,7 @@ from gpusvc.gateway.relay.forwarding import Forwarding, unreachable
 from gpusvc.gateway.relay.request import client_lines
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
+from gpusvc.log import log
 
 _A = TypeVarTuple("_A")
 
@@ -252,8 +253,10 @@ class Exchange:
         serving = None if destination is None else destination.serving
         if serving is not None:
             self._shared.activation.suspect(serving)
+            if isinstance(error, StrangerError):
+                log(4, f"A request for {serving.name} is not sent: {error.strerror}.")
         if destination is None or body is None or serving is None or passage is None or self._is_retried:
-            raise unreachable(serving, os.strerror(error.errno) if error.errno else "it takes too long")
+            raise unreachable(serving, faults.reason(error))
         # The engine has ended, or is ending: wait until the model is back.
         self._is_retried = True
         self._passage = None

@@ -8,6 +8,7 @@ import os
 import traceback
 
 from gpusvc.errors import GpusvcError
+from gpusvc.gateway.activation.peer import StrangerError
 from gpusvc.gateway.entry import routes
 from gpusvc.gateway.http.replies import HttpError, error_reply
 from gpusvc.gateway.http.response_head import write_whole
@@ -49,6 +50,13 @@ def refusal(shared: Shared, beginning: bytes, error: HttpError) -> bytes:
     counters.began()
     counters.ended(reply.status, 0.0)
     return write_whole(reply, shared.date)
+
+
+def reason(error: OSError | TimeoutError) -> str:
+    """Why nobody takes connections, as the end of a sentence."""
+    if isinstance(error, StrangerError):
+        return str(error.strerror)
+    return os.strerror(error.errno) if error.errno else "it takes too long"
 
 
 def message_in(body: bytes) -> str | None:

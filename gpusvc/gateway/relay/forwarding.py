@@ -236,7 +236,8 @@ class Forwarding:
 
     async def _connect_anew(self, address: Address) -> None:
         try:
-            upstream = await self._shared.pool.connect(address)
+            cgroup_id = None if self._passage is None else self._passage.cgroup_id
+            upstream = await self._shared.pool.connect(address, cgroup_id)
         except (OSError, TimeoutError) as error:
             self._task = None
             self._owner.on_unreachable(error)

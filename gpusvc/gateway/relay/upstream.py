@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, cast
 
+from gpusvc.gateway.activation import peer
 from gpusvc.gateway.http import response_head as heads
 from gpusvc.gateway.http.chunks import BadChunkError, Chunks
 from gpusvc.gateway.http.fields import END, NO_BODY
@@ -145,6 +146,14 @@ class Upstream(asyncio.Protocol):
         """Nobody wants the rest: close at once, which is how the engine learns that it can stop."""
         self._consumer = None
         self._transport.abort()
+
+    def require_engine(self, cgroup_id: int | None) -> None:
+        """Close the connection if it does not lead to the engine. Raises as peer.require_engine()."""
+        try:
+            peer.require_engine(self._transport, cgroup_id)
+        except OSError:
+            self._transport.abort()
+            raise
 
     def detach(self) -> asyncio.Transport:
         """The connection without what is told here, for whoever gives it another protocol."""
@@ -308,14 +317,24 @@ class Pool:
         if taken is not None:
             taken.abort()
 
-    async def connect(self, address: Address) -> Upstream:
-        """A new one. Raises OSError, and TimeoutError."""
+    async def connect(self, address: Address, cgroup_id: int | None = None) -> Upstream:
+        """Return a new one.
+
+        Args:
+            address: of the engine or the API.
+            cgroup_id: of the engine's listening socket; None: unknown.
+
+        Raises:
+            OSError, TimeoutError: nobody takes connections there.
+            StrangerError: another program than the engine does.
+        """
         async with asyncio.timeout(self.limits.connect_seconds):
             # TCP_NODELAY is set by asyncio and uvloop themselves.
             if isinstance(address, Path):
                 _, made = await self._loop.create_unix_connection(lambda: Upstream(self, address), str(address))
             else:
                 _, made = await self._loop.create_connection(lambda: Upstream(self, address), *address)
+                made.require_engine(cgroup_id)
         return made
 
     def give(self, upstream: Upstream) -> None:
