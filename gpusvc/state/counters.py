@@ -183,9 +183,9 @@ class Counters:
             file.unlink()
             self._fd = os.open(file, _READ_AND_WRITE | os.O_EXCL)
             records = b""
-        os.fchmod(self._fd, 0o644)  # whatever the unit's umask
-        # A reader holds the lock for microseconds. But any user may read the file, and so lock it for as long as they
-        # like: then the worker goes on without the lock.
+        os.fchmod(self._fd, 0o640)  # also a file of an older version
+        # A reader holds the lock for microseconds. But each member of the group may read the file, and so lock it for
+        # ever: then the worker goes on without the lock.
         if not locks.lock_within(self._fd, locks.SHARED, _LOCK_SECONDS):
             log(4, f"{file} stays locked{locks.phrase(locks.holders(file))}: this worker's gauges may read 0.")
         for _ in range(len(records) // _CHUNK_BYTES):

@@ -77,8 +77,9 @@ def prepare(paths: Paths, name: str, gid: int) -> None:
         # Users may be waiting for these files: they have the right group and mode when they appear.
         os.setegid(gid)
         for file in ("door", "use"):
-            fd = os.open(directory / file, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
+            fd = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
             try:
+                os.ftruncate(fd, 0)  # a member of the group may have written into it
                 os.fchown(fd, -1, gid)
                 os.fchmod(fd, 0o660)
                 os.utime(fd)

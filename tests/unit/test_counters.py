@@ -181,13 +181,13 @@ def test_counting_goes_on_where_there_is_no_room(tmp_path: Path, capsys: pytest.
     counters.close()
 
 
-def test_everybody_may_read(counters: Counters, tmp_path: Path) -> None:
+def test_only_the_group_may_read(counters: Counters, tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         Counters(file_of(tmp_path, 1)).close()
     finally:
         os.umask(before)
-    assert file_of(tmp_path, 1).stat().st_mode & 0o777 == 0o644
+    assert file_of(tmp_path, 1).stat().st_mode & 0o777 == 0o640
 
 
 def test_a_stranger_who_holds_the_lock_keeps_no_worker_from_starting(
