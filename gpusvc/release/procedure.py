@@ -114,14 +114,7 @@ def release(
     if lease.cgroup is not None:
         lease = _empty(lease, Cgroup(lease.cgroup), on_wait)
     if lease.gpus:
-        with contextlib.ExitStack() as stack:
-            if driver is None:
-                from gpusvc.gpu.driver import Driver  # noqa: PLC0415  a model without GPUs needs no driver
-                from gpusvc.state import hung  # noqa: PLC0415
-
-                driver = stack.enter_context(Driver(step_seconds=None, hung=hung.read(paths)))
-            stack.callback(_leave, driver)
-            _wait_for_vram(lease, driver, on_wait)
+        _prove(paths, lease, driver, on_wait)
     leases.remove(paths, name)
     return Release(
         model=name,
@@ -129,6 +122,18 @@ def release(
         seconds=time.monotonic() - began,
         gpus=tuple(gpu.index for gpu in lease.gpus),
     )
+
+
+def _prove(paths: Paths, lease: Lease, driver: Driver | None, on_wait: Callable[[str], None]) -> None:
+    """Wait for the proof from ``driver``, or from a driver that is started for it."""
+    with contextlib.ExitStack() as stack:
+        if driver is None:
+            from gpusvc.gpu.driver import Driver  # noqa: PLC0415  a model without GPUs needs no driver
+            from gpusvc.state import hung  # noqa: PLC0415
+
+            driver = stack.enter_context(Driver(step_seconds=None, hung=hung.read(paths)))
+        stack.callback(_leave, driver)
+        _wait_for_vram(lease, driver, on_wait)
 
 
 def _empty(lease: Lease, cgroup: Cgroup, on_wait: Callable[[str], None]) -> Lease:

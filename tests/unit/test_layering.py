@@ -38,6 +38,14 @@ IMPORTERS = {
     "yaml": "importing",
 }
 
+# So that a reader holds each of them in the head.
+LONGEST_MODULE = 400
+LONGEST_CLASS = 250
+LONGEST_FUNCTION = 50
+
+# Tables, written as functions: a metric or an option a line.
+TABLES = {"api/backend/metrics.py:_of_requests", "api/backend/metrics.py:_of_gpus", "cli/commands/add.py:add"}
+
 
 def row_of(module: str) -> int | None:
     return next((number for number, modules in enumerate(ROWS.values()) if module in modules), None)
@@ -104,3 +112,21 @@ def test_a_foreign_library_has_one_importer() -> None:
         if IMPORTERS.get(part, module) != module
     ]
     assert strangers == []
+
+
+def test_no_module_class_or_function_is_too_long() -> None:
+    long = []
+    for file in sorted(ROOT.rglob("*.py")):
+        path = str(file.relative_to(ROOT))
+        if path.startswith("_vendor/"):
+            continue
+        text = file.read_text()
+        if text.count("\n") > LONGEST_MODULE:
+            long.append(path)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                most = LONGEST_CLASS if isinstance(node, ast.ClassDef) else LONGEST_FUNCTION
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > most and f"{path}:{node.name}" not in TABLES:
+                    long.append(f"{path}:{node.name} has {lines} lines")
+    assert long == []
