@@ -34,6 +34,10 @@ class _InterruptedError(UnansweredError):
     """A signal interrupted the call. Its handler has run."""
 
 
+class AlreadySubscribedError(SystemdError):
+    """The manager sends this connection its signals already: it heard an earlier call whose answer was lost."""
+
+
 _NO_ANSWER = {errno.ETIMEDOUT: _AwayError, errno.EINTR: _InterruptedError}
 
 
@@ -129,6 +133,8 @@ def translated(doing: str) -> Iterator[None]:
         # libsystemd has no errno for systemd's own errors. They can be told apart by name.
         if "TransactionIsDestructive" in str(error.err_name):
             raise JobConflictError(f"Could not {doing}: {said.rstrip('.')}.") from None
+        if "AlreadySubscribed" in str(error.err_name):
+            raise AlreadySubscribedError(f"Could not {doing}: {said.rstrip('.')}.") from None
         hint = None
         if code in {errno.ENOENT, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.ENOTCONN} and "reach" in doing:
             hint = "gpusvc needs systemd as PID 1, and the D-Bus system bus."

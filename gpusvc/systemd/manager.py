@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -12,6 +13,7 @@ from gpusvc.errors import SystemdError, UnansweredError
 from gpusvc.paths import Paths, is_user_instance
 from gpusvc.systemd import jobs
 from gpusvc.systemd.bus import (
+    AlreadySubscribedError,
     DBus,
     DBusAddress,
     DBusBaseError,
@@ -44,7 +46,8 @@ class Manager:
         """``patience_seconds``: for how long a manager that does not answer is asked again."""
         self._patience_seconds = patience_seconds
         self._jobs = JobTable()
-        self._on_signal: Callable[..., None] | None = None
+        self._on_signal: list[Callable[..., None]] = []
+        self._is_subscribed = False
         # The sender of signals. On a connection without a bus, no peer has a name.
         self._sender: bytes | None = _NAME
         if is_user_instance():
@@ -265,7 +268,7 @@ class Manager:
 
     def _subscribe(self) -> None:
         """Receive the ends of jobs. Called before the first job is queued, so that no end is missed."""
-        if self._on_signal is not None:
+        if self._is_subscribed:
             return
 
         def job_removed(message: Any, error: object = None, userdata: object = None) -> None:  # noqa: ARG001
@@ -273,8 +276,10 @@ class Manager:
             _id, path, unit, result = message.body
             self._jobs.ended(EndedJob(path.decode(), unit.decode(), JobResult(result.decode())))
 
-        # pystemd keeps a pointer to the callback and no reference: this attribute keeps it alive.
-        self._on_signal = job_removed
+        # pystemd keeps a pointer to each callback and no reference: this attribute keeps them alive.
+        self._on_signal.append(job_removed)
         with translated("listen to the service manager"):
             self._bus.match_signal(self._sender, _PATH, _MANAGER, b"JobRemoved", job_removed)
-        self._call("subscribe to the service manager", "Subscribe", "")
+        with contextlib.suppress(AlreadySubscribedError):
+            self._call("subscribe to the service manager", "Subscribe", "")
+        self._is_subscribed = True

@@ -29,6 +29,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.fails: list[int | None] = []
+        self.is_subscribed = False
         self.called: list[str] = []
         self.active = b"active"
         self.has_job = True
@@ -63,7 +64,10 @@ class Bus:
         return SimpleNamespace(is_empty=lambda: body is None)
 
     def call_method(self, name: bytes, path: bytes, interface: bytes, method: bytes, arguments: object) -> Any:
-        self._called(method.decode())
+        if method == b"Subscribe":
+            self._subscribe()
+        else:
+            self._called(method.decode())
         unit = (SERVICE.encode(), b"", b"loaded", self.active, b"", b"", b"/unit", 0, b"", b"/")
         return SimpleNamespace(
             body={"ListUnitsByPatterns": [unit], "Subscribe": None}.get(method.decode(), JOB.encode())
@@ -75,10 +79,25 @@ class Bus:
             raise error(errno.EBADR)
         return b"running"
 
+    def _subscribe(self) -> None:
+        """As systemd does: once for each connection. The answer may be lost all the same."""
+        if self.is_subscribed:
+            self.called.append("Subscribe")
+            raise already_subscribed()
+        self.is_subscribed = True
+        self._called("Subscribe")
+
     def _called(self, what: str) -> None:
         self.called.append(what)
         if self.fails:
             raise error(self.fails.pop(0))
+
+
+def already_subscribed() -> Exception:
+    raised: Exception = DBusBaseError(
+        -errno.EIO, b"org.freedesktop.systemd1.AlreadySubscribed", b"Client is already subscribed."
+    )
+    return raised
 
 
 def error(code: int | None) -> Exception:
@@ -121,6 +140,23 @@ def test_a_connection_that_is_gone_does_not_come_back(bus: Bus, code: int) -> No
     bus.fails = [code]
     with pytest.raises(UnansweredError):
         manager().units(SERVICE)
+
+
+def test_a_subscription_whose_answer_was_lost_holds(bus: Bus) -> None:
+    bus.fails = [AWAY]
+    one = manager()
+    assert one.enqueue("Start", SERVICE) == JOB
+    assert one.enqueue("Stop", SERVICE) == JOB
+    assert bus.called == ["Subscribe", "Subscribe", "StartUnit", "StopUnit"]
+
+
+def test_a_subscription_that_failed_is_made_again(bus: Bus) -> None:
+    bus.fails = [AWAY]
+    one = manager(patience_seconds=0)
+    with pytest.raises(UnansweredError):
+        one.enqueue("Start", SERVICE)
+    assert one.enqueue("Start", SERVICE) == JOB
+    assert bus.called == ["Subscribe", "Subscribe", "StartUnit"]
 
 
 def test_a_refusal_is_an_answer(bus: Bus) -> None:
