@@ -26,6 +26,11 @@ _VOCABULARY_BYTES = 32 * MIB
 
 _MAGIC = b"GGUF"
 
+# No model has more. They bound the memory that a damaged or hostile header can take.
+_MAX_ENTRIES = 20_000
+_MAX_ITEMS = 1 << 16
+_MAX_TENSORS = 100_000
+
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 _MAX_PARTS = 1000
 _MAX_DIMENSIONS = 4
@@ -188,11 +193,12 @@ class _Reader:
         """Read the metadata, up to the vocabulary or through it. The vocabulary is not kept.
 
         Raises:
-            ValueError: a value has an unknown type.
+            ValueError: a value has an unknown type, or there are too many entries.
         """
         self._at = 8
         self._tensors, count = self._numbers("QQ")
-        # Each entry takes twelve bytes or more of the head, so the loop ends whatever the count says.
+        if count > _MAX_ENTRIES:
+            raise ValueError(f"The header has {count} entries.")
         for _ in range(count):
             key = self._string()
             if not key.startswith("tokenizer."):
@@ -204,8 +210,8 @@ class _Reader:
 
     def read_tensors(self, file_bytes: int) -> tuple[Tensor, ...]:
         """Return the tensors. Each one's bytes are what lies between its offset and the next one's."""
-        if self._tensors > len(self._head):
-            raise struct.error("beyond the head")
+        if self._tensors > _MAX_TENSORS:
+            return ()
         listed = []
         for _ in range(self._tensors):
             name, dimensions = self._string(), self._number("I")
@@ -247,12 +253,14 @@ class _Reader:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            return self._items(self._number("I"), self._number("Q"))
+            item, length = self._numbers("IQ")
+            if length <= _MAX_ITEMS:
+                return self._items(item, length)
+            self._skip_items(item, length)
+            return []
         return self._items(kind, 1)[0]
 
     def _items(self, kind: int, length: int) -> list[Value]:
-        if length > len(self._head):
-            raise struct.error("beyond the head")
         if kind in _NUMBERS:
             return list(self._numbers(f"{length}{_NUMBERS[kind]}"))
         if kind != _STRING:
@@ -260,16 +268,18 @@ class _Reader:
         return [self._string() for _ in range(length)]
 
     def _skip(self, kind: int) -> None:
-        if kind != _ARRAY:
+        if kind == _ARRAY:
+            self._skip_items(*self._numbers("IQ"))
+        else:
             self._value(kind)
-            return
-        item, length = self._numbers("IQ")
-        if item in _NUMBERS:
-            self._advance(length * struct.calcsize(f"<{_NUMBERS[item]}"))
-        elif item == _STRING:
+
+    def _skip_items(self, kind: int, length: int) -> None:
+        if kind in _NUMBERS:
+            self._advance(length * struct.calcsize(f"<{_NUMBERS[kind]}"))
+        elif kind == _STRING:
             self._skip_strings(length)
         else:
-            raise ValueError(f"GGUF has no values of type {item} here.")
+            raise ValueError(f"GGUF has no values of type {kind} here.")
 
     def _skip_strings(self, length: int) -> None:
         """Skip an array of strings: of a vocabulary, a hundred thousand and more."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpusvc.importing import update
 from gpusvc.importing.update import State
@@ -63,3 +65,9 @@ def test_a_file_that_somebody_edited_is_told_from_one_that_the_import_wrote(old:
 def test_what_an_import_would_change_in_an_edited_file_is_said() -> None:
     old = update.signed(FILE + "a = 1\n") + "b = 2\n"
     assert update.compare(old, NEW).lines == ["a: 1 becomes 2", "b goes, which was 2"]
+
+
+@given(st.text(), st.text())
+def test_any_file_is_compared(old: str, edited: str) -> None:
+    for text in (old, FILE + old, NEW + edited, edited + NEW):
+        assert isinstance(update.compare(text, NEW).state, State)

@@ -6,6 +6,8 @@ import itertools
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gpusvc.importing import vram
 from gpusvc.importing.draft import Draft
@@ -48,3 +50,19 @@ def test_an_import_does_not_wait_for_the_files_of_all_models(model: Path) -> Non
     told = [draft.origin for draft in drafts if "of VRAM" in draft.origin]
     assert 5 < len(told) < 20
     assert told[0].startswith("Imported.\nBefore its first run it counts as")
+
+
+WORDS = st.sampled_from(
+    [
+        *("-ot", "-ncmoe", "-cmoe", "-c", "-np", "-ngl", "--mmproj", "-md", "-fa", "MODEL", "9" * 40, "-1", "0", "off"),
+        *("exps=CPU", "(.*)*x=CPU", ".*.*.*.*x=CPU", "=", "", "[=CPU", "\0", "/dev/zero", "env", "A=1"),
+    ]
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(WORDS, max_size=12), st.dictionaries(st.sampled_from(["LLAMA_ARG_N_CPU_MOE", "x"]), WORDS))
+def test_any_command_has_a_sentence_or_none(model: Path, words: list[str], env: dict[str, str]) -> None:
+    command = ["llama-server", *(str(model) if word == "MODEL" else word for word in words)]
+    found = vram.sentence(Draft("a", "", {"command": command, "env": env}))
+    assert found is None or found.endswith(".")

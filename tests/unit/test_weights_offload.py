@@ -7,6 +7,8 @@ The right values are sums over the tensors that the models are written with, by 
 from __future__ import annotations
 
 import re
+import struct
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -212,6 +214,44 @@ def test_all_parts_of_a_split_model_list_their_tensors(tmp_path: Path) -> None:
     found = found_for(tmp_path / "m-00001-of-00002.gguf", "-ncmoe 4")
     assert found is not None
     assert found.weights_bytes == weights_of(MIXTURE, [rf"blk\.[0-3]\.{EXPERTS}"])
+
+
+def _head(tensors: int, entries: int, body: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + body
+
+
+def _entry(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+_TENSOR = struct.pack("<QIIQ", 0, 0, 0, 0)
+_NAME = _entry("general.architecture", 8, struct.pack("<Q", 5) + b"llama")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _head(400_000, 1, _NAME + _TENSOR * 400_000),
+        _head(0, 400_000, _entry("k", 0, b"0") * 400_000),
+        _head(0, 2, _NAME + _entry("n", 9, struct.pack("<IQ", 0, 8_000_000) + bytes(8_000_000))),
+        _head(0, 2, _NAME + _entry("n", 9, struct.pack("<IQ", 8, 1_000_000) + bytes(8_000_000))),
+        _head(0, 2, _NAME + _entry("n", 9, struct.pack("<IQ", 10, 1 << 63))),
+        _head(0, 2, _NAME + _entry("tokenizer.t", 9, struct.pack("<IQ", 8, 1 << 63) + b"\xff" * 16)),
+        _head(1 << 63, 1 << 63, b""),
+    ],
+    ids=["tensors", "entries", "numbers", "strings", "length", "string", "counts"],
+)
+def test_a_header_that_counts_too_much_takes_little_memory(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "hostile.gguf"
+    file.write_bytes(content)
+    del content
+    tracemalloc.start()
+    try:
+        found_for(file, "-ncmoe 2")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * MIB
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
