@@ -1,4 +1,4 @@
-"""Arguments of several commands: names of models, ``--all`` and ``--json``."""
+"""Arguments of several commands: names of models, ``--json``, and what happens to existing model files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ NAME: Any = typer.Argument(..., metavar="NAME", help="The model, or an alias of 
 NAMES: Any = typer.Argument(None, help="Models.", autocompletion=complete_model)
 SOME_NAMES: Any = typer.Argument(..., help="Models.", autocompletion=complete_model)
 JSON: Any = typer.Option(False, "--json", help="Print JSON.")
+
+# Of commands that write model files.
+FORCE: Any = typer.Option(False, "--force", help="Replace files of models with these names, also edited ones.")
+DRY_RUN: Any = typer.Option(False, "--dry-run", help="Show the files, but do not write them.")
 
 
 def paths_of(context: typer.Context) -> Paths:

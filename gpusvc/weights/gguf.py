@@ -215,8 +215,8 @@ class _Reader:
         listed = []
         for _ in range(self._tensors):
             name, dimensions = self._string(), self._number("I")
-            if dimensions > _MAX_DIMENSIONS:
-                return ()
+            if dimensions > _MAX_DIMENSIONS or not name:
+                return ()  # damaged, or a hole behind what was downloaded of the file
             shape = self._numbers("Q" * dimensions)
             _, offset = self._numbers("IQ")
             listed.append((offset, name, shape))

@@ -290,6 +290,14 @@ def test_an_import_shows_files_and_notes_and_writes_nothing(host: Beginner) -> N
     assert list(host.paths.models_directory.iterdir()) == []
 
 
+def test_an_import_knows_the_dry_run_of_add(host: Beginner) -> None:
+    source = swap(host)
+    shown = host.gpusvc("import", "llama-swap", source, "--dry-run")
+    assert shown.stdout == host.gpusvc("import", "llama-swap", source).stdout
+    both = host.gpusvc("import", "llama-swap", source, "--dry-run", "--write")
+    assert (both.returncode, "exclude each other" in both.stderr) == (2, True)
+
+
 def test_an_import_writes_files_and_none_if_one_is_there(host: Beginner) -> None:
     host.add_model("two", "port = 1\n")
     refused = host.gpusvc("import", "llama-swap", swap(host), "--write")

@@ -6,6 +6,7 @@ The right values are sums over the tensors that the models are written with, by 
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import tracemalloc
@@ -214,6 +215,18 @@ def test_all_parts_of_a_split_model_list_their_tensors(tmp_path: Path) -> None:
     found = found_for(tmp_path / "m-00001-of-00002.gguf", "-ncmoe 4")
     assert found is not None
     assert found.weights_bytes == weights_of(MIXTURE, [rf"blk\.[0-3]\.{EXPERTS}"])
+
+
+def test_a_list_of_tensors_that_was_not_downloaded_is_none(directory: Path, tmp_path: Path) -> None:
+    whole = directory / "mixture.gguf"
+    with whole.open("rb") as stream:
+        head = stream.read(1 << 21)
+    file = tmp_path / "outline.gguf"
+    file.write_bytes(head[: head.find(b"token_embd.weight") - 8])
+    os.truncate(file, whole.stat().st_size)
+    assert gguf.read_header(file).tensors == ()
+    assert found_for(file, "-ncmoe 2") is None
+    assert found_for(file) is not None
 
 
 def _head(tensors: int, entries: int, body: bytes) -> bytes:

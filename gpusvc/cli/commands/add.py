@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli.arguments import paths_of
+from gpusvc.cli.arguments import DRY_RUN, FORCE, paths_of
 from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.names import parse_name
 from gpusvc.paths import is_user_instance
@@ -48,8 +48,6 @@ _USER: Any = typer.Option(
     "", "--user", metavar="USER", help="User that it runs as.  [default: gpusvc; with gpusvc --user, you]"
 )
 _START: Any = typer.Option(False, "--start", help="Start the model.")
-_FORCE: Any = typer.Option(False, "--force", help="Replace the file of a model with this name.")
-_DRY_RUN: Any = typer.Option(False, "--dry-run", help="Show the file, but do not write it.")
 
 
 def add(
@@ -66,8 +64,8 @@ def add(
     health: str = _HEALTH,
     user: str = _USER,
     start: bool = _START,
-    force: bool = _FORCE,
-    dry_run: bool = _DRY_RUN,
+    force: bool = FORCE,
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Make a model's file, check it, show it and write it.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gpusvc.cli.arguments import paths_of
+from gpusvc.cli.arguments import DRY_RUN, FORCE, paths_of
 from gpusvc.errors import GpusvcError, UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ _ONLY: Any = typer.Option(
     [], "--only", metavar="NAME", help="Only this model, by its new name. Can be given several times."
 )
 _WRITE: Any = typer.Option(False, "--write", help="Write the files.")
-_FORCE: Any = typer.Option(False, "--force", help="Replace files of models of the same names, also edited ones.")
 _UPDATE: Any = typer.Option(False, "--update", help="Say what changed since the last import, and replace those files.")
 
 
@@ -59,8 +58,9 @@ def import_(
     *,
     only: list[str] = _ONLY,
     write: bool = _WRITE,
-    force: bool = _FORCE,
+    force: bool = FORCE,
     update: bool = _UPDATE,
+    dry_run: bool = DRY_RUN,
 ) -> int:
     """Turn another program's models into model files.
 
@@ -72,6 +72,8 @@ def import_(
     from gpusvc.importing import update as update_policy
     from gpusvc.importing import vram
 
+    if write and dry_run:
+        raise UsageError("--write and --dry-run exclude each other.", hint="Without --write nothing is written.")
     paths = paths_of(context)
     try:
         found = _read(program, path)
