@@ -146,6 +146,8 @@ class HostGateway(Section):
     """At an address that other machines reach."""
     drain_timeout_seconds: float = duration("drain_timeout", default=30.0, zero=True)
     max_body_bytes: int = size("max_body", default=GIB, minimum=KIB)  # of a request
+    ollama_port: int = integer("ollama_port", default=0, minimum=0, maximum=65535)
+    """Where clients of Ollama look for it, on the loopback; 0: nowhere."""
     upstream_timeout_seconds: float = duration("upstream_timeout", default=0.0, zero=True)
     """The longest pause in an engine's response; 0: no limit."""
 

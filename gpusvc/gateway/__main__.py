@@ -53,8 +53,15 @@ def main() -> int:
 
 
 def _run(paths: Paths, notifier: Notifier) -> int:
-    listeners = listening.take(os.environ)
     settings = Settings(paths, os.environ)
+    port = settings.gateway.ollama_port
+    listeners = listening.take(os.environ, port)
+    of_ollama = listening.of_ollama(listeners, port, os.environ)
+    if port and not of_ollama:
+        log(
+            4,
+            f"Nobody listens at ollama_port ({port}): systemctl daemon-reload; systemctl restart gpusvc-gateway.socket",
+        )
     listening.guard(
         listeners,
         needs_key=settings.keys.configured,
@@ -63,7 +70,7 @@ def _run(paths: Paths, notifier: Notifier) -> int:
     where = " and ".join(map(listening.shown, listeners))
 
     def serve(number: int, superior: Superior) -> int:
-        return Worker(paths, settings, listeners, number, superior).run()
+        return Worker(paths, settings, listeners, of_ollama, number, superior).run()
 
     count = settings.gateway.workers
     if count == 1:

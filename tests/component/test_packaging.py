@@ -69,6 +69,11 @@ def test_one_package_suits_every_python_from_the_oldest_on(package: Path) -> Non
     assert "<<" not in depends
 
 
+def test_the_generator_is_where_systemd_looks_for_it(contents: Path) -> None:
+    for scope in ("system", "user"):
+        assert os.access(contents / f"usr/lib/systemd/{scope}-generators/gpusvc-generator", os.X_OK)
+
+
 def test_all_units_and_man_pages_are_in_the_package(tree: Path, contents: Path) -> None:
     assert names(contents / "usr/lib/systemd/system") == names(tree / "units") - {"user"}
     assert names(contents / "usr/lib/systemd/user") == names(tree / "units/user")

@@ -193,8 +193,7 @@ _RESET = """
 systemctl stop 'model@*.service' 'gpusvc-models.slice' || :
 systemctl reset-failed
 rm -rf /etc/systemd/system/model@* /etc/systemd/system/*/model@* /run/systemd/system/model@* /run/gpusvc/models/* \
-    /run/gpusvc/pins/*
-    /run/gpusvc/keep/*
+    /run/gpusvc/pins/* /run/gpusvc/keep/*
 rm -rf /etc/gpusvc /var/lib/gpusvc/footprints && if [ -d "$1" ]; then cp -a "$1" /etc/gpusvc; fi
 systemctl daemon-reload
 """

@@ -136,3 +136,45 @@ def test_a_model_file_that_is_no_gguf_is_told_before_the_start(machine: Host) ->
         "/etc/gpusvc/models/no-gguf.toml: model: '/srv/models/not.gguf' is not a GGUF file.\n",
     )
     machine.remove("/srv/models/not.gguf")
+
+
+def test_clients_of_ollama_use_it(machine: Host) -> None:
+    """One after the other, as they depend on each other: an embedding's engine makes no text."""
+    env = 'env = { LD_PRELOAD = "libfakecuda.so", FAKE_VRAM = "1GiB" }\n'
+    embeds = f'engine = "llama-server"\nmodel = "{GGUF}"\nargs = ["-c", "512", "--embeddings", "--pooling", "mean"]\n'
+    machine.write_model("talks", f"{PRESET}{env}[gpu]\ndevices = [1]\n")
+    machine.write_model("embeds", f"{embeds}{env}[gpu]\ndevices = [1]\n")
+
+    def asked(path: str, **question: Any) -> list[dict[str, Any]]:
+        said = machine.curl(f"http://127.0.0.1:8484/api/{path}", "-d", json.dumps(question), timeout=60)
+        return [json.loads(line) for line in said.splitlines()]
+
+    options = {"num_predict": 8, "temperature": 0, "seed": 1, "num_ctx": 4096}
+    messages = [{"role": "user", "content": "the water"}]
+    lines = asked("chat", model="talks:latest", messages=messages, options=options)
+    assert len([line for line in lines if line["message"]["content"]]) >= 4
+    last = lines[-1]
+    assert (last["done"], last["done_reason"], last["eval_count"]) == (True, "length", 8)
+    assert last["load_duration"] > last["eval_duration"] > 0
+    assert last["prompt_eval_duration"] > 0
+    (whole,) = asked("chat", model="talks", messages=messages, options=options, stream=False)
+    assert whole["message"]["content"] == "".join(line["message"]["content"] for line in lines)
+    (first,) = asked("generate", model="talks", prompt="the water", options=options, stream=False)
+    assert first["response"]
+    (second,) = asked("generate", model="talks", prompt="and", context=first["context"], options=options, stream=False)
+    assert second["prompt_eval_count"] > first["prompt_eval_count"]
+    (raw,) = asked("generate", model="talks", prompt="the water", raw=True, options=options, stream=False)
+    assert (raw["eval_count"], "context" in raw) == (8, False)
+    (made,) = asked("embed", model="embeds", input=["the water", "the sun"])
+    assert [len(vector) for vector in made["embeddings"]] == [64, 64]
+    assert made["prompt_eval_count"] > 0
+    listed = {one["name"]: one for one in json.loads(machine.curl("http://127.0.0.1:8484/api/tags"))["models"]}
+    assert listed.keys() == {"talks:latest", "embeds:latest", "Tiny/Llama:latest"}
+    assert listed["talks:latest"]["details"]["family"] == "llama"
+    assert asked("show", model="talks")[0]["model_info"]["llama.context_length"] == 512
+    assert asked("show", model="embeds")[0]["capabilities"] == ["embedding"]
+    loaded = json.loads(machine.curl("http://127.0.0.1:8484/api/ps"))["models"]
+    assert {one["name"]: one["size_vram"] for one in loaded} == {"embeds:latest": GIB, "talks:latest": GIB}
+    assert asked("generate", model="talks", keep_alive=0)[0]["done_reason"] == "unload"
+    assert machine.ps("talks") is None
+    assert machine.ps("embeds") is not None

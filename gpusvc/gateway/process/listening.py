@@ -20,21 +20,38 @@ USER_ADDRESS = ("127.0.0.1", 8485)
 # The same as in gpusvc-gateway.socket: event loops call listen(2) again, which replaces the socket unit's value.
 BACKLOG = 4096
 
+OLLAMA = "ollama"
+"""FileDescriptorName= of gpusvc-ollama.socket."""
+
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
-def take(environment: Mapping[str, str]) -> list[socket.socket]:
+def take(environment: Mapping[str, str], ollama_port: int = 0) -> list[socket.socket]:
     """Return all sockets to listen on: systemd's, by sd_listen_fds(3), or else a new one at 127.0.0.1.
 
-    The port of a new one is 8484, or 8485 for a user's gateway.
+    The port of a new one is 8484, or 8485 for a user's gateway. With ``ollama_port`` there is a second one.
 
     Raises:
         ConfigError: systemd passed something that cannot be listened on.
         GpusvcError: systemd passed nothing, and the address is in use.
     """
-    if environment.get("LISTEN_PID") != str(os.getpid()):  # the sockets are not for this process
-        return [_open()]
+    if not _is_ours(environment):
+        host, port = USER_ADDRESS if is_user_instance() else ADDRESS
+        return [_open(host, port), *([_open(host, ollama_port)] if ollama_port else [])]
     return inherited(int(environment.get("LISTEN_FDS", "0")))
+
+
+def of_ollama(listeners: Iterable[socket.socket], port: int, environment: Mapping[str, str]) -> frozenset[int]:
+    """Return the file descriptors of the sockets for clients of Ollama: by systemd's name for them, or by their port.
+
+    Args:
+        listeners: all sockets.
+        port: ``ollama_port``; 0: there is none.
+        environment: as for take().
+    """
+    names = environment.get("LISTEN_FDNAMES", "").split(":") if _is_ours(environment) else []
+    named = {fd for fd, name in enumerate(names, start=_FIRST_FD) if name == OLLAMA}
+    return frozenset(each.fileno() for each in listeners if each.fileno() in named or _port(each) == port > 0)
 
 
 def inherited(count: int) -> list[socket.socket]:
@@ -91,16 +108,23 @@ def guard(listeners: Sequence[socket.socket], *, needs_key: bool, allow_without_
         )
 
 
-def _open() -> socket.socket:
-    address = USER_ADDRESS if is_user_instance() else ADDRESS
+def _is_ours(environment: Mapping[str, str]) -> bool:
+    """Return whether systemd's sockets are for this process."""
+    return environment.get("LISTEN_PID") == str(os.getpid())
+
+
+def _port(listener: socket.socket) -> int:
+    return 0 if listener.family == socket.AF_UNIX else int(listener.getsockname()[1])
+
+
+def _open(host: str, port: int) -> socket.socket:
     opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
+        opened.bind((host, port))
         opened.listen(BACKLOG)
     except OSError as error:
         opened.close()
-        host, port = address
         raise GpusvcError(
             f"The gateway cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}.",
             hint="gpusvc-gateway.socket may be there already: systemctl stop gpusvc-gateway.socket.",

@@ -78,7 +78,10 @@ class Settings:
             self.gateway = host.gateway
             if not self._is_told and _fixed(self.gateway) != _fixed(self._first):
                 self._is_told = True
-                log(4, "workers, tls_certificate, tls_key and allow_without_keys count from the next start.")
+                log(
+                    4,
+                    "workers, tls_certificate, tls_key, allow_without_keys and ollama_port count from the next start.",
+                )
         for complaint in self._complaints:
             log(4, f"{complaint} It stays as it was.")
         self._complaints.clear()
@@ -97,6 +100,7 @@ class Worker:
         paths: Paths,
         settings: Settings,
         listeners: Sequence[socket.socket],
+        of_ollama: frozenset[int],
         number: int,
         superior: Superior,
     ) -> None:
@@ -105,12 +109,14 @@ class Worker:
             paths: of this instance.
             settings: the current ones.
             listeners: the sockets to accept from. This process closes its copies when it is told to end.
+            of_ollama: the file descriptors of those that are for clients of Ollama.
             number: of this worker, from 0 on.
             superior: what to report to.
         """
         self._paths = paths
         self._settings = settings
         self._listeners = listeners
+        self._of_ollama = of_ollama
         self._number = number
         self._superior = superior
         self._ends = asyncio.Event()
@@ -189,7 +195,7 @@ class Worker:
         tls = None if certificate is None or is_unix else certificate.context
         create = loop.create_unix_server if is_unix else loop.create_server
         return await create(
-            gateway.protocol,
+            gateway.ollama_protocol if listener.fileno() in self._of_ollama else gateway.protocol,
             sock=listener,
             backlog=listening.BACKLOG,
             ssl=tls,
@@ -231,4 +237,5 @@ def _report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 def _fixed(settings: HostGateway) -> tuple[object, ...]:
-    return settings.workers, settings.tls_certificate, settings.tls_key, settings.allow_without_keys
+    certificate = (settings.tls_certificate, settings.tls_key)
+    return settings.workers, certificate, settings.allow_without_keys, settings.ollama_port
