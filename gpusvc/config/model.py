@@ -32,12 +32,13 @@ from gpusvc.config.section import (
 from gpusvc.config.serving import Serving, read_serving
 from gpusvc.config.table import Table, did_you_mean
 from gpusvc.gpu.selector import DeviceSelector
+from gpusvc.gpu.visible import DeviceIds
 from gpusvc.paths import is_user_instance
 from gpusvc.quantity import MIB, shown
 
 # Variables of the engine's environment that the launcher sets, and why a file may not set them.
 OWNED_VARIABLES = {
-    "CUDA_VISIBLE_DEVICES": "gpusvc sets it to the GPUs that the model gets; see devices in [gpu].",
+    "CUDA_VISIBLE_DEVICES": "gpusvc sets it to the GPUs that the model gets; see devices and device_ids in [gpu].",
     "CUDA_DEVICE_ORDER": "gpusvc sets it, so that an index means the same GPU to every program.",
     "PORT": "gpusvc sets it to the port that the engine must listen on; see port.",
     "NOTIFY_SOCKET": "gpusvc tells systemd itself when the engine is ready.",
@@ -117,6 +118,8 @@ class GpuRequest(Section):
     count: int = integer("count", default=1, minimum=0, maximum=1024)  # 0: it needs none
     devices: tuple[str, ...] = devices("devices", default=())  # empty: any GPU
     vram_bytes: int | None = size("vram", default=None, minimum=MIB)  # on each GPU; None: not declared
+    device_ids: DeviceIds = choice("device_ids", default=DeviceIds.AUTO)
+    """How CUDA_VISIBLE_DEVICES names the GPUs."""
 
 
 class ModelConfig(Section, kw_only=True):
@@ -293,7 +296,7 @@ def _read_health(table: Table, preset: presets.Preset | None) -> str:
 def _check_gpu(table: Table, request: GpuRequest) -> None:
     """Note keys of [gpu] that contradict each other."""
     if request.count == 0:
-        for key in ("devices", "vram"):
+        for key in ("devices", "vram", "device_ids"):
             if table.has(key):
                 table.problem(key, "It means nothing where count is 0.")
     selectors = [DeviceSelector.parse(device) for device in request.devices]

@@ -51,6 +51,8 @@ class Preset(Record):
     """Raise ValueError, with one sentence, if the name is not valid. It does not look at the files."""
     require_files: Callable[[str], None]
     """Raise ValueError, with one sentence, if the model's files are missing or of another kind."""
+    takes_ordinals: bool = False
+    """Whether some of its releases read CUDA_VISIBLE_DEVICES as a list of numbers, and end with an error at a UUID."""
 
     def probe(self, served: Served) -> Probe:
         """Return a request for one token of the model. All presets speak OpenAI's API."""
@@ -112,8 +114,8 @@ PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset("llama-server", "/health", _llama_server, _require_gguf_name, _require_gguf),
-        Preset("vllm", "/health", _vllm, _require_repository_name, _require_path),
-        Preset("sglang", "/health", _sglang, _require_repository_name, _require_path),
+        Preset("vllm", "/health", _vllm, _require_repository_name, _require_path, takes_ordinals=True),
+        Preset("sglang", "/health", _sglang, _require_repository_name, _require_path, takes_ordinals=True),
     )
 }
 

@@ -194,7 +194,7 @@ def _start_engine(run: Run) -> None:
             os.environ,
             config.env,
             run.user,
-            gpu_uuids=[gpu.uuid for gpu in run.gpus],
+            visible_devices=run.visible_devices(fenced=not is_user_instance()),
             port=run.lease.port,
             name=run.name,
         ),
@@ -202,6 +202,7 @@ def _start_engine(run: Run) -> None:
         user=run.user,
         closed_nodes=nodes.foreign(run.allowed_nodes()),
         require_isolation=run.host.isolation is Isolation.REQUIRED,
+        unfenced_devices=run.visible_devices(fenced=False),
         caller=None if config.caller is None else str(config.caller),
     )
     for warning in run.parked.release(orders):

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -20,6 +20,8 @@ from gpusvc.config.model import OWNED_VARIABLES
 from gpusvc.errors import EngineError, IsolationError
 from gpusvc.linux.users import User
 from gpusvc.record import Record, as_dict
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _USERS_OWN = ("HOME", "LOGNAME", "USER", "SHELL")
 
@@ -54,6 +56,8 @@ class Orders(Record):
     closed_nodes: tuple[str, ...]
     """Device nodes that the engine must not be able to open."""
     require_isolation: bool
+    unfenced_devices: str
+    """CUDA_VISIBLE_DEVICES if the engine can open some of ``closed_nodes``, and isolation is not required."""
     caller: str | None = None
     """The socket of a caller.Caller, whose standard files and environment the engine gets."""
 
@@ -63,7 +67,7 @@ def environment(
     model: Mapping[str, str],
     user: User,
     *,
-    gpu_uuids: Sequence[str],
+    visible_devices: str,
     port: int,
     name: str,
 ) -> dict[str, str]:
@@ -76,8 +80,7 @@ def environment(
         "USER": user.name,
         "SHELL": user.shell,
         **model,
-        # UUIDs in full, as CUDA may number GPUs otherwise than NVML. Empty means no GPU; unset would mean all.
-        "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids),
+        _VISIBLE: visible_devices,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "PORT": str(port),
         "GPUSVC_MODEL": name,
@@ -178,6 +181,7 @@ def _follow_orders(orders_fd: int, report_fd: int) -> None:
             _report(report_fd, "isolation" if orders.require_isolation else "open", message)
             if orders.require_isolation:
                 os._exit(127)
+            orders.environment[_VISIBLE] = orders.unfenced_devices
 
     variables = orders.environment if orders.caller is None else _as_called(orders, orders.caller)
     confinement.drop_privileges(user)

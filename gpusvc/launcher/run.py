@@ -7,9 +7,11 @@ import time
 from typing import TYPE_CHECKING
 
 from gpusvc.config.files import load_host, load_startable_model
+from gpusvc.config.presets import PRESETS
 from gpusvc.errors import ConfigError
 from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import total
+from gpusvc.gpu.visible import DeviceIds, visible_devices
 from gpusvc.journal import events
 from gpusvc.linux.users import User
 from gpusvc.paths import is_user_instance
@@ -103,6 +105,14 @@ class Run:
         A GPU that hangs must not delay the models on the other GPUs, so they do not ask the driver about it.
         """
         return frozenset(gpu.index for gpu in self.gpus) if self.lease.fenced else None
+
+    def visible_devices(self, *, fenced: bool) -> str:
+        """CUDA_VISIBLE_DEVICES of the engine, with a device filter or without one."""
+        ids = self.config.gpu.device_ids
+        preset = PRESETS.get(self.config.engine or "")
+        if ids is DeviceIds.AUTO and preset is not None and preset.takes_ordinals:
+            ids = DeviceIds.ORDINAL
+        return visible_devices(self.gpus, ids, fenced=fenced)
 
     def place(self) -> str:
         """The GPUs of the model, in words."""

@@ -95,6 +95,7 @@ class Launcher:
             "user": user,
             "closed_nodes": closed,
             "require_isolation": required,
+            "unfenced_devices": "GPU-1",
         }
         return self.say(orders) | self.hear()
 
@@ -300,6 +301,18 @@ def test_best_effort_goes_on_with_a_warning_for_each(launcher: Launcher) -> None
     answer = launcher.release("echo", "ran", closed=("/dev/null", "/dev/zero"), required=False)
     assert [warning.split()[4] for warning in answer["warnings"]] == ["/dev/null,", "/dev/zero,"]
     assert (answer["output"], answer["status"]) == ("ran\n", 0)
+
+
+def test_an_engine_that_other_gpus_are_open_to_is_told_its_own_in_another_way(launcher: Launcher) -> None:
+    variables = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0"}
+    command = ("printenv", "CUDA_VISIBLE_DEVICES")
+    answer = launcher.release(*command, environment=variables, closed=("/dev/null",), required=False)
+    assert answer["output"] == "GPU-1\n"
+
+
+def test_an_engine_that_other_gpus_are_closed_to_is_told_its_own_as_it_was_planned(launcher: Launcher) -> None:
+    variables = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0"}
+    assert launcher.release("printenv", "CUDA_VISIBLE_DEVICES", environment=variables)["output"] == "0\n"
 
 
 def test_a_node_without_a_driver_behind_it_is_not_closed(launcher: Launcher, tmp_path: Path) -> None:

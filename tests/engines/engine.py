@@ -151,11 +151,13 @@ def flood(lines: int) -> None:
 
 
 class Gpus:
-    """The simulated GPUs that this process may see, as CUDA would choose them: by CUDA_VISIBLE_DEVICES, by UUID."""
+    """The simulated GPUs that this process may see, as CUDA chooses them by CUDA_VISIBLE_DEVICES."""
 
     def __init__(self, library: str) -> None:
-        self.uuids = [uuid for uuid in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if uuid]
         self._library = ctypes.CDLL(library)
+        uuids = ctypes.create_string_buffer(4096)
+        self._library.fake_visible(uuids, ctypes.c_size_t(len(uuids)))
+        self.uuids = [uuid for uuid in uuids.value.decode().split(",") if uuid]
         self._library.fake_alloc.argtypes = (ctypes.c_char_p, ctypes.c_ulonglong)
         self._library.fake_alloc.restype = ctypes.c_int
         if not self.uuids:

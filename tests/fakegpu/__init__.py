@@ -158,6 +158,7 @@ class Faults:
     hangs: bool = False  # no call returns, until this is unset
     insufficient_times: int = 0  # so many process lists are said to have grown between the two questions, per client
     need_nodes: bool = False  # an absent node is as bad as a denied one
+    denied_vanish: bool = False  # NVML does not count GPUs whose node is denied, and numbers the others anew
     driver_version: str = "580.65.06"
     control_node: str = "/dev/nvidiactl"
     uvm_node: str = "/dev/nvidia-uvm"

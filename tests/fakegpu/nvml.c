@@ -160,9 +160,18 @@ EXPORT result nvmlSystemGetProcessName(unsigned pid, char *name, unsigned length
 
 /* ---- devices ---- */
 
+/* The GPUs that are counted; fills `shown` with them. */
+static int counted(int shown[MAX_GPUS]) {
+    int count = 0;
+    for (int i = 0; i < config.gpus; i++)
+        if (!config.denied_vanish || !node_denied(config.gpu[i].node, config.need_nodes)) shown[count++] = i;
+    return count;
+}
+
 EXPORT result nvmlDeviceGetCount_v2(unsigned *count) {
+    int shown[MAX_GPUS];
     result outcome = begin();
-    if (!outcome) *count = (unsigned)config.gpus;
+    if (!outcome) *count = (unsigned)counted(shown);
     return end(outcome);
 }
 
@@ -179,14 +188,16 @@ static result handle_of(int index, device *handle) {
 EXPORT result nvmlDeviceGetHandleByIndex_v2(unsigned index, device *handle) {
     result outcome = begin();
     if (outcome) return end(outcome);
-    return end((int)index < config.gpus ? handle_of((int)index, handle) : INVALID_ARGUMENT);
+    int shown[MAX_GPUS];
+    return end((int)index < counted(shown) ? handle_of(shown[index], handle) : INVALID_ARGUMENT);
 }
 
 EXPORT result nvmlDeviceGetHandleByUUID(const char *uuid, device *handle) {
     result outcome = begin();
     if (outcome) return end(outcome);
-    for (int i = 0; i < config.gpus; i++)
-        if (!strcmp(config.gpu[i].uuid, uuid)) return end(handle_of(i, handle));
+    int shown[MAX_GPUS], count = counted(shown);
+    for (int i = 0; i < count; i++)
+        if (!strcmp(config.gpu[shown[i]].uuid, uuid)) return end(handle_of(shown[i], handle));
     return end(NOT_FOUND);
 }
 

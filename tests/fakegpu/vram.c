@@ -75,6 +75,7 @@ static void set(struct config *config, const char *key, const char *value) {
     else if (!strcmp(key, "release_delay_ms")) config->release_delay_ms = atol(value);
     else if (!strcmp(key, "slow_ms")) config->slow_ms = atol(value);
     else if (!strcmp(key, "need_nodes")) config->need_nodes = atoi(value);
+    else if (!strcmp(key, "denied_vanish")) config->denied_vanish = atoi(value);
     else if (!strcmp(key, "hangs")) config->hangs = atoi(value);
     else if (!strcmp(key, "driver_version")) copy(config->driver_version, sizeof config->driver_version, value);
     else if (!strcmp(key, "control_node")) copy(config->control_node, sizeof config->control_node, value);

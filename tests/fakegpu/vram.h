@@ -54,6 +54,7 @@ struct config {
     long release_delay_ms;        /* -1: never */
     long slow_ms;
     bool need_nodes;
+    bool denied_vanish;           /* GPUs whose node is denied are not counted; the rest is numbered anew */
     bool hangs;                   /* no call returns, until this is unset */
     char driver_version[80], control_node[128], uvm_node[128];
     struct gpu gpu[MAX_GPUS];

@@ -124,12 +124,20 @@ def test_the_minor_number_not_the_index_decides_which_node_is_open(machine: Host
     assert list(answers.values()) == ["EPERM", "ENXIO"]
 
 
-def test_visibility_is_told_by_uuid(machine: Host) -> None:
+def test_visibility_is_told_by_ordinals_where_other_gpus_are_hidden(machine: Host) -> None:
     machine.write_model("sees-both", gpu="count = 2")
     machine.start("sees-both")
     environment = itself(machine, "sees-both")["environment"]
-    assert environment["CUDA_VISIBLE_DEVICES"] == f"{GPU_0},{GPU_1}"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+@pytest.mark.parametrize(("ids", "visible"), [("uuid", GPU_1), ("ordinal", "0")])
+def test_an_engine_may_be_told_its_gpu_in_either_form(machine: Host, ids: str, visible: str) -> None:
+    machine.write_model("choosy", arguments="--vram 1GiB", gpu=f'devices = [1]\ndevice_ids = "{ids}"')
+    machine.start("choosy")
+    assert itself(machine, "choosy")["environment"]["CUDA_VISIBLE_DEVICES"] == visible
+    assert list(machine.gpu_holders(1).values()) == [GIB]
 
 
 def test_an_engine_that_ignores_visibility_takes_memory_on_its_own_gpu_only(machine: Host) -> None:

@@ -529,7 +529,7 @@ def test_the_engines_environment_is_the_model_files_and_what_gpusvc_decides(mach
     machine.start("qwen")
     environment = itself_of(machine)["environment"]
     wanted = {
-        "CUDA_VISIBLE_DEVICES": fakegpu.uuid_of(1),
+        "CUDA_VISIBLE_DEVICES": "0",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "PORT": str(ps(machine)["port"]),
         "GPUSVC_MODEL": "qwen",

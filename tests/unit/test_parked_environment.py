@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pytest
 
@@ -16,19 +16,19 @@ def made(
     inherited: Mapping[str, str] | None = None,
     model: Mapping[str, str] | None = None,
     *,
-    gpu_uuids: Sequence[str] = ("GPU-a", "GPU-b"),
+    visible_devices: str = "0,1",
 ) -> dict[str, str]:
-    return environment(inherited or {}, model or {}, USER, gpu_uuids=gpu_uuids, port=20123, name="qwen")
+    return environment(inherited or {}, model or {}, USER, visible_devices=visible_devices, port=20123, name="qwen")
 
 
-def test_it_names_the_gpus_by_uuid_and_tells_port_and_model() -> None:
+def test_it_names_the_gpus_and_tells_port_and_model() -> None:
     assert made() == {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/var/lib/gpusvc/home",
         "LOGNAME": "gpusvc",
         "USER": "gpusvc",
         "SHELL": "/usr/sbin/nologin",
-        "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b",
+        "CUDA_VISIBLE_DEVICES": "0,1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "PORT": "20123",
         "GPUSVC_MODEL": "qwen",
@@ -36,7 +36,7 @@ def test_it_names_the_gpus_by_uuid_and_tells_port_and_model() -> None:
 
 
 def test_without_gpus_none_is_visible_where_unset_would_mean_all() -> None:
-    assert made(gpu_uuids=())["CUDA_VISIBLE_DEVICES"] == ""
+    assert made(visible_devices="")["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize("name", ["PATH", "LANG", "HF_HOME", "INVOCATION_ID", "TZ"])
