@@ -62,7 +62,7 @@ def test_the_models_of_other_gpus_stop_and_start(hung: Host) -> None:
 def test_the_model_on_it_serves_on_and_its_stop_is_not_proven_until_it_answers(hung: Host) -> None:
     assert "ok" in hung.curl(hung.url("wedged", "/health"))
     hung.run("systemctl", "stop", "model@wedged.service", check=False)
-    assert hung.property("model@wedged.service", "ActiveState") == "failed"
+    hung.wait_for_state("model@wedged.service", "failed")
     assert "not answered" in hung.messages("wedged")
     assert "wedged is stuck: its release is not proven" in hung.messages("wedged")
     hung.gpus.change(1, hangs=False)

@@ -37,7 +37,7 @@ ABSENT = {
 }
 
 # gpusvc's own; more of them is a decision, to be taken here.
-MOST_MODULES = 70
+MOST_MODULES = 72
 
 
 def imported() -> set[str]:
