@@ -333,7 +333,7 @@ class Campaign:
                 causes = (Cause.HELD,)
             case "init-error":
                 gpus.configure(init_error=Return.DRIVER_NOT_LOADED)
-                causes, unprovable = proof, lambda lease: True
+                causes = proof  # who has NVML open goes on, and proves releases by it
             case "list-error":
                 gpus.change(index, processes_error=Return.UNKNOWN)
                 causes, unprovable = proof, on_it
@@ -485,7 +485,7 @@ class Campaign:
                 took = time.monotonic() - began
                 if took > AS_NEW_SECONDS:
                     raise ViolationError([f"{took:.0f} s after the last fault {name} got {answer.status}: {said}"])
-                if "The last start of " in said:
+                if invariants.COOLDOWN in said:
                     self.tally.cooldowns += 1
                     self._stage.write_file(name, MODELS[name].file())  # a new file is a new beginning
                 time.sleep(1.5)  # the gateway repeats what it has just been told

@@ -216,6 +216,9 @@ _CAUSES: Mapping[int, tuple[Cause, ...]] = {
     504: (Cause.ENDS, Cause.START, Cause.GATEWAY, Cause.BUSY, Cause.HELD),
 }
 
+COOLDOWN = "because its last start failed"
+"""Is in what a request is told during a cooldown, which repeats the reason of the start."""
+
 # A request waits for those who use or load other models. What stays refuses it: pins, what is stuck, rules.
 _NO_ROOM = re.compile(r"does not have that free now|may not start now|came into use|is in use|come first|comes first")
 _RAN_OUT = re.compile(r"ran out of VRAM")
@@ -254,7 +257,7 @@ def untrue(answer: Answer, notes: Sequence[Noted]) -> Iterator[str]:
         return
     if answer.status not in _CAUSES:
         yield f"{where} got {answer.status}, which nothing explains: {message}"
-    elif message.startswith("The last start of "):
+    elif COOLDOWN in message:
         return  # it repeats what was judged when it was said first
     elif not has(
         *_CAUSES[answer.status],
@@ -281,7 +284,7 @@ def starved(insisted: Insisted, notes: Sequence[Noted]) -> Iterator[str]:
     since = insisted.began - AFTERMATH_SECONDS
     if (
         insisted.tries is None
-        or "The last start of " in insisted.last
+        or COOLDOWN in insisted.last
         or any(note.explains(cause, insisted.model, since, insisted.ended) for note in notes for cause in Cause)
     ):
         return
@@ -410,8 +413,8 @@ INSTANT = (escaped, outlived, without_lease, overcommitted)
 """Those that one snapshot is enough for."""
 
 __all__ = [
-    "AFTERMATH_SECONDS", "EVERYBODY", "INSTANT", "SERVICES", "Answer", "Cause", "Insisted", "Judged", "Late",
-    "Lingering", "Noted", "Probed", "Unprovable", "Used", "escaped", "evicted_in_use", "failed_alive",
+    "AFTERMATH_SECONDS", "COOLDOWN", "EVERYBODY", "INSTANT", "SERVICES", "Answer", "Cause", "Insisted", "Judged",
+    "Late", "Lingering", "Noted", "Probed", "Unprovable", "Used", "escaped", "evicted_in_use", "failed_alive",
     "falsely_released", "misjudged", "outlived", "overcommitted", "starved", "stuck", "unlike_new", "untrue",
     "untrue_state", "without_lease", "wrongly_proven",
 ]  # fmt: skip

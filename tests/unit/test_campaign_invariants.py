@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from gpusvc.api.backend.cooldown import Cooldown
+from gpusvc.errors import EngineError, GpusvcError
 from tests.campaign import invariants, plan
 from tests.campaign.invariants import (
     EVERYBODY,
@@ -167,6 +169,15 @@ def test_no_room_is_true_only_if_others_stay_and_not_because_they_are_busy() -> 
     assert list(invariants.untrue(answer(503, error()), [noted(Cause.BUSY)]))
 
 
+def test_what_a_cooldown_repeats_was_judged_before() -> None:
+    cooldown = Cooldown()
+    cooldown.fail(EngineError("qwen did not start."), 0.0, None)
+    with pytest.raises(GpusvcError) as told:
+        cooldown.check("qwen", 1.0, None)
+    assert invariants.COOLDOWN in told.value.message
+    assert not list(invariants.untrue(answer(503, error(told.value.message)), []))
+
+
 def test_no_answer_and_a_failure_of_the_gateway_itself_need_a_reason() -> None:
     silence = answer(None, b"", problem="it waits for ever")
     assert list(invariants.untrue(silence, [noted(Cause.ENDS)]))
@@ -180,7 +191,7 @@ def test_a_client_that_asks_again_and_again_is_served_unless_something_was_done(
     assert list(invariants.starved(insisted, []))
     assert not list(invariants.starved(insisted, [noted(Cause.BUSY)]))
     assert not list(invariants.starved(replace(insisted, tries=None), []))
-    assert not list(invariants.starved(replace(insisted, last="The last start of qwen failed 3 s ago."), []))
+    assert not list(invariants.starved(replace(insisted, last=f"Wait, {invariants.COOLDOWN}."), []))
 
 
 def test_a_probe_is_answered_by_the_engine_or_told_that_the_model_is_not_loaded() -> None:
