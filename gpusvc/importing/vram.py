@@ -13,7 +13,7 @@ from gpusvc.quantity import format_size
 from gpusvc.weights.estimate import estimate
 
 # An import of hundreds of models is not to wait for their files.
-_ALL_SECONDS = 1.5
+_ALL_SECONDS = 1.0
 
 
 def sentence(draft: Draft) -> str | None:

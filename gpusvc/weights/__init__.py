@@ -1,1 +1,1 @@
-"""What a model's own files say."""
+"""What model files tell of a model, and the VRAM that engines take for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ def metadata(data: bytes) -> bool:
         file.write_bytes(data)
         with contextlib.suppress(ValueError):
             gguf.read_metadata(file)
+        weights.estimate(["llama-server", "-m", str(file), "-ncmoe", "1", "-ngl", "2"], {})
         return weights.estimate(["llama-server", "-m", str(file), "-c", "4096"], {}) is not None
 
 
@@ -244,6 +246,24 @@ _GGUF = (
     + b"\x11" + bytes(7) + b"llama.block_count" + b"\x04\0\0\0" + b"\x20\0\0\0"
 )  # fmt: skip
 
+
+def _with_tensors() -> bytes:
+    """A whole small model: numbers, a vocabulary and a list of tensors."""
+
+    def text(word: str) -> bytes:
+        return struct.pack("<Q", len(word)) + word.encode()
+
+    numbers = {"block_count": 2, "context_length": 64, "embedding_length": 8, "attention.head_count": 2}
+    numbers |= {"feed_forward_length": 16, "expert_count": 2, "expert_used_count": 1}
+    head = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    head += b"".join(text(f"llama.{key}") + struct.pack("<II", 4, number) for key, number in numbers.items())
+    head += text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    names = ("token_embd.weight", "blk.0.ffn_down_exps.weight", "blk.1.ffn_down.weight", "output.weight")
+    for position, name in enumerate(names):
+        head += text(name) + struct.pack("<IQQIQ", 2, 8, 16, 0, position * 512)
+    return b"GGUF" + struct.pack("<IQQ", 3, len(names), len(numbers) + 2) + head + bytes(2100)
+
+
 _CONFIG_JSON = b"""{"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
 "hidden_size": 2048, "torch_dtype": "bfloat16", "max_position_embeddings": 32768}"""
 
@@ -291,7 +311,7 @@ TARGETS: Mapping[str, Target] = {
         [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close", b"HTTP/1.1 502 \r\nTransfer-Encoding: chunked"],
     ),
     "chunks": Target(chunks, [b"\x03" + b"5\r\nhello\r\n0;x=y\r\nA: b\r\n\r\nGET /", b"\x000\r\n\r\n"]),
-    "metadata": Target(metadata, [_GGUF]),
+    "metadata": Target(metadata, [_GGUF, _with_tensors()]),
     "safetensors": Target(safetensors, [_CONFIG_JSON]),
     "model_file": Target(model_file, [_MODEL]),
     "key_file": Target(key_file, [_KEYS]),
