@@ -7,11 +7,11 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 
-from gpusvc.config.files import load_host, load_sound_model, model_names
+from gpusvc.config.files import HostConfig, load_host, load_sound_model, model_names
 from gpusvc.config.model import ModelConfig
 from gpusvc.config.presets import PORT
 from gpusvc.config.table import Problem
-from gpusvc.paths import Paths
+from gpusvc.paths import Paths, is_user_instance
 from gpusvc.quantity import shown
 
 # Options by which engines are told the address to listen at.
@@ -21,7 +21,7 @@ _HOST_OPTIONS = ("--host", "--listen", "--bind", "--address")
 _REACHED = re.compile(r"localhost|127\.[0-9.]+|0\.0\.0\.0|\*|\[?::1?\]?|")
 
 
-def advice(paths: Paths, config: ModelConfig) -> Iterator[Problem]:
+def advice(paths: Paths, host: HostConfig, config: ModelConfig) -> Iterator[Problem]:
     """What a person should know of a model's file; none of it keeps the model from starting."""
     file = paths.model_file(config.name)
     if config.caller is None and not config.port and not any(PORT in argument for argument in config.command):
@@ -38,6 +38,13 @@ def advice(paths: Paths, config: ModelConfig) -> Iterator[Problem]:
             "command",
             f"The engine is told to listen at {shown(address)} only, where the gateway does not reach it.",
             "Use 127.0.0.1, and the gateway's own address for clients elsewhere; see gpusvc-gateway.service(8).",
+        )
+    if config.user == "root" and not (is_user_instance() or host.allow_root_engines):
+        yield Problem(
+            file,
+            "user",
+            "The model does not start: an engine is not run as root, who can ask systemd over D-Bus for everything.",
+            "Name another user, or set `allow_root_engines = true` in gpusvc.toml.",
         )
     try:
         mode = os.stat(file).st_mode  # noqa: PTH116 - a start asks
@@ -61,7 +68,7 @@ def all_advice(paths: Paths) -> list[Problem]:
     """
     host = load_host(paths)
     configs = (load_sound_model(paths, name, host) for name in model_names(paths))
-    return [each for config in configs if config is not None for each in advice(paths, config)]
+    return [each for config in configs if config is not None for each in advice(paths, host, config)]
 
 
 def _address(command: Sequence[str]) -> str | None:

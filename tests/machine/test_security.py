@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.machine.host import REPOSITORY
 
 if TYPE_CHECKING:
@@ -169,16 +171,53 @@ def test_the_rule_gives_nothing_but_units_to_anybody(machine: Host) -> None:
 # Files
 
 
+# Names that root opens, in the directories to which each daemon may write.
+WRITABLE = {
+    "gpusvc-api": ("pins/qwen", "wanted/qwen", "keep/qwen", "pins/.qwen.new", "keep/.qwen.new"),
+    "gpusvc-gateway": ("gateway/counters-0", "gateway/counters-1", "gateway/slots/qwen"),
+    "gpusvc-watchdog": ("watchdog/verdicts.json",),
+}
+ROOTS = (
+    "gpusvc pin qwen; gpusvc unpin qwen; gpusvc ps --wide; gpusvc status qwen; gpusvc doctor; gpusvc check;"
+    "systemctl restart model@qwen.service; gpusvc evict qwen --force; gpusvc release qwen; gpusvc pin qwen"
+)
+
+
+@pytest.mark.parametrize("bait", ["ln -sfn /root/made", "ln -sfn /etc/hostname", "mkfifo"])
+def test_root_is_led_nowhere_by_what_a_daemon_puts_into_its_directory(machine: Host, bait: str) -> None:
+    machine.write_model("qwen")
+    machine.start("qwen")
+    services = [f"gpusvc-{daemon}.service" for daemon in ("gateway", "watchdog")]
+    machine.run("systemctl", "start", *services)
+    machine.run("systemctl", "stop", *services, "gpusvc-gateway.socket")
+    before = machine.run("stat", "-c", "%i %Z %a %U", "/etc/hostname").stdout
+    for user, files in WRITABLE.items():
+        for file in files:
+            path = f"/run/gpusvc/{file}"
+            plant = f'mkdir -p "$(dirname {path})"; rm -rf {path}; {bait} {path}'
+            machine.run("sh", "-c", plant, check=False, user=user)
+    assert machine.run("test", "-e", "/run/gpusvc/pins/qwen", "-o", "-L", "/run/gpusvc/pins/qwen").returncode == 0
+    machine.run("sh", "-c", f"{{ {ROOTS}; }} </dev/null", check=False, timeout=60)  # none waits for a FIFO
+    assert machine.run("test", "-e", "/root/made", check=False).returncode == 1
+    assert machine.run("stat", "-c", "%i %Z %a %U", "/etc/hostname").stdout == before
+    machine.run("sh", "-c", "rm -rf /run/gpusvc/wanted/* /run/gpusvc/keep/* /run/gpusvc/gateway/* /run/gpusvc/pins/*")
+    machine.run("systemctl", "start", "gpusvc-gateway.socket", *services)
+
+
 def test_who_may_read_what(machine: Host) -> None:
     machine.run("gpusvc", "key", "add", "somebody")
     machine.write_model("qwen")
     machine.start("qwen")
+    machine.run("systemctl", "restart", "gpusvc-gateway.service")
+    for user in ("gpusvc-api", "gpusvc-watchdog"):
+        machine.run("test", "-r", "/run/gpusvc/gateway/counters-0", user=user)
     closed = {
         "/etc/gpusvc/keys.toml": ("gpusvc-watchdog", "gpusvc-api", "gpusvc", "nobody"),
         "/run/gpusvc/models/qwen/use": ("gpusvc", "nobody"),
         "/run/gpusvc/models/qwen/door": ("gpusvc", "nobody"),
         "/run/gpusvc/models/qwen/lock": USERS,
         "/run/gpusvc/api.sock": ("gpusvc", "nobody"),
+        "/run/gpusvc/gateway/counters-0": ("gpusvc", "nobody"),
     }
     for path, users in closed.items():
         for user in users:

@@ -61,6 +61,8 @@ def test_clients_models_and_state_of_the_first_version_survive(upgrade: Upgrade)
     # A command that starts while dpkg replaces the files may load old modules beside new ones; nothing else may.
     assert {found for found in upgrade.found if not HALF_REPLACED.match(found)} == GOOD, upgrade.found
     assert processes(machine) == upgrade.before
+    # Nothing is mounted over the leases and locks that are in use.
+    assert machine.run("mountpoint", "-q", "/run/gpusvc", check=False).returncode != 0
     rows = {row["name"]: row for row in json.loads(machine.run("gpusvc", "ps", "--json").stdout)}
     assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys(MODELS, "ready")
     assert [name for name, row in rows.items() if row["pinned"]] == ["streamer"]

@@ -10,7 +10,8 @@ import pytest
 from gpusvc.config.advice import all_advice
 from gpusvc.paths import Paths
 
-HEAD = f'user = "{pwd.getpwuid(os.geteuid()).pw_name}"\n'
+# Not root, which is advised against.
+HEAD = f'user = "{pwd.getpwuid(os.geteuid() or pwd.getpwnam("nobody").pw_uid).pw_name}"\n'
 
 
 def said(paths: Paths, text: str, mode: int = 0o644) -> list[str]:
@@ -50,3 +51,12 @@ def test_a_file_that_the_gateway_cannot_read_is_named_with_what_has_no_effect(pa
 
 def test_a_file_that_is_wrong_gets_no_advice(paths: Paths) -> None:
     assert said(paths, "port = -1") == []
+
+
+def test_a_model_that_would_run_as_root_is_named_unless_the_host_allows_it(paths: Paths) -> None:
+    paths.model_file("qwen").write_text('user = "root"\ncommand = ["sh", "{port}"]')
+    (problem,) = all_advice(paths)
+    assert problem.key == "user"
+    assert problem.message.startswith("The model does not start")
+    paths.host_file.write_text("allow_root_engines = true\n")
+    assert all_advice(paths) == []
