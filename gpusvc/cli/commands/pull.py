@@ -32,7 +32,7 @@ _WHAT: Any = typer.Argument(
     help="hf:OWNER/REPOSITORY, with :QUANTISATION or /FILE.gguf behind it; or https://…",
 )
 _TO: Any = typer.Option(
-    None, "--to", metavar="DIRECTORY", help="Where it goes.  [default: /var/lib/gpusvc/models, with --user your cache]"
+    "", "--to", metavar="DIRECTORY", help="Where it goes.  [default: /var/lib/gpusvc/models, with --user your cache]"
 )
 _SHA256: Any = typer.Option("", "--sha256", metavar="HEX", help="The SHA-256 that the file of an address must have.")
 _DRY_RUN: Any = typer.Option(False, "--dry-run", help="Say what it is, but do not download it.")
@@ -54,7 +54,7 @@ def pull(
     context: typer.Context,
     what: str = _WHAT,
     *,
-    to: Path | None = _TO,
+    to: str = _TO,
     sha256: str = _SHA256,
     dry_run: bool = _DRY_RUN,
 ) -> None:
@@ -62,7 +62,7 @@ def pull(
 
     What was interrupted goes on where it stopped. A file has its name only once it is complete and verified.
     """
-    found = fetch(paths_of(context), what, to=to, sha256=sha256, dry_run=dry_run)
+    found = fetch(paths_of(context), what, to=Path(to) if to else None, sha256=sha256, dry_run=dry_run)
     if found is None:
         return
     typer.echo(found.main)
