@@ -50,7 +50,10 @@ class Paths(Record):
         uid = os.getuid()
         home = Path(environment.get("HOME") or pwd.getpwuid(uid).pw_dir)
         # su(1) and sudo(8) set no XDG_RUNTIME_DIR; pam_systemd(8) always puts it there.
-        runtime = _directory(environment, "XDG_RUNTIME_DIR", Path(f"/run/user/{uid}"))
+        runtime = Path(f"/run/user/{uid}")
+        named = _directory(environment, "XDG_RUNTIME_DIR", runtime)
+        # `su` without a dash keeps the caller's: root would write where that user can put links.
+        runtime = named if _is_own(named, uid) else runtime
         return cls(
             config=_directory(environment, "XDG_CONFIG_HOME", home / ".config") / "gpusvc",
             runtime=runtime / "gpusvc",
@@ -116,6 +119,14 @@ class Paths(Record):
     @property
     def placement_lock(self) -> Path:
         return self.runtime / "placement.lock"
+
+
+def _is_own(directory: Path, uid: int) -> bool:
+    """Whether a directory belongs to this user, as the specification demands, or is yet to be made."""
+    try:
+        return directory.stat().st_uid == uid
+    except OSError:
+        return True
 
 
 def _directory(environment: Mapping[str, str], variable: str, default: Path) -> Path:

@@ -51,6 +51,14 @@ def test_variables_that_are_missing_or_relative_leave_the_defaults() -> None:
     assert paths.runtime == Path(f"/run/user/{UID}/gpusvc")
 
 
+@pytest.mark.skipif(UID != 0, reason="gives a directory to another user: needs root")
+def test_the_runtime_directory_of_another_user_is_not_used(tmp_path: Path) -> None:
+    environment = {"HOME": "/root", "XDG_RUNTIME_DIR": str(tmp_path)}
+    assert Paths.user(environment).runtime == tmp_path / "gpusvc"
+    os.chown(tmp_path, 65534, 65534)
+    assert Paths.user(environment).runtime == Path("/run/user/0/gpusvc")
+
+
 def test_the_control_group_is_below_the_users_manager(user: Paths) -> None:
     assert user.control_group == f"/user.slice/user-{UID}.slice/user@{UID}.service/gpusvc.slice"
 
