@@ -82,9 +82,9 @@ class Doors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self.open_all()
 
-    def release(self) -> None:
+    def open_all(self) -> None:
         """Open all doors and forget them."""
         self._stack.close()
         self._drains.clear()

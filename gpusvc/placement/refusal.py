@@ -106,6 +106,6 @@ def _describe(offer: Offer, holders: Sequence[str]) -> str:
     if offer.obstacle is not None:
         parts.append(offer.obstacle)
     parts += [f"{format_size(claim.bytes)} promised to {claim.model}" for claim in offer.claims]
-    nobody = "held by nobody" if gpu.processes is not None else "by whom the rest is held is unknown"
+    nobody = "held by nobody" if gpu.processes is not None else "its holders are unknown"
     parts.append("held by " + ", ".join(holders) if holders else nobody)
     return "; ".join(parts) + "."

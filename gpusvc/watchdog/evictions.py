@@ -146,13 +146,13 @@ class Evictions:
         states = self._systemd.states([names.service(name) for name in self._leaving])
         for name, evicted in list(self._leaving.items()):
             if self._is_over(name, evicted, states):
-                evicted.doors.release()
+                evicted.doors.open_all()
                 del self._leaving[name]
 
     def close(self) -> None:
         """Open all doors. systemd finishes its jobs."""
         for evicted in self._leaving.values():
-            evicted.doors.release()
+            evicted.doors.open_all()
         for stuck in self._stuck.values():
             stuck.words.take()
         self._leaving.clear()

@@ -14,7 +14,7 @@ class Html(str):
 
 
 Content = str | None
-"""Html stands as it is, any other text is escaped, and None is nothing."""
+"""Html is kept, other text is escaped, and None is left out."""
 
 Attribute = str | float | bool | None
 """True: present without a value; False and None: absent."""

@@ -35,13 +35,13 @@ _LOOK_SECONDS = 0.25
 
 _WAIT = Parameter(
     "wait",
-    "Absent: the answer comes when the model is ready, and the start goes on whoever waits for it. no: the answer "
-    "comes at once. request: the start goes on only as long as somebody waits, and is refused for a while after it "
-    "failed.",
+    "Absent: the response comes when the model is ready, and the start goes on even if the client disconnects. no: the "
+    "response comes at once. request: the start goes on only while requests wait for it, and is refused during the "
+    "cooldown after a failed start.",
     {"enum": ["no", "request"]},
 )
 _PATIENCE = Parameter(
-    "wait", "How long to wait for those who use it, as in 30s; absent: as long as a start would.", {"type": "string"}
+    "wait", "How long to wait for the end of its uses, as in 30s; absent: as long as a start waits.", {"type": "string"}
 )
 _IDLE = Parameter(
     "idle",
