@@ -255,7 +255,7 @@ async def running(directory: Path) -> AsyncIterator[Api]:
     snapshots = Snapshots(paths, connect=systemd.connect, open_driver=no_driver)
     bus = Bus(asyncio.get_running_loop(), systemd.connect)
     events, streams = Events(), Streams()
-    starts = Starts(paths, bus, read_log, on_change=snapshots.forget)
+    starts = Starts(paths, bus, read_log, on_change=snapshots.forget, load_seconds=lambda _: 60.0)
     stops = Stops(paths, bus, on_change=snapshots.forget)
     backend = Backend(paths, bus, snapshots, events, starts, stops, streams)
     runner = web.AppRunner(application(backend), access_log=None)
