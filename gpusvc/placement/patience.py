@@ -94,11 +94,11 @@ class Patience:
         return time.monotonic() > self._deadline
 
     def spared(self, residents: Sequence[Resident]) -> list[Resident]:
-        """Return ``residents`` as a restart sees them: the models that it may not evict are pinned."""
+        """Return ``residents`` as a restart sees them: the models that it may not evict are spared."""
         run = self._last_run
         return [
             resident
             if run.was_ready and run.last_use is not None and not resident.busy and resident.last_use <= run.last_use
-            else replace(resident, pinned=True)
+            else replace(resident, spared=True)
             for resident in residents
         ]

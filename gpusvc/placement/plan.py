@@ -170,7 +170,7 @@ class _Coming:
             )
             for offer in self._offers
         ]
-        movable = [resident for resident in staying if not (resident.pinned or resident.stuck)]
+        movable = [resident for resident in staying if not (resident.pinned or resident.stuck or resident.spared)]
         return Room(offers, staying, movable, walk.active, walk.on_gpu)
 
     def _whole(self, resident: Resident) -> Mapping[str, int]:

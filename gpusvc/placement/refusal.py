@@ -73,7 +73,9 @@ def state_in_words(resident: Resident, now_seconds: float | None = None) -> str:
     busy = "in use" if resident.busy else "idle"
     if not resident.busy and now_seconds is not None:
         busy = f"idle for {format_duration(max(0, round(now_seconds - resident.last_use)))}"
-    return f"pinned, {busy}" if resident.pinned else busy
+    if resident.pinned:
+        return f"pinned, {busy}"
+    return f"{busy}, not evicted for a restart" if resident.spared else busy
 
 
 def _rule(no_plan: NoPlan, host: HostConfig) -> str:

@@ -46,12 +46,14 @@ class Resident(Record):
     """It is being evicted, or its engine has ended and its release is being proven: it will be gone soon."""
     stuck: bool = False
     """Its release is not proven, and nobody works on that: it stays."""
+    spared: bool = False
+    """This start may not evict it: it is a restart by systemd that no request waits for."""
     exclusive: frozenset[str] = frozenset()
 
     @property
     def is_settled(self) -> bool:
         """Whether it is ready and stays until somebody evicts it, and eviction is allowed."""
-        return not (self.pinned or self.loading or self.leaving or self.stuck)
+        return not (self.pinned or self.loading or self.leaving or self.stuck or self.spared)
 
     @property
     def worth(self) -> tuple[int, float, str]:

@@ -98,9 +98,9 @@ def test_a_restart_that_no_request_waits_for_spares_what_was_used_since(paths: P
     ready = patience(paths, HostEviction(), is_restart=True, run=LastRun(was_ready=True, last_use=5.0))
     assert ready.is_modest
     assert ready.is_over(for_busy=True)
-    assert [r.model for r in ready.spared(there) if not r.pinned] == ["old"]
+    assert [r.model for r in ready.spared(there) if not r.spared] == ["old"]
     broken = patience(paths, HostEviction(), is_restart=True, run=LastRun(was_ready=False, last_use=5.0))
-    assert [r.model for r in broken.spared(there) if not r.pinned] == []
+    assert [r.model for r in broken.spared(there) if not r.spared] == []
 
 
 def test_a_restart_that_requests_wait_for_is_a_start_for_requests(paths: Paths) -> None:

@@ -350,6 +350,15 @@ def test_a_limit_that_is_kept_by_pinned_models_is_named() -> None:
     assert told == "qwen may not start now: max_active = 1 is reached by dear (pinned, idle)."
 
 
+def test_a_model_that_a_restart_may_not_evict_is_not_called_pinned() -> None:
+    spared = replace(resident("dear", gpu0=1), spared=True)
+    asked = request(GIB)
+    outcome = plan(asked, [a_gpu()], [], [spared], HOST.replace(max_active=1))
+    assert isinstance(outcome, NoPlan)
+    told = refuse(asked, outcome, HOST.replace(max_active=1), {}).message.splitlines()[0]
+    assert told.endswith("max_active = 1 is reached by dear (idle, not evicted for a restart).")
+
+
 def test_a_limit_for_each_gpu_is_kept_by_going_elsewhere_or_by_eviction() -> None:
     host = HostConfig(gpu=HostGpu(reserve_bytes=0, max_active=1))
     here, there = resident("here", last_use=1, gpu0=1), resident("there", last_use=2, gpu1=1)
