@@ -21,6 +21,12 @@ from gpusvc.gateway.http import request_head, response_head
 from gpusvc.gateway.http.chunks import BadChunkError, Chunks
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.limits import Limits
+from gpusvc.gateway.ollama import answers, members, questions
+from gpusvc.gateway.ollama import pieces as pieces_of_answers
+from gpusvc.gateway.ollama.answers import Answer, Times
+from gpusvc.gateway.ollama.events import Events
+from gpusvc.gateway.ollama.pieces import EngineError
+from gpusvc.gateway.ollama.questions import Form, Question
 from gpusvc.journal import eventlog
 from gpusvc.paths import Paths
 from gpusvc.printable import printable
@@ -132,6 +138,42 @@ def chunks(data: bytes) -> bool:
         results.append((reader.ended, payload if reader.ended else b"", left, list(reader.trailers)))
     assert results[0] == results[1]
     return results[0] is not None
+
+
+def ollama(data: bytes) -> bool:
+    """Requests of Ollama's API: a question that engines can be asked, or a refusal."""
+    try:
+        asked = members.read(data)
+    except HttpError:
+        return False
+    is_taken = False
+    for form in Form:
+        try:
+            question = questions.read(form, asked)
+        except HttpError:
+            continue
+        is_taken = True
+        for attempt in question.attempts:
+            json.dumps(attempt.body)
+        ", ".join(question.ignored).encode("ascii")
+    return is_taken
+
+
+def answer(data: bytes) -> bool:
+    """An engine's stream for a client of Ollama's API: read alike in pieces, and lines or one error."""
+    stream, pieces = _cut(data)
+    whole, cut = Events(), Events()
+    found = [*whole.feed(stream), *whole.end()]
+    assert found == [*(event for piece in pieces for event in cut.feed(piece)), *cut.end()]
+    made = Answer(Question(Form.CHAT, "qwen", (), True, None), Times(0))
+    try:
+        for event in found:
+            if event != b"[DONE]" and (value := made.part(pieces_of_answers.read(event), 0.0)) is not None:
+                answers.line(value)
+        lines = [answers.line(value) for value in made.end(0.0)]
+    except EngineError:
+        return False
+    return bool(found) and json.loads(lines[-1])["done"] is True
 
 
 def metadata(data: bytes) -> bool:
@@ -311,6 +353,21 @@ TARGETS: Mapping[str, Target] = {
         [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close", b"HTTP/1.1 502 \r\nTransfer-Encoding: chunked"],
     ),
     "chunks": Target(chunks, [b"\x03" + b"5\r\nhello\r\n0;x=y\r\nA: b\r\n\r\nGET /", b"\x000\r\n\r\n"]),
+    "ollama": Target(
+        ollama,
+        [
+            b'{"model":"a","messages":[{"role":"user","content":"b","images":["iVBORw0KGgo"]}],"options":{"seed":1}}',
+            b'{"model":"a","prompt":"b","suffix":"c","raw":true,"keep_alive":"5m","format":"json","context":[1,2]}',
+            b'{"model":"a","input":["b"],"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"c"}}]}]}',
+        ],
+    ),
+    "answer": Target(
+        answer,
+        [
+            b'\x07data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"b"}}]}}]}\r\n\r\ndata: [DONE]\n\n',
+            b'\x02: wait\n\ndata: {"content":"a","stop":true}',
+        ],
+    ),
     "metadata": Target(metadata, [_GGUF, _with_tensors()]),
     "safetensors": Target(safetensors, [_CONFIG_JSON]),
     "model_file": Target(model_file, [_MODEL]),

@@ -145,8 +145,8 @@ systemctl disable --quiet --now model-night@qwen.timer model-morning@qwen.timer 
 systemctl revert gpusvc-gateway.socket gpusvc-models.slice 2> /dev/null || :
 rm -rf /etc/systemd/system/summarise.service /etc/systemd/system/llama-swap.service
 mv /root/haproxy.cfg /etc/haproxy/haproxy.cfg
+rm -f /etc/gpusvc/keys.toml /etc/gpusvc/gpusvc.toml
 systemctl daemon-reload
-rm -f /etc/gpusvc/keys.toml
 systemctl stop gpusvc-gateway.service
 systemctl restart haproxy.service gpusvc-gateway.socket
 """

@@ -70,7 +70,6 @@ def test_keep_alive_reaches_the_watchdog_and_ends_with_the_model(ollama: Host) -
     ollama.write_model("qwen", keys='idle_timeout = "1h"')
     chat(ollama, "qwen", keep_alive="2s")
     ollama.wait_until(lambda: not ollama.is_active("model@qwen.service"), "it is unloaded when it is idle")
-    assert "was not used for" in ollama.messages("qwen")
     chat(ollama, "qwen")
     assert json.loads(ollama.curl(f"{GATEWAY}/gpusvc/models/qwen"))["idle_timeout_seconds"] == 3600
     chat(ollama, "qwen", keep_alive=-1)

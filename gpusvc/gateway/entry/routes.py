@@ -182,7 +182,7 @@ def _dialect(path: bytes) -> Dialect:
     return Dialect.OLLAMA if path in OLLAMA else Dialect.OPENAI
 
 
-# The paths of nearly all requests; each is what route() would make of it.
+# Each is what route() would make of it.
 _POSTED = {
     prefix + path: Route(Target.MODEL, Right.USE, _dialect(prefix + path), None, prefix + path)
     for prefix in (b"/v1", b"")
@@ -201,6 +201,8 @@ _POSTED = {
         b"/tokenize",
     )
 }
+USUAL = frozenset(_POSTED)
+"""The targets of nearly all requests. They are no other API's."""
 
 
 def _checked(path: bytes, query: bytes) -> bytes:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay.client import Client
 from gpusvc.gateway.relay.connection import Connection
+from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.shared import Downstream, Shared
-from gpusvc.gateway.relay.turn import Translation, Turn
+from gpusvc.gateway.relay.turn import Turn, TurnFor
+
+# How targets of Ollama's API begin. Some clients write two slashes, as their base URL ends with one.
+_OLLAMA = (b"/api/", b"//api/")
 
 
-def _ollama(shared: Shared, client: Downstream, head: RequestHead) -> Turn:
+def _turn_for(shared: Shared, client: Downstream, head: RequestHead) -> Turn:
+    return _of_ollama(shared, client, head) if head.target.startswith(_OLLAMA) else Exchange(shared, client, head)
+
+
+def _of_ollama(shared: Shared, client: Downstream, head: RequestHead, *, is_own_port: bool = False) -> Turn:
     from gpusvc.gateway.ollama.choosing import exchange_for  # noqa: PLC0415 - not needed by most
 
-    return exchange_for(shared, client, head, is_own_port=False)
-
-
-def _ollama_at_its_port(shared: Shared, client: Downstream, head: RequestHead) -> Turn:
-    from gpusvc.gateway.ollama.choosing import exchange_for  # noqa: PLC0415
-
-    return exchange_for(shared, client, head, is_own_port=True)
-
-
-# Some clients write two slashes, as their base URL ends with one.
-_OLLAMA = Translation((b"/api/", b"//api/"), _ollama)
-_OLLAMA_PORT = Translation((b"/",), _ollama_at_its_port)
+    return exchange_for(shared, client, head, is_own_port=is_own_port)
 
 
 class Gateway:
@@ -40,11 +38,11 @@ class Gateway:
 
     def protocol(self) -> Client:
         """Return the protocol for one more connection."""
-        return self._client(_OLLAMA)
+        return self._client(_turn_for)
 
     def ollama_protocol(self) -> Client:
         """Return the protocol for one more connection at ``ollama_port``."""
-        return self._client(_OLLAMA_PORT)
+        return self._client(partial(_of_ollama, is_own_port=True))
 
     async def drain(self) -> None:
         """Finish the requests that the connections wait for, accept no others, and return when all have closed."""
@@ -61,8 +59,8 @@ class Gateway:
             connection.abort()
         self._shared.pool.close()
 
-    def _client(self, translation: Translation) -> Client:
-        return Client(self._shared, translation, on_open=self._connections.add, on_closed=self._forget)
+    def _client(self, turn_for: TurnFor) -> Client:
+        return Client(self._shared, turn_for, on_open=self._connections.add, on_closed=self._forget)
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)

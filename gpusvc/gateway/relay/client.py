@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
+from gpusvc.gateway.entry.routes import USUAL
 from gpusvc.gateway.http import request_head as heads
 from gpusvc.gateway.http.body_reader import BodyReader
 from gpusvc.gateway.http.incoming import Incoming
@@ -19,7 +20,7 @@ from gpusvc.gateway.relay.closing import Closing
 from gpusvc.gateway.relay.connection import Connection
 from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.shared import Shared
-from gpusvc.gateway.relay.turn import Translation, Turn
+from gpusvc.gateway.relay.turn import Turn, TurnFor
 
 # The most requests sent ahead that are answered at once, before other connections have their turn.
 _TURNS = 32
@@ -40,13 +41,13 @@ class Client(Connection):
         "_on_closed",
         "_on_open",
         "_served",
-        "_translation",
+        "_turn_for",
     )
 
-    def __init__(self, shared: Shared, translation: Translation, *, on_open: Told, on_closed: Told) -> None:
+    def __init__(self, shared: Shared, turn_for: TurnFor, *, on_open: Told, on_closed: Told) -> None:
         """``on_open`` is called with the object that has the connection now, ``on_closed`` with one that has none."""
         super().__init__(shared)
-        self._translation, self._on_open, self._on_closed = translation, on_open, on_closed
+        self._turn_for, self._on_open, self._on_closed = turn_for, on_open, on_closed
         self._incoming = Incoming()
         self._exchange: Turn | None = None
         self._came_bytes = 0  # of the body, since its deadline was set
@@ -139,7 +140,7 @@ class Client(Connection):
         head, whole, first = request
         self._keeps_alive = head.keeps_alive
         self._deadline = math.inf
-        make = self._translation.exchange_for if head.target.startswith(self._translation.prefixes) else Exchange
+        make = Exchange if head.target in USUAL else self._turn_for
         exchange = self._exchange = make(self._shared, self, head)
         exchange.begin(whole)
         if whole is None and self._exchange is exchange:

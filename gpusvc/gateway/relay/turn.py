@@ -1,13 +1,9 @@
-"""What a client's connection needs of the request whose turn it is; and APIs that are translated to others.
-
-A translated API has exchanges of its own, which ask an engine by an ordinary one. Nothing of it is imported or
-asked before a request has a path that looks like it.
-"""
+"""What a client's connection needs of the request whose turn it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from gpusvc.gateway.http.replies import HttpError
 from gpusvc.gateway.http.request_head import RequestHead
@@ -34,10 +30,5 @@ class Turn(Protocol):
     def fail(self, error: HttpError) -> None: ...
 
 
-class Translation(NamedTuple):
-    """An API that is translated."""
-
-    prefixes: tuple[bytes, ...]
-    """How the targets of its requests begin. Others may begin so too."""
-    exchange_for: Callable[[Shared, Downstream, RequestHead], Turn]
-    """The exchange of such a request."""
+TurnFor = Callable[[Shared, Downstream, RequestHead], Turn]
+"""Makes the exchange of a request. It may be in an API that is translated to another one."""
