@@ -17,8 +17,8 @@ from gpusvc.quantity import shown
 # Options by which engines are told the address to listen at.
 _HOST_OPTIONS = ("--host", "--listen", "--bind", "--address")
 
-# Addresses at which the gateway reaches an engine: the loopback, and all of the machine's.
-_REACHED = re.compile(r"localhost|127\.[0-9.]+|0\.0\.0\.0|\*|\[?::1?\]?|")
+# The addresses of the loopback, and those that stand for all of the machine's.
+_USUAL = re.compile(r"localhost|127\.[0-9.]+|0\.0\.0\.0|\*|\[?::1?\]?|")
 
 
 def advice(paths: Paths, host: HostConfig, config: ModelConfig) -> Iterator[Problem]:
@@ -32,11 +32,11 @@ def advice(paths: Paths, host: HostConfig, config: ModelConfig) -> Iterator[Prob
             "Write {port} where the engine takes its port, or set port to the one that it always uses.",
         )
     address = _address(config.command)
-    if address is not None and not _REACHED.fullmatch(address):
+    if address is not None and not _USUAL.fullmatch(address):
         yield Problem(
             file,
             "command",
-            f"The engine is told to listen at {shown(address)} only, where the gateway does not reach it.",
+            f"The engine is told to listen at {shown(address)} only: other machines may use it past the gateway.",
             "Use 127.0.0.1, and the gateway's own address for clients elsewhere; see gpusvc-gateway.service(8).",
         )
     if config.user == "root" and not (is_user_instance() or host.allow_root_engines):

@@ -11,19 +11,53 @@ from gpusvc.journal import journalctl
 from gpusvc.journal import units as unitlog
 from gpusvc.printable import printable
 
-# Messages of the runtimes of CUDA and HIP, of PyTorch, llama.cpp and vLLM.
+# Messages of the runtimes of CUDA, HIP, Vulkan and SYCL, of PyTorch, llama.cpp, vLLM and SGLang.
 _OUT_OF_MEMORY = (
-    r"out of memory|OutOfMemoryError|ErrorOutOfMemory|CUBLAS_STATUS_ALLOC_FAILED|unable to allocate CUDA"
+    r"out of memory|OutOfMemoryError|ErrorOutOfMemory|ErrorOutOfDeviceMemory|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|cudaErrorMemoryAllocation|CU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED|ALLOCATION_FAILED"
+    r"|(unable|failed) to allocate (CUDA|ROCm|HIP|Vulkan|SYCL)"
     r"|No available memory for the cache blocks|less than desired GPU memory utilization"
+    r"|larger than the available KV cache memory|Not enough memory(\. Please try to increase| to allocate KV)"
 )
 
-_GPU_ERROR = r"(CUDA|HIP|NCCL|ROCm)\w* error|cudaError|CUBLAS_STATUS|hipError"
+# In which order lines tell why an engine ended; of lines of one kind, the first or the last one tells most.
+_MEMORY, _EXCEPTION, _REFUSED, _ERROR = range(4)
 
-# The last line of a Python traceback, also behind a logger's prefix. The lines before it are the traceback.
-_EXCEPTION = r"(^|[\s:|])(\w+\.)*[A-Z]\w*(Error|Exception): \S"
+# What stands before a line of a log: vLLM's process, the level with date and place, dates, llama.cpp's time and level.
+_BEFORE = (
+    r"^(\([\w ]+ pid=\d+\) *|(CRITICAL|ERROR|WARNING|INFO|[EWIDF]) +|\[[^\]]*\] *"
+    r"|[\w./]+:\d+\] *|(\d{2,4}[-/.])?\d\d[-/.]\d\d[T ]+|\d\d:\d\d:\d\d[.,\d]* *|\d+(\.\d+){2,} +)*"
+)
 
-# A line of another program that begins with its error, perhaps after the program's name.
-_ERROR = r"^(\S+: )?(error|fatal|panic)\b.*: ?\S"
+# The last line of a Python traceback.
+_RAISED = r"([A-Za-z_]\w*\.)*[A-Z]\w*(Error|Exception|Exit|Interrupt|Failure|NotFound|Unavailable)(: |$)"
+
+# Exceptions that only say that another process has raised one.
+_SECOND_HAND = (
+    r"Engine core initialization failed|See root cause above|EngineDeadError|EngineCore encountered an issue"
+    r"|ChildFailedError|CalledProcessError|Failed core proc|SystemExit|KeyboardInterrupt|Rank \d+ scheduler is dead"
+    r"|Initialization failed\. (Please )?see"
+)
+
+# llama.cpp, argument parsers, loaders of libraries, Rust and Go.
+_REFUSALS = (
+    r"error loading model: |unknown model architecture|error while handling argument"
+    r"|error: (unknown|invalid|un|arg|the fol)|error while loading shared libraries"
+    r"|GGML_ASSERT\(|(CUDA|HIP|NCCL|ROCm)( \w+)? error|hipError|couldn't bind|failed to open GGUF|panicked at|^panic: "
+    r"|CUDA driver version is insufficient|no kernel image is available|[Aa]ddress already in use"
+)
+_ERRORS = (
+    r"\b(error|fatal|failed|failure|cannot|can't|could ?n[o']t|unable|not found|no such|denied|unsupported|invalid)\b"
+)
+
+_HARMLESS = r"Traceback \(most recent|^\W*(INFO|DEBUG)\b|\] (INFO|DEBUG)\b"
+
+# Lines that report the end and not its reason.
+_FAREWELLS = (
+    r"exiting due to|cleaning up before exit|failed to load model|Received sigquit from a child|core dumped"
+    r"|resource_tracker|destroy_process_group|Shutting down|Application startup failed|gpusvc left out"
+)
+
 
 # What precedes the last words in the launcher's sentence about the end of an engine.
 LEAD = "its last words: "
@@ -33,6 +67,9 @@ _UNSYNCED_SECONDS = 1.0
 _PAUSE_SECONDS = 0.05
 
 _ANSWER_SECONDS = 5.0
+
+# vLLM's last traceback alone has forty lines, and the reason is before it.
+ENOUGH_LINES = 150
 
 # Of a line: an engine may write a line without end.
 _MAX_WIDTH = 1000
@@ -61,14 +98,25 @@ def last_words(*matches: str, lines: int = 30, since: float | None = None) -> li
 
 
 def telling(words: Sequence[str]) -> str:
-    """Return the line that most likely says why the engine ended; of equal ones the last. There must be a line."""
-    for pattern in (f"{_OUT_OF_MEMORY}|{_GPU_ERROR}", _EXCEPTION, _ERROR):
-        # The patterns for runtimes are in mixed case in the wild; an exception's name is not.
-        flags = re.NOFLAG if pattern is _EXCEPTION else re.IGNORECASE
-        found = [line for line in words if re.search(pattern, line, flags)]
-        if found:
-            return found[-1]
-    return words[-1]
+    """Return the line that tells best why the engine ended, from its last lines, oldest first, of which there is one.
+
+    It is a line on memory, the end of a traceback, a refusal, or any error; else the last line.
+    """
+    found: dict[int, str] = {}
+    for line in words:
+        bare = re.sub(_BEFORE, "", line)
+        if re.search(_FAREWELLS, line):
+            continue
+        if re.search(_OUT_OF_MEMORY, line, re.IGNORECASE):
+            found.setdefault(_MEMORY, line)
+        elif re.match(_RAISED, bare):
+            if not re.search(_SECOND_HAND, line):
+                found[_EXCEPTION] = line  # the last: the outermost of a chain
+        elif re.search(_REFUSALS, bare):
+            found.setdefault(_REFUSED, line)
+        elif re.search(_ERRORS, bare, re.IGNORECASE) and not re.search(_HARMLESS, line):
+            found[_ERROR] = line
+    return found[min(found)] if found else words[-1]
 
 
 def tells_of_memory(words: list[str]) -> bool:

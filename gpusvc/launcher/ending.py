@@ -30,7 +30,7 @@ class End(NamedTuple):
 
 def after_serving(run: Run, cgroup: Cgroup) -> End:
     """Reap an engine that was ready, and report its end."""
-    killed = _oom_kill(run, cgroup)
+    killed, left = _oom_kill(run, cgroup), _left(run, cgroup)
     status = watching.wait_status(run.parked.pid)
     if run.caller is not None:
         if killed is not None:
@@ -38,7 +38,7 @@ def after_serving(run: Run, cgroup: Cgroup) -> End:
         log(6, f"The program ended {watching.manner(status)}.")
         caller.tell(run.caller, status)
         return End(status)
-    ran_out = _report(run, f"The engine ended {watching.manner(status)}", killed)
+    ran_out = _report(run, f"The engine ended {watching.manner(status)}{_background(status, left)}", killed)
     if killed is not None and status in (0, -signal.SIGTERM):
         # The kernel killed a part, and systemd stopped the rest. That must not look like a stop that was asked for.
         status = -signal.SIGKILL
@@ -53,10 +53,27 @@ def before_ready(run: Run, cgroup: Cgroup, *, was_full: bool) -> End:
         cgroup: the engine's control group.
         was_full: whether a GPU of it was full when last looked at: some engines die of that without a known message.
     """
-    killed = _oom_kill(run, cgroup)
+    killed, left = _oom_kill(run, cgroup), _left(run, cgroup)
     status = watching.wait_status(run.parked.pid)
-    ran_out = _report(run, f"The engine ended {watching.manner(status)} before it was ready", killed, was_full=was_full)
+    sentence = f"The engine ended {watching.manner(status)} before it was ready{_background(status, left)}"
+    ran_out = _report(run, sentence, killed, was_full=was_full)
     return End(status or 1, ran_out)
+
+
+def _left(run: Run, cgroup: Cgroup) -> int:
+    """How many processes the engine left. Ask before the engine is reaped."""
+    return len(set(cgroup.pids()) - {run.parked.pid})
+
+
+def _background(status: int, left: int) -> str:
+    """Return what to say of an engine that ended well and left processes running."""
+    if status != 0 or not left:
+        return ""
+    running = "1 process of it runs" if left == 1 else f"{left} processes of it run"
+    return (
+        f", but {running} on: it put itself into the background, where gpusvc cannot supervise it."
+        " Have it stay in the foreground: leave out nohup, & and its option for a daemon"
+    )
 
 
 def _oom_kill(run: Run, cgroup: Cgroup) -> str | None:
@@ -67,7 +84,8 @@ def _oom_kill(run: Run, cgroup: Cgroup) -> str | None:
 def _report(run: Run, sentence: str, killed: str | None, *, was_full: bool = False) -> bool:
     """Report the end with the engine's last words; whether VRAM ran out."""
     run.relay.has_ended(_RELAY_SECONDS)
-    words = lastwords.last_words(*unitlog.this_run(run.name, run.began_at), f"SYSLOG_IDENTIFIER={run.identifier()}")
+    own = (*unitlog.this_run(run.name, run.began_at), f"SYSLOG_IDENTIFIER={run.identifier()}")
+    words = lastwords.last_words(*own, lines=lastwords.ENOUGH_LINES)
     ran_out = bool(run.gpus) and killed is None and (was_full or lastwords.tells_of_memory(words))
     if killed is not None:
         sentence += f": {killed}"

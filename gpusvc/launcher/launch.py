@@ -69,7 +69,7 @@ def main() -> NoReturn:
         termination.end_as(0)
     if end.ran_out and _SECOND_TRY not in sys.argv:
         _try_again(notifier)
-    termination.end_as(end.status)
+    termination.end_as(termination.unmistakable(end.status))
 
 
 def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, relay: Relay, notifier: Notifier) -> End | None:

@@ -6,7 +6,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from gpusvc.errors import EngineError, NvmlError
+from gpusvc.config.presets import PORT
+from gpusvc.errors import ConfigError, EngineError, NvmlError
 from gpusvc.gpu.reading import total
 from gpusvc.launcher import readiness, watching
 from gpusvc.launcher.progress import Consumption, moved
@@ -22,6 +23,10 @@ _SHORTEST_PAUSE_SECONDS = 0.005
 _LONGEST_PAUSE_SECONDS = 0.1
 _READING_SECONDS = 1.0
 _HEALTH_SECONDS = 5.0
+_ELSEWHERE_ANSWER_SECONDS = 0.5
+
+# An engine that serves on another port than its own for so long does not come to its own.
+_ELSEWHERE_SECONDS = 60.0
 
 # How long a look at the load waits for the driver.
 _DRIVER_SECONDS = 0.5
@@ -38,12 +43,16 @@ class Load:
         self._run = run
         self._cgroup = cgroup
         self._pidfd = pidfd
+        self._is_told_port = any(PORT in argument for argument in run.config.command)
+        self._elsewhere: list[int] = []
+        self._elsewhere_since: float | None = None
 
     def wait(self) -> Listener | None:
         """Wait until the engine is ready; return its socket, or None if the engine ended.
 
         Raises:
             EngineError: it made no progress for start_timeout, or another program listens on its port.
+            ConfigError: it serves on another port, and its command does not name the port.
         """
         run = self._run
         began = last_moved = time.monotonic()
@@ -58,6 +67,7 @@ class Load:
             before, reading = reading, self._read()
             if before is None or moved(before, reading) or self._cgroup.frozen():
                 last_moved = now
+            self._look_elsewhere(where, now)
             if now - last_moved > run.config.start_timeout_seconds:
                 raise self._no_progress(where)
             self._report(now - began, reading)
@@ -82,15 +92,49 @@ class Load:
     def _report(self, elapsed_seconds: float, reading: Consumption) -> None:
         run = self._run
         vram = "" if not run.gpus else f", {format_amount(reading.vram_bytes)} of VRAM so far"
-        run.notifier.waiting(f"Loading on {run.place()}{vram}, {elapsed_seconds:.0f} s.")
+        stray = f" It listens on {self._ports()}, not on port {run.lease.port}." if self._elsewhere else ""
+        run.notifier.waiting(f"Loading on {run.place()}{vram}, {elapsed_seconds:.0f} s.{stray}")
+
+    def _look_elsewhere(self, where: Listener | None, now: float) -> None:
+        """Note on which other ports the engine listens, if it does not listen on its own.
+
+        Engines have sockets of their own business. If the command names the port, they are of no interest here.
+        """
+        run, self._elsewhere = self._run, []
+        if where is not None or self._is_told_port:
+            self._elsewhere_since = None
+            return
+        found = readiness.elsewhere(self._cgroup, run.lease.port, run.user)
+        self._elsewhere = sorted({listener.port for listener in found})
+        health = run.config.health
+        # Any answer will do: what answers is a server. A socket without HTTP may be for the engine's own processes.
+        if not any(not health or readiness.ask(each, health, _ELSEWHERE_ANSWER_SECONDS) for each in found):
+            self._elsewhere_since = None
+        elif self._elsewhere_since is None:
+            self._elsewhere_since = now
+        elif now - self._elsewhere_since > _ELSEWHERE_SECONDS:
+            raise ConfigError(
+                f"The engine listens on {self._ports()}, not on port {run.lease.port}.", hint=self._remedy()
+            )
+
+    def _ports(self) -> str:
+        return f"port {' and '.join(map(str, self._elsewhere))}"
+
+    def _remedy(self) -> str:
+        return (
+            f"Write {PORT} where the command takes its port, have the engine read the variable PORT,"
+            f" or set `port = {self._elsewhere[0]}` in the model's file."
+        )
 
     def _no_progress(self, where: Listener | None) -> EngineError:
         run = self._run
-        what = "none of its processes listens" if where is None else f"{run.config.health} does not answer"
-        return EngineError(
-            f"The engine made no progress for {format_duration(run.config.start_timeout_seconds)}, "
-            f"and {what} on port {run.lease.port}."
-        )
+        what, hint = f"{run.config.health} does not answer on port {run.lease.port}", None
+        if where is None:
+            what = f"none of its processes listens on port {run.lease.port}"
+        if self._elsewhere:
+            what, hint = f"it listens on {self._ports()}, not on port {run.lease.port}", self._remedy()
+        limit = format_duration(run.config.start_timeout_seconds)
+        return EngineError(f"The engine made no progress for {limit}, and {what}.", hint=hint)
 
 
 def _pause(elapsed_seconds: float) -> float:

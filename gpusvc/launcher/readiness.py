@@ -57,8 +57,26 @@ def settled_listener(cgroup: Cgroup, port: int, user: User, pidfd: int) -> Liste
     return listener(cgroup, port, user)
 
 
+def elsewhere(cgroup: Cgroup, port: int, user: User) -> list[Listener]:
+    """Return the sockets of processes in ``cgroup`` that listen on other ports than ``port``, by port."""
+    others = [found for found in sockets.listeners() if found.port != port]
+    with processes.acting_as(user.uid, user.gid):
+        own_inodes = sockets.owned_by(cgroup.pids())
+    return sorted((found for found in others if found.inode in own_inodes), key=lambda found: found.port)
+
+
+def is_well(status: int | None) -> bool:
+    """Return whether the result of ask() says that the engine serves: 2xx or 3xx."""
+    return status is not None and 200 <= status < 400
+
+
 def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
-    """Return whether the health ``path`` answers with 2xx or 3xx; for an empty path, whether a connection opens.
+    """Return whether the health ``path`` answers with 2xx or 3xx; for an empty path, whether a connection opens."""
+    return is_well(ask(where, path, timeout_seconds))
+
+
+def ask(where: Listener, path: str, timeout_seconds: float) -> int | None:
+    """Return the HTTP status of a GET of ``path``, or None without an answer; for no path, 200 if a connection opens.
 
     http.client would cost each launcher 5 MB, and only the status line counts.
     """
@@ -69,7 +87,7 @@ def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
         deadline = time.monotonic() + timeout_seconds
         with socket.create_connection((address, where.port), timeout=timeout_seconds) as connection:
             if not path:
-                return True
+                return 200
             connection.sendall(request.encode())
             head = b""
             while b"\r\n" not in head and len(head) < 1024:
@@ -77,9 +95,9 @@ def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
                 connection.settimeout(max(deadline - time.monotonic(), 0.001))
                 received = connection.recv(1024)
                 if not received:
-                    return False
+                    return None
                 head += received
     except OSError:
-        return False
+        return None
     version, _, rest = head.partition(b" ")
-    return version.startswith(b"HTTP/1.") and rest[:1] in {b"2", b"3"} and rest[1:3].isdigit()
+    return int(rest[:3]) if version.startswith(b"HTTP/1.") and rest[:3].isdigit() and len(rest) > 2 else None

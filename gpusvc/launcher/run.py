@@ -79,7 +79,7 @@ class Run:
         """Raises GpusvcError if the file system does not take it."""
         leases.write(self.paths, self.lease)
 
-    def emit(self, kind: events.EventType, sentence: str, *, level: int = 6) -> None:
+    def emit(self, kind: events.EventType, sentence: str, *, level: int = 6, reason: str | None = None) -> None:
         """Write an event about the model to the journal, with its GPUs and the VRAM that it holds."""
         events.emit(
             kind,
@@ -87,6 +87,7 @@ class Run:
             model=self.name,
             gpu=[gpu.index for gpu in self.lease.gpus],
             bytes=total(gpu.used_bytes for gpu in self.lease.gpus),
+            reason=reason,
             level=level,
         )
 

@@ -27,6 +27,14 @@ _CHECK_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
 
 
+def advise(run: Run) -> None:
+    """Write to the log what a person should know of the model's file, once the model is ready."""
+    from gpusvc.config.advice import advice  # noqa: PLC0415  not before the model is ready
+
+    for each in advice(run.paths, run.config):
+        log(4, f"{each.file}: {each.message} {each.hint or ''}".rstrip())
+
+
 class Supervision:
     """One engine that serves. ``where`` is None for a program of `gpusvc run`, which has no port to check."""
 
@@ -39,6 +47,7 @@ class Supervision:
         timeout = run.config.health_timeout_seconds
         self._every_seconds = min(_CHECK_SECONDS, timeout / 4 or _CHECK_SECONDS)
         self._last_answer = time.monotonic()
+        self._is_given_up = False
 
     def serve(self) -> None:
         """Tell systemd and the lease that the model is ready, and return when the engine has ended."""
@@ -60,10 +69,18 @@ class Supervision:
         run.write_lease()
         use.touch(run.paths, run.name)
         ready_since.mark(run.paths, run.name)
-        run.notifier.set_watchdog(run.config.health_timeout_seconds)
+        if self._where is not None and not self._where.is_loopback:
+            from gpusvc.launcher import reach  # noqa: PLC0415  few engines listen there
+
+            reach.let_gateway_reach(self._where.reachable_at)
+        timeout = run.config.health_timeout_seconds
+        # The launcher itself ends an engine that does not answer in time. systemd ends a launcher that does not.
+        run.notifier.set_watchdog(timeout + _CHECK_SECONDS + _ANSWER_SECONDS if timeout else 0)
         sentence = run.ready_sentence()
         run.notifier.ready(sentence)
         run.emit(EventType.READY, f"Ready after {time.monotonic() - run.began_seconds:.2f} s. {sentence}")
+        if self._where is not None:
+            advise(run)
         self._last_answer = time.monotonic()
 
     def _check(self) -> None:
@@ -75,14 +92,31 @@ class Supervision:
         run = self._run
         if self._where is not None:
             readiness.settled_listener(self._cgroup, run.lease.port, run.user, self._pidfd)
-        timeout = min(_ANSWER_SECONDS, self._every_seconds)
-        if self._where is None or readiness.answers(self._where, run.config.health, timeout):
+        status = None
+        if self._where is not None:
+            status = readiness.ask(self._where, run.config.health, min(_ANSWER_SECONDS, self._every_seconds))
+        if self._where is None or readiness.is_well(status):
             self._feed(run.ready_sentence())
         elif self._cgroup.frozen():  # the administrator froze it, so it does not hang
             self._feed(f"Frozen: `systemctl thaw {run.lease.scope}` lets it go on.")
         else:
-            silent = format_duration(round(time.monotonic() - self._last_answer))
-            run.notifier.status(f"{run.config.health or 'The port'} has not answered for {silent}.")
+            self._wait_for_health(status)
+
+    def _wait_for_health(self, status: int | None) -> None:
+        """Say since when the health path answers ``status`` or nothing; after health_timeout, end the engine."""
+        run, silent = self._run, time.monotonic() - self._last_answer
+        what = "not answered" if status is None else f"answered HTTP {status}"
+        sentence = f"{run.config.health or 'The port'} has {what} for {format_duration(round(silent))}"
+        run.notifier.status(f"{sentence}.")
+        if 0 < run.config.health_timeout_seconds <= silent and not self._is_given_up:
+            self._is_given_up = True
+            run.emit(
+                EventType.FAIL,
+                f"{sentence}: the engine is ended, and systemd restarts it.",
+                level=3,
+                reason="health_timeout",
+            )
+            run.notifier.trigger_watchdog()
 
     def _feed(self, sentence: str) -> None:
         self._last_answer = time.monotonic()
@@ -91,9 +125,10 @@ class Supervision:
 
     def _is_over(self) -> bool:
         """Wait until the next check is due; whether the engine ended. A program is stopped when its caller is gone."""
-        caller = self._run.caller
+        caller, timeout = self._run.caller, self._run.config.health_timeout_seconds
         if caller is None:
-            return watching.ended(self._pidfd, self._every_seconds)
+            due = self._last_answer + timeout - time.monotonic() if timeout and not self._is_given_up else 0.0
+            return watching.ended(self._pidfd, min(self._every_seconds, due) if due > 0 else self._every_seconds)
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         poll.register(caller, select.POLLIN)

@@ -59,6 +59,11 @@ def exit_status(error: GpusvcError) -> int:
     return NO_ROOM_STATUS if error.http_status == 503 and not isinstance(error, EngineError | NvmlError) else 1
 
 
+def unmistakable(status: int) -> int:
+    """Return the exit status for an engine that ended with ``status``: 1 in place of one by which gpusvc refuses."""
+    return 1 if status in {_EX_NOINPUT, NO_ROOM_STATUS, _EX_CONFIG} else status
+
+
 def end_as(status: int) -> NoReturn:
     """End with the engine's exit status or signal, so that systemd shows it as the unit's own."""
     if status < 0:

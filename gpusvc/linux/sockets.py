@@ -44,6 +44,12 @@ class Listener(NamedTuple):
         """An address at which this machine reaches it: the loopback address for a wildcard."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # noqa: S104
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether this machine reaches it at a loopback address."""
+        address = self.reachable_at
+        return address == "::1" or address.startswith("127.")
+
     def may_receive_for(self, other: Listener) -> bool:
         """Return whether the kernel may give this socket a connection that is meant for ``other``.
 

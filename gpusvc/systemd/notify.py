@@ -56,6 +56,10 @@ class Notifier:
     def feed_watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
+    def trigger_watchdog(self) -> None:
+        """Have systemd end the service now, as if it had not been fed for too long."""
+        self._send("WATCHDOG=trigger")
+
     def _send(self, state: str) -> None:
         with contextlib.suppress(Exception):  # there is no systemd, or it does not listen
             self._socket.notify(state)

@@ -132,4 +132,4 @@ def set_properties(unit: str, properties: Mapping[str, str]) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         raise SystemdError(f"Could not set the properties of {unit}: {error}.") from None
     if done.returncode != 0:
-        raise ConfigError(f"systemd refuses a property of [scope]: {done.stderr.strip() or 'no reason given'}")
+        raise ConfigError(f"systemd refuses a property of {unit}: {done.stderr.strip() or 'no reason given'}")

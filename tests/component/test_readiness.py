@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.errors import EngineError
+from gpusvc.errors import ConfigError, EngineError
 from gpusvc.launcher import readiness
+from gpusvc.launcher.loading import Load
 from gpusvc.linux import cgroup
 from gpusvc.linux.cgroup import Cgroup
 from gpusvc.linux.sockets import Listener
@@ -152,6 +153,66 @@ def has_ipv6() -> bool:
 
 def at(program: Program, address: str = "127.0.0.1") -> Listener:
     return Listener(address, program.port, 0, 0)
+
+
+# ---- an engine that listens elsewhere ----
+
+
+class FakeRun:
+    """What a load reads of a run."""
+
+    class config:  # noqa: N801
+        command: tuple[str, ...] = ("serve",)
+        health = "/health"
+
+    class lease:  # noqa: N801
+        port = 1
+
+    user = USER
+
+
+def test_the_engines_sockets_on_other_ports_are_found_and_no_strangers(
+    serve: Serve, engine_is: Callable[..., None]
+) -> None:
+    engine, stranger = serve(), serve()
+    engine_is(engine)
+    found = readiness.elsewhere(GROUP, 1, USER)
+    assert [each.port for each in found] == [engine.port]
+    assert readiness.elsewhere(GROUP, engine.port, USER) == []
+    assert stranger.port not in [each.port for each in found]
+
+
+def test_an_engine_that_answers_on_another_port_for_a_minute_is_given_up_with_the_remedy(
+    serve: Serve, engine_is: Callable[..., None]
+) -> None:
+    engine = serve(answer="HTTP/1.1 404 Not Found\r\n\r\n")
+    engine_is(engine)
+    load = Load(FakeRun, GROUP, 0)  # type: ignore[arg-type]
+    load._look_elsewhere(None, 0)
+    load._look_elsewhere(None, 59)
+    with pytest.raises(ConfigError, match=f"The engine listens on port {engine.port}, not on port 1") as caught:
+        load._look_elsewhere(None, 61)
+    assert f"set `port = {engine.port}`" in (caught.value.hint or "")
+
+
+def test_a_socket_that_speaks_no_http_gives_no_engine_up(serve: Serve, engine_is: Callable[..., None]) -> None:
+    engine = serve(answer="hello\r\n")
+    engine_is(engine)
+    load = Load(FakeRun, GROUP, 0)  # type: ignore[arg-type]
+    for now in (0, 61, 200):
+        load._look_elsewhere(None, now)
+
+
+def test_an_engine_that_is_told_its_port_may_listen_elsewhere_too(serve: Serve, engine_is: Callable[..., None]) -> None:
+    class Told(FakeRun):
+        class config(FakeRun.config):  # noqa: N801
+            command = ("serve", "--port={port}")
+
+    engine = serve()
+    engine_is(engine)
+    load = Load(Told, GROUP, 0)  # type: ignore[arg-type]
+    for now in (0, 61, 200):
+        load._look_elsewhere(None, now)
 
 
 # ---- whose socket it is ----

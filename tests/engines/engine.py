@@ -283,6 +283,7 @@ class Server:
         self._gpus = gpus
         self.is_loaded = False
         self.is_hung = False
+        self.is_sick = False
         self.is_wedged = False
         self._healthy_answers = 0
         signal.signal(signal.SIGUSR1, self._hang)
@@ -332,6 +333,10 @@ class Server:
 
     def _answer(self, method: str, path: str, body: bytes) -> tuple[str, dict[str, object]]:
         loading: dict[str, object] = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+        if path == "/sicken":  # 500 to everything from now on
+            self.is_sick = True
+        if self.is_sick:
+            return "500 Internal Server Error", {"error": {"code": 500, "message": "EngineDeadError"}}
         if not self.is_loaded and path in ("/health", "/v1/chat/completions"):
             return "503 Service Unavailable", loading
         if (method, path) == ("GET", "/health"):

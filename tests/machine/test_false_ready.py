@@ -37,7 +37,8 @@ Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 def write(machine: Host, name: str, *command: str, keys: str = "") -> None:
     """A model on the port, with this engine; a failure is not tried again, so that it can be looked at."""
-    keys = f'port = {PORT}\nstart_timeout = "1s"\n{keys}'
+    timeout = "" if "start_timeout" in keys else 'start_timeout = "1s"\n'
+    keys = f"port = {PORT}\n{timeout}{keys}"
     machine.write_model(name, f"command = {json.dumps(command)}\n{keys}\n[gpu]\ncount = 0\n")
     machine.write(f"/run/systemd/system/model@{name}.service.d/once.conf", "[Service]\nRestart=no\n")
     machine.run("systemctl", "daemon-reload")
@@ -113,8 +114,14 @@ def test_a_free_port_is_found_beside_programs_that_listen(machine: Host) -> None
 
 
 def test_an_engine_that_listens_on_another_port_never_is_ready(machine: Host) -> None:
-    write(machine, "elsewhere", "test-engine", "--port", str(PORT + 1))
-    assert f"none of its processes listens on port {PORT}" in machine.fail_to_start("elsewhere")
+    write(machine, "elsewhere", "test-engine", "--port", str(PORT + 1), keys='start_timeout = "4s"')
+    unit = "model@elsewhere.service"
+    machine.run("systemctl", "start", "--no-block", unit)
+    named = f"It listens on port {PORT + 1}, not on port {PORT}."
+    machine.wait_until(lambda: named in machine.property(unit, "StatusText"), "its port is named", unit=unit)
+    said = await_failure(machine, "elsewhere")
+    assert f"made no progress for 4s, and it listens on port {PORT + 1}, not on port {PORT}." in said
+    assert f"or set `port = {PORT + 1}` in the model's file." in said
 
 
 def test_an_engine_whose_health_path_does_not_answer_well_never_is_ready(machine: Host) -> None:

@@ -400,6 +400,24 @@ def test_an_engine_that_ends_before_it_is_ready_has_failed_whatever_it_says(mach
     assert "ended with exit status 0 before it was ready" in machine.property(UNIT, "StatusText")
 
 
+def test_an_engine_that_puts_itself_into_the_background_is_told_so(machine: Host) -> None:
+    machine.write_model("qwen", arguments="--children daemonise --die-after-load --exit-status 0")
+    machine.override("qwen", "Restart=no")
+    assert machine.run("systemctl", "start", UNIT, check=False).returncode != 0
+    said = machine.property(UNIT, "StatusText")
+    assert "before it was ready, but 1 process of it runs on: it put itself into the background" in said
+    assert machine.remains("qwen") == []
+
+
+def test_an_engines_exit_status_is_not_taken_for_a_refusal(machine: Host) -> None:
+    machine.write_model("qwen", arguments="--die-after-load --exit-status 75")
+    machine.override("qwen", "RestartSec=100ms")
+    machine.run("systemctl", "start", UNIT, check=False)
+    machine.wait_until(lambda: int(machine.property(UNIT, "NRestarts")) >= 1, "systemd tries again", unit=UNIT)
+    assert machine.property(UNIT, "ExecMainStatus") in {"0", "1"}
+    assert "ended with exit status 75" in told(machine)
+
+
 @pytest.mark.parametrize("way", ["--vram 25GiB", "--vram 1GiB --oom"], ids=["real", "told"])
 def test_running_out_of_vram_is_called_that(machine: Host, way: str) -> None:
     machine.write_model("qwen", arguments=way, gpu=ONE_GPU)
@@ -429,7 +447,22 @@ def test_a_hung_engine_is_restarted_by_systemd(machine: Host) -> None:
     machine.wait_until(lambda: machine.property(UNIT, "NRestarts") == "1", "systemd restarts it", unit=UNIT)
     machine.wait_for_state(UNIT, "active")
     assert processes(machine) == [engine_pid(machine)] != [first]
-    assert "Watchdog timeout" in machine.journal(UNIT)
+    assert "Watchdog request" in machine.journal(UNIT)
+    assert re.search(r"/health has not answered for \d+s: the engine is ended, and systemd restarts it", told(machine))
+
+
+def test_an_engine_whose_health_fails_is_restarted_with_an_event_that_tells_the_status(machine: Host) -> None:
+    machine.write(
+        "/etc/gpusvc/hooks.d/note", '#!/bin/sh\necho "$GPUSVC_EVENT $GPUSVC_REASON" >> /run/hooked\n', mode=0o755
+    )
+    machine.run("systemctl", "restart", "gpusvc-hooks.service")
+    machine.write_model("qwen", arguments="--vram 2GiB", keys='health_timeout = "1s"', gpu=ONE_GPU)
+    machine.start("qwen")
+    machine.run("curl", "-s", machine.url("qwen", "/sicken"))
+    machine.wait_until(lambda: machine.property(UNIT, "NRestarts") == "1", "systemd restarts it", unit=UNIT)
+    assert re.search(r"/health has answered HTTP 500 for \d+s: the engine is ended", told(machine))
+    hooked = ("grep", "-q", "fail health_timeout", "/run/hooked")
+    machine.wait_until(lambda: machine.run(*hooked, check=False).returncode == 0, "the hook hears of it")
 
 
 def test_a_hung_engine_is_said_to_hang(machine: Host) -> None:
@@ -443,6 +476,16 @@ def test_an_engine_may_hang_where_the_model_file_allows_it(machine: Host) -> Non
     machine.write_model("qwen", keys="health_timeout = 0")
     machine.start("qwen")
     assert machine.property(UNIT, "WatchdogUSec") in {"0", "infinity"}
+
+
+def test_an_engine_at_an_address_of_the_network_is_reached_through_the_gateway(machine: Host) -> None:
+    machine.run("ip", "address", "add", "192.168.77.5/32", "dev", "lo", check=False)
+    machine.write_model("qwen", arguments="--listen 192.168.77.5")
+    asking = ("-H", "Content-Type: application/json", "--data", QUESTION)
+    assert "You said" in machine.curl("http://127.0.0.1:8484/v1/chat/completions", *asking)
+    assert (ps(machine)["address"], machine.is_active("gpusvc-gateway.service")) == ("192.168.77.5", True)
+    # Elsewhere the gateway still may not go.
+    assert machine.property("gpusvc-gateway.service", "IPAddressDeny") == "::/0 0.0.0.0/0"
 
 
 # What an engine gets.
@@ -642,3 +685,7 @@ def no_message_bus(machine: Host) -> Iterator[None]:
     finally:
         machine.run("systemctl", "start", *units)
         machine.wait_until(lambda: machine.run("busctl", "list", check=False).returncode == 0, "the bus is back")
+
+
+def told(machine: Host) -> str:
+    return machine.messages("qwen")

@@ -33,9 +33,9 @@ def test_a_command_without_a_port_is_told_of_the_variable(paths: Paths) -> None:
 
 
 @pytest.mark.parametrize("option", ['"--host", "192.168.1.5"', '"--listen=192.168.1.5"', '"--bind", "fd00::5"'])
-def test_an_address_that_the_gateway_does_not_reach_is_named(paths: Paths, option: str) -> None:
+def test_an_address_at_which_clients_pass_the_gateway_by_is_named(paths: Paths, option: str) -> None:
     (message,) = said(paths, f'command = ["sh", {option}, "{{port}}"]')
-    assert "where the gateway does not reach it" in message
+    assert "other machines may use it past the gateway" in message
 
 
 def test_the_last_address_counts(paths: Paths) -> None:
