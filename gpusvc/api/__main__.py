@@ -23,6 +23,7 @@ from gpusvc.api.backend.starts import Starts
 from gpusvc.api.backend.stops import Stops
 from gpusvc.api.backend.streams import Streams
 from gpusvc.api.routes.application import application
+from gpusvc.config.files import HostConfig, load_sound_model
 from gpusvc.log import log
 from gpusvc.names import of_service
 from gpusvc.paths import Paths
@@ -64,7 +65,18 @@ async def backend_of(paths: Paths) -> AsyncIterator[Backend]:
         known = events.loads.get(name)
         return _LONG_LOAD_SECONDS if known is None or not known.count else 2 * known.last_seconds
 
-    starts = Starts(paths, bus, journal.last_words, on_change=snapshots.forget, load_seconds=load_seconds)
+    def abandon_after(name: str) -> float | None:
+        model = load_sound_model(paths, name, HostConfig())
+        return None if model is None else model.abandon_after_seconds
+
+    starts = Starts(
+        paths,
+        bus,
+        journal.last_words,
+        on_change=snapshots.forget,
+        load_seconds=load_seconds,
+        abandon_after=abandon_after,
+    )
     stops = Stops(paths, bus, on_change=snapshots.forget)
     streams = Streams()
     follower = asyncio.create_task(events.run())

@@ -58,7 +58,7 @@ def _setting(entry: Entry, table: Table, deciding: str | None = None) -> Setting
 def _as_toml(entry: Entry) -> str | None:
     value = entry.value
     if value is None:
-        return None
+        return None if entry.key.word is None else toml.inline(entry.key.word)
     match entry.key.unit:
         case "seconds":
             value = _duration(value)

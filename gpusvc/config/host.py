@@ -6,7 +6,19 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from gpusvc.config.section import Section, boolean, choice, custom, devices, duration, integer, read, section, size
+from gpusvc.config.section import (
+    Section,
+    boolean,
+    choice,
+    custom,
+    devices,
+    duration,
+    duration_or_word,
+    integer,
+    read,
+    section,
+    size,
+)
 from gpusvc.config.table import Table
 from gpusvc.paths import is_user_instance
 from gpusvc.quantity import GIB, KIB, MIB, shown
@@ -121,8 +133,10 @@ class HostWatchdog(Section):
     """Without progress; 0: never."""
     busy_action: BusyAction = choice("busy_action", default=BusyAction.RESTART)
     pressure_time_seconds: float = duration("pressure_time", default=10.0, minimum=SHORTEST_SECONDS)
-    attached_timeout_seconds: float = duration("attached_timeout", default=900.0, minimum=SHORTEST_SECONDS, zero=True)
-    """Of a model whose only clients are quiet WebSockets; 0: never."""
+    attached_timeout_seconds: float | None = duration_or_word(
+        "attached_timeout", "idle_timeout", default=None, minimum=SHORTEST_SECONDS, zero=True
+    )
+    """Of a model whose only clients are quiet WebSockets; 0: never; None: its idle timeout."""
     failing_time_seconds: float = duration("failing_time", default=30.0, minimum=SHORTEST_SECONDS, zero=True)
     """Of server errors without a success; 0: never."""
 

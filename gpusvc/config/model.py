@@ -22,6 +22,7 @@ from gpusvc.config.section import (
     custom,
     devices,
     duration,
+    duration_or_word,
     integer,
     outside,
     read,
@@ -153,15 +154,24 @@ class ModelConfig(Section, kw_only=True):
         "busy_timeout", host="watchdog.busy_timeout", minimum=SHORTEST_SECONDS, zero=True, live=True
     )
     """In use without progress; 0: never."""
-    attached_timeout_seconds: float = duration(
-        "attached_timeout", host="watchdog.attached_timeout", minimum=SHORTEST_SECONDS, zero=True, live=True
+    attached_timeout_seconds: float | None = duration_or_word(
+        "attached_timeout",
+        "idle_timeout",
+        host="watchdog.attached_timeout",
+        minimum=SHORTEST_SECONDS,
+        zero=True,
+        live=True,
     )
-    """Without use, while clients keep quiet WebSockets open; 0: never."""
+    """Without use, while clients keep quiet WebSockets open; 0: never; None: the idle timeout."""
     failing_time_seconds: float = duration(
         "failing_time", host="watchdog.failing_time", minimum=SHORTEST_SECONDS, zero=True, live=True
     )
     """Of server errors without a success; 0: never."""
     busy_action: BusyAction = choice("busy_action", host="watchdog.busy_action", live=True)
+    abandon_after_seconds: float | None = duration_or_word(
+        "abandon_after", "learned", minimum=SHORTEST_SECONDS, live=True
+    )
+    """How long a start goes on after the last client that waited for it left; None: as loads of the model suggest."""
     priority: int = integer("priority", default=0, minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY, live=True)
     """The lowest is evicted first."""
     pinned: bool = boolean("pinned", default=False, live=True)  # never evicted

@@ -24,7 +24,7 @@ _NO_DEFAULT: Any = object()
 class Key:
     """The declaration of a field."""
 
-    __slots__ = ("default", "field", "host", "is_live", "is_shown", "name", "read", "section", "unit")
+    __slots__ = ("default", "field", "host", "is_live", "is_shown", "name", "read", "section", "unit", "word")
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Key:
         live: bool = False,
         shown: bool = True,
         unit: str = "",
+        word: str | None = None,
         section: type[Section] | None = None,
     ) -> None:
         """
@@ -47,6 +48,7 @@ class Key:
             live: whether a change takes effect without a restart of the engine.
             shown: whether ``gpusvc config`` shows it.
             unit: "seconds" or "bytes": how the value is written.
+            word: how None is written; None: not at all.
             section: the section that is the value; an empty name puts its keys beside those of this section.
         """
         self.field = ""
@@ -57,6 +59,7 @@ class Key:
         self.is_live = live
         self.is_shown = shown
         self.unit = unit
+        self.word = word
         self.section = section
 
     def __set_name__(self, owner: type, field: str) -> None:
@@ -113,6 +116,24 @@ def duration(
     return Key(name, read, default=default, host=host, live=live, unit="seconds")
 
 
+def duration_or_word(
+    name: str,
+    word: str,
+    *,
+    default: None = None,
+    host: str | None = None,
+    minimum: float = 0.001,
+    zero: bool = False,
+    live: bool = False,
+) -> Any:
+    """Seconds; None for ``word``, which is the default."""
+
+    def read(table: Table, key: str, default: float | None) -> float | None:
+        return table.duration_or_word(key, word, default, minimum=minimum, zero=zero)
+
+    return Key(name, read, default=default, host=host, live=live, unit="seconds", word=word)
+
+
 def size(name: str, *, default: int | None, minimum: int = 0) -> Any:
     """Declare a size. The value is in bytes."""
     return Key(
@@ -132,7 +153,20 @@ def section(name: str, kind: type[Section], *, default: Any = _NO_DEFAULT) -> An
 
 @dataclass_transform(
     frozen_default=True,
-    field_specifiers=(outside, composed, custom, text, integer, boolean, choice, duration, size, devices, section),
+    field_specifiers=(
+        outside,
+        composed,
+        custom,
+        text,
+        integer,
+        boolean,
+        choice,
+        duration,
+        duration_or_word,
+        size,
+        devices,
+        section,
+    ),
 )
 class Section:
     """A part of a configuration. Its values cannot be set; two sections are equal if all values are."""

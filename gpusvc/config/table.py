@@ -161,7 +161,7 @@ class Table:
             return default
         return type(default)(value)
 
-    def duration(self, key: str, default: float, *, minimum: float = 0.001, zero: bool = False) -> float:
+    def duration(self, key: str, default: Default, *, minimum: float = 0.001, zero: bool = False) -> float | Default:
         """Return seconds: ``minimum`` or more, or 0 if ``zero`` allows it."""
         value: str | float | None = self._take(key, (str, int, float), "a duration")
         if value is None:
@@ -175,6 +175,15 @@ class Table:
             self.problem(key, f"{shown(value)} is too short: it must be {format_duration(minimum)} or more.")
             return default
         return seconds
+
+    def duration_or_word(
+        self, key: str, word: str, default: float | None, *, minimum: float = 0.001, zero: bool = False
+    ) -> float | None:
+        """Return seconds as duration(), or None for ``word``, which stands for a value that is found otherwise."""
+        if self._values.get(key) == word:
+            self._known.setdefault(key, None)
+            return None
+        return self.duration(key, default, minimum=minimum, zero=zero)
 
     def size(self, key: str, default: Default, *, minimum: int = 0) -> int | Default:
         """Return bytes: ``minimum`` or more."""

@@ -52,6 +52,8 @@ class EventType(StrEnum):
     """It was proven that a model gave its VRAM back."""
     UNRELEASED = "unreleased"
     """The release could not be proven in time: the model's VRAM counts as taken."""
+    ABANDON = "abandon"
+    """A start is given up, because no request waits for it any more."""
     LEAK = "leak"
     """Something of a model was left behind: a lease, a scope, or a process that holds VRAM."""
 
@@ -69,6 +71,7 @@ MESSAGE_IDS = {
     EventType.EVICT: "4a6a2d5027294f079652f48cc49d870f",
     EventType.RELEASE: "82404427ed7740dc97582d2bb2ed7e4f",
     EventType.UNRELEASED: "4b69b016a0da4688a82fc4660cb920f2",
+    EventType.ABANDON: "5d2c0f7be0a54b1e9a4f8a6f0c9f1c37",
     EventType.LEAK: "fa14589ae3d544c988834b5aa56db9c5",
 }
 

@@ -198,6 +198,8 @@ class Observer:
         glance = use.glance(kept.directory)
         # A model that somebody froze makes no progress, but is not stuck.
         is_frozen = kept.cgroup is not None and glance.in_use is True and kept.cgroup.frozen()
+        idle_timeout = 0.0 if is_kept else _idle_timeout(policy, kept.keep, lease.created)
+        attached = None if policy is None else policy.attached_timeout_seconds
         return Evidence(
             name=name,
             run=lease.created,
@@ -214,10 +216,10 @@ class Observer:
             vram_bytes=holdings.used_bytes(lease, reading.gpus, holding.pids),
             pinned=(config is not None and config.pinned) or os.path.exists(kept.pin),  # noqa: PTH110
             # While the configuration cannot be read, these values lead to no verdict.
-            idle_timeout_seconds=_idle_timeout(policy, kept.keep, lease.created) if not is_kept else 0.0,
+            idle_timeout_seconds=idle_timeout,
             busy_timeout_seconds=policy.busy_timeout_seconds if policy is not None and not is_frozen else 0.0,
             busy_action=policy.busy_action if policy is not None else BusyAction.NONE,
-            attached_timeout_seconds=policy.attached_timeout_seconds if policy is not None and not is_kept else 0.0,
+            attached_timeout_seconds=idle_timeout if attached is None or is_kept else attached,
             failing_time_seconds=policy.failing_time_seconds if policy is not None and not is_frozen else 0.0,
             answers=answers,
         )

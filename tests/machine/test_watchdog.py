@@ -221,6 +221,27 @@ def test_a_stuck_model_is_dealt_with_and_its_last_words_are_in_the_journal(machi
     assert "test-engine: loaded" in said
 
 
+def test_a_failing_model_is_restarted_with_an_event_and_a_metric(machine: Host) -> None:
+    policy(machine, 'failing_time = "1s"')
+    probe = 'probe = {path = "/v1/chat/completions", body = {model = "sick", messages = [{content = "Hi"}]}}'
+    first = start(machine, "sick", probe)
+    machine.run("kill", "-USR2", str(first))
+    question = '{"model": "sick", "messages": [{"role": "user", "content": "Well?"}]}'
+    asking = ("curl", "-s", "-o", "/dev/null", "--data", question, "http://127.0.0.1:8484/v1/chat/completions")
+
+    def is_said() -> list[str]:
+        machine.run(*asking, check=False)
+        return events(machine, "failing", "sick")
+
+    said = machine.wait_until(is_said, "it is failing", unit=WATCHDOG)
+    machine.wait_until(lambda: is_up(machine, "sick") and pid(machine, "sick") != first, "it is up again")
+    assert "The watchdog's own request" in said[0]
+    assert said[0].endswith("It is restarted.")
+    metrics = ("curl", "-s", "--unix-socket", "/run/gpusvc/api.sock", "http://api/metrics")
+    counted = 'gpusvc_model_events_total{event="failing",model="sick"} 1.0'
+    machine.wait_until(lambda: counted in machine.run(*metrics).stdout, "it is counted")
+
+
 def test_a_model_whose_gpu_works_is_not_stuck(machine: Host) -> None:
     policy(machine, 'busy_timeout = "1s"')
     works(machine, start(machine, "qwen"))

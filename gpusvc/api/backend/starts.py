@@ -17,8 +17,11 @@ from gpusvc.api.backend.bus import Bus, Manager
 from gpusvc.api.backend.cooldown import Cooldown
 from gpusvc.api.backend.shared import outcome
 from gpusvc.errors import EngineError, GpusvcError, JobConflictError
+from gpusvc.journal import events
+from gpusvc.journal.events import EventType
 from gpusvc.log import log
 from gpusvc.paths import Paths
+from gpusvc.quantity import format_duration
 from gpusvc.state import lease as leases
 from gpusvc.state.demand import Demand
 from gpusvc.status import failure
@@ -59,6 +62,8 @@ class _Start:
     is_wanted: bool = False
     """A person asked for it."""
     is_over: bool = False
+    goes_on_seconds: float = 0.0
+    """How long it goes on without a waiting client."""
     given_up: asyncio.TimerHandle | None = field(default=None, repr=False)
     demand: Demand | None = None
     """Tells the launcher that requests wait."""
@@ -78,6 +83,7 @@ class Starts:
         read_log: reads the log, for the reason of a failure.
         on_change: called whenever a model may have changed.
         load_seconds: how long a model is expected to load at most.
+        abandon_after: what the model's file says on how long a start goes on without a waiting client.
     """
 
     def __init__(
@@ -88,12 +94,14 @@ class Starts:
         *,
         on_change: Callable[[], None] = lambda: None,
         load_seconds: Callable[[str], float] = lambda _: 0.0,
+        abandon_after: Callable[[str], float | None] = lambda _: None,
     ) -> None:
         self._paths = paths
         self._bus = bus
         self._read_log = read_log
         self._on_change = on_change
         self._load_seconds = load_seconds
+        self._abandon_after = abandon_after
         self._starts: dict[str, _Start] = {}
         self._given_up: dict[str, float] = {}
         self._cooldowns: dict[str, Cooldown] = {}
@@ -145,8 +153,12 @@ class Starts:
     def _goes_on_seconds(self, name: str) -> float:
         """Return how long a start goes on without a waiting request: clients try again.
 
-        If the last start was given up minutes ago, clients have less patience than a load takes: it goes on to its end.
+        The model's file may say it. If the last start was given up minutes ago, clients have less patience than a load
+        takes: it goes on to its end.
         """
+        told = self._abandon_after(name)
+        if told is not None:
+            return told
         is_again = time.monotonic() - self._given_up.get(name, -math.inf) < _AGAIN_SECONDS
         return max(ABANDONED_SECONDS, self._load_seconds(name)) if is_again else ABANDONED_SECONDS
 
@@ -184,8 +196,9 @@ class Starts:
         finally:
             start.waiting -= 1
             if not start.waiting and not start.is_wanted and not start.is_over:
+                start.goes_on_seconds = self._goes_on_seconds(name)
                 start.given_up = asyncio.get_running_loop().call_later(
-                    self._goes_on_seconds(name), self._give_up, name, start
+                    start.goes_on_seconds, self._give_up, name, start
                 )
 
     def _give_up(self, name: str, start: _Start) -> None:
@@ -197,7 +210,10 @@ class Starts:
         del self._starts[name]  # the next request begins a new start
         if not start.is_ours:
             return
-        log(6, f"{name} is stopped while it starts: nobody waits for it any more.")
+        reason = f"no client has waited for it for {format_duration(start.goes_on_seconds)}"
+        events.emit(
+            EventType.ABANDON, f"{name} is stopped while it starts: {reason}.", model=name, reason="nobody waits for it"
+        )
         try:
             self._bus.ask(lambda manager: manager.enqueue("Stop", names.service(name)))
         except GpusvcError as error:

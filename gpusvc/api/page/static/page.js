@@ -131,7 +131,8 @@
   // -- Events ---------------------------------------------------------------------------------------------------------
 
   const KINDS = [
-    "start", "ready", "fail", "refusal", "idle", "stuck", "pressure", "evict", "release", "unreleased", "leak",
+    "start", "ready", "fail", "refusal", "idle", "stuck", "failing", "pressure", "evict", "release", "unreleased",
+    "abandon", "leak",
   ];
 
   function follow(url, { kinds, onNews, onOpen, onError }) {
