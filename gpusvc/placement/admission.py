@@ -219,12 +219,11 @@ class Admission:
         self._patience.tries += 1
         self._doors.open_all_but(victims)
         until = time.monotonic() + self._host.eviction.interval_seconds
-        limit = ""
-        if not self._patience.is_wanted:
-            limit = f"This is try {self._patience.tries} of {self._host.eviction.retries}."
-        self._doors.drain(
-            victims, until, lambda busy: self._tell([Blocker(name, "in use") for name in sorted(busy)], limit)
-        )
+        is_wanted, tries = self._patience.is_wanted, self._patience.tries
+        limit = "" if is_wanted else f"This is try {tries} of {self._host.eviction.retries}."
+        # A start that is not wanted may fail. Nobody must have waited for more than one interval for it.
+        tell = lambda busy: self._tell([Blocker(name, "in use") for name in sorted(busy)], limit)  # noqa: E731
+        self._doors.drain(victims, until, tell, holds=is_wanted or tries % 2 == 1)
 
     def _tell(self, blockers: Sequence[Blocker], limit: str = "") -> None:
         """Say what the start waits for, to systemd and to everybody who looks at the line."""

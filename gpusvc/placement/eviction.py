@@ -104,7 +104,12 @@ class Doors:
         return self._drains[name].wait_idle()
 
     def drain(
-        self, names: Sequence[str], until_seconds: float, on_wait: Callable[[list[str]], None] = lambda _: None
+        self,
+        names: Sequence[str],
+        until_seconds: float,
+        on_wait: Callable[[list[str]], None] = lambda _: None,
+        *,
+        holds: bool = True,
     ) -> list[str]:
         """Close the doors of ``names`` and wait until nobody uses these models. Return those that are still in use.
 
@@ -112,9 +117,12 @@ class Doors:
             names: the models.
             until_seconds: when to stop waiting, by time.monotonic().
             on_wait: called many times a second with the models that are in use.
+            holds: whether the doors stay closed meanwhile. If not, new users pass, and wait for moments only.
         """
         while True:
             busy = [name for name in names if not self.close(name)]
+            if busy and not holds:
+                self.open_all_but(())
             if not busy or time.monotonic() >= until_seconds:
                 return busy
             on_wait(busy)

@@ -136,3 +136,20 @@ def test_a_drain_ends_with_the_last_use(stage: Stage) -> None:
 def test_a_drain_names_who_is_in_use_when_its_time_is_up(stage: Stage) -> None:
     with use.enter(stage.paths, "qwen", timeout_seconds=1):
         assert stage.doors.drain(["qwen", "never-started"], time.monotonic()) == ["qwen"]
+
+
+def test_a_drain_that_holds_no_doors_lets_new_users_in(stage: Stage) -> None:
+    with use.enter(stage.paths, "qwen", timeout_seconds=None):
+        told: list[list[str]] = []
+
+        def look(busy: list[str]) -> None:
+            told.append(busy)
+            with use.enter(stage.paths, "qwen", timeout_seconds=0):
+                pass
+
+        assert stage.doors.drain(["qwen"], time.monotonic() + 0.1, look, holds=False) == ["qwen"]
+        assert told
+        with use.enter(stage.paths, "qwen", timeout_seconds=0):
+            pass
+    assert stage.doors.drain(["qwen"], time.monotonic(), holds=False) == []
+    assert stage.doors.drained == {"qwen"}
