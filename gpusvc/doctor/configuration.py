@@ -61,26 +61,26 @@ def _ports(paths: Paths) -> Iterator[Finding]:
         twins = [other.name for other in fixed if other.port == model.port and other.name != model.name]
         if twins:
             sentence = (
-                f"{model.name} and {', '.join(twins)} want the same port {model.port}: one of them runs at a time."
+                f"{model.name} and {', '.join(twins)} have the same port {model.port}: only one of them runs at a time."
             )
             yield warning("ports", sentence, fix="Leave port out of the file: each start then gets a free one.")
         if model.port in taken and lease.read(paths, model.name) is None:
-            sentence = f"Another program listens on port {model.port}, which {model.name} wants."
+            sentence = f"Another program listens on port {model.port}, which is the port of {model.name}."
             fix = f"`ss -ltnp sport = :{model.port}` names it."
             yield error("ports", sentence, fix=fix)
     if not fixed:
-        yield ok("ports", "No model insists on a port.")
+        yield ok("ports", "No model has a fixed port.")
 
 
 def _keys(paths: Paths) -> Finding:
     file = keys.file_of(paths)
     try:
         status = file.stat()
-        # Who asks may read less than root; the gateway is another one again.
+        # The caller may read less than root, and the gateway runs as a user of its own.
         known = keys.read(file) if os.access(file, os.R_OK) else None
         group = keys.group()
     except FileNotFoundError:
-        return ok("keys", "The gateway asks for no key: whoever reaches it may use all models.")
+        return ok("keys", "The gateway asks for no key: every client that reaches it may use all models.")
     except GpusvcError as problem:
         return error("keys", problem.message, fix=problem.hint)
     except OSError as problem:
@@ -89,7 +89,9 @@ def _keys(paths: Paths) -> Finding:
     if not by_group and not status.st_mode & stat.S_IROTH:
         evidence = f"{file} belongs to the group {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}."
         fix = f"`chown root:{keys.GROUP} {file}` and `chmod 640 {file}`"
-        return error("keys", "The gateway may not read its keys, so that it lets in nobody who has one.", evidence, fix)
+        return error(
+            "keys", "The gateway cannot read its keys, so it refuses every client that sends one.", evidence, fix
+        )
     number = "" if known is None else f" {len(known)}"
     return ok("keys", f"The gateway can read its{number} key{'' if known is not None and len(known) == 1 else 's'}.")
 

@@ -59,7 +59,9 @@ def _version(version: str) -> Finding:
         return ok("driver", f"NVML answers; the driver is {version}.")
     if loaded != version:
         evidence = f"the library is {version}, the module in the kernel {loaded}"
-        return error("driver", "The driver was upgraded, but the old one is still loaded.", evidence, "Reboot.")
+        return error(
+            "driver", "The driver was upgraded, but the old one is still loaded.", evidence, "Reboot the machine."
+        )
     return ok("driver", f"NVML answers; the driver is {version}, in library and kernel.")
 
 

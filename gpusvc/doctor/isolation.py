@@ -1,4 +1,4 @@
-"""Whether the kernel keeps a scope off a GPU: tried, in a scope that is thrown away, as nothing else tells."""
+"""Tests whether the kernel keeps a scope off a GPU, by opening a node in a temporary scope: only trying proves it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAJOR, _UNUSED_MINOR = 195, 251
 def finding() -> Finding:
     if is_user_instance():
         sentence = "Nothing but its environment keeps your model off other GPUs: a user's manager filters no devices."
-        return note("isolation", sentence, fix="Models that have to be kept off belong to the system's gpusvc.")
+        return note("isolation", sentence, fix="Run models that need isolation with the system's gpusvc.")
     if os.geteuid() != 0:
         return note("isolation", "The device filter was not tried.", fix="Run `gpusvc doctor` as root.")
     try:
@@ -53,7 +53,7 @@ def finding() -> Finding:
 
 @contextlib.contextmanager
 def _node() -> Iterator[str]:
-    """A node of a GPU; where there is none, one that is made for this moment."""
+    """A node of a GPU. If there is none, one is made for the test."""
     there = nodes.foreign(())
     if there:
         yield there[0]
@@ -95,7 +95,7 @@ def _open_in_scope(node: str) -> int:
 
 
 def _try_and_exit(node: str, go_read: int, go_write: int) -> NoReturn:
-    """The child's side: its exit status is the errno. Nothing of the parent's tidying up may run here."""
+    """The child's side: its exit status is the errno. It must not run the parent's cleanup."""
     outcome = errno.ECANCELED
     try:
         os.close(go_write)

@@ -115,8 +115,10 @@ def _lingering() -> Finding:
 def _journal() -> Finding:
     if _JOURNAL.is_dir():
         return ok("journal", "The journal is kept on disk, where users may read their own part of it.")
-    sentence = "The journal is kept in memory, where no user may read his own part of it: models have no last words."
-    fix = f"Root makes {_JOURNAL} and says `journalctl --flush`, or makes you a member of systemd-journal."
+    sentence = (
+        "The journal is kept in memory, where users cannot read their own part of it: no engine's last lines are shown."
+    )
+    fix = f"As root, make {_JOURNAL} and run `journalctl --flush`, or make the user a member of systemd-journal."
     return note("journal", sentence, f"{_JOURNAL} is missing", fix)
 
 
@@ -169,8 +171,10 @@ def _clock(paths: Paths) -> Iterator[Finding]:
     now = time.time()
     ahead = [file for file in paths.leases_directory.glob("*/*") if file.stat().st_mtime > now + 60]
     if ahead:
-        evidence = f"{ahead[0]} is from the future"
-        sentence = "The clock was set back: models seem to have been used later than they were."
-        yield note("clock", sentence, evidence, "It mends itself with the next use; the watchdog does not go by it.")
+        evidence = f"{ahead[0]} has a time in the future"
+        sentence = "The clock was set back: the last uses of models lie in the future."
+        yield note(
+            "clock", sentence, evidence, "The next use of each model corrects it. The watchdog does not depend on it."
+        )
     else:
-        yield ok("clock", "Nothing of gpusvc is from the future.")
+        yield ok("clock", "No file of gpusvc has a time in the future.")

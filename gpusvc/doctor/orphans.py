@@ -1,4 +1,4 @@
-"""Who holds VRAM that nobody of gpusvc manages: recognised by name and parentage, and ended if its owner wants that.
+"""Processes that hold VRAM and belong to no model: found by name and parents, and ended if their owner wants that.
 
 Which program a process belongs to is a guess from names; that its parent is gone is a fact.
 """
@@ -30,7 +30,7 @@ class _Look(NamedTuple):
     process: str
     manager: str
     is_part: bool
-    """It never runs by itself: without its manager it is of no use to anybody."""
+    """It never runs alone: without its manager it is useless."""
 
 
 _LOOKS = (
@@ -145,7 +145,7 @@ def end(
     signal_process: Callable[[Process, signal.Signals], None],
     timeout_seconds: float,
 ) -> str:
-    """Have it end: asked first, killed after a third of the time. The sentence that says what came back.
+    """End the process: SIGTERM first, SIGKILL after a third of the time. Return a sentence on the VRAM that came back.
 
     Raises:
         UnreleasedError: NVML still lists it when the time is up.
@@ -164,7 +164,7 @@ def end(
             break
         elapsed = time.monotonic() - began
         if elapsed > timeout_seconds:
-            state = "lives still" if is_alive else "is gone, but NVML lists it"
+            state = "is still alive" if is_alive else "is gone, but NVML lists it"
             raise UnreleasedError(
                 f"{foreigner.portrait.name} (PID {foreigner.pid}) {state}.",
                 hint=f"/proc/{foreigner.pid}/stack shows where it hangs in the kernel." if is_alive else None,

@@ -34,7 +34,7 @@ def after_serving(run: Run, cgroup: Cgroup) -> End:
     status = watching.wait_status(run.parked.pid)
     if run.caller is not None:
         if killed is not None:
-            log(4, f"One of its processes was killed: {killed}.")
+            log(4, f"The program lost a process: {killed}.")
         log(6, f"The program ended {watching.manner(status)}.")
         caller.tell(run.caller, status)
         return End(status)

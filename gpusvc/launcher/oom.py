@@ -20,5 +20,8 @@ def account(events: Mapping[str, int], limit: str | None) -> str | None:
         return None
     if events.get("oom"):
         reached = "its memory limit" if limit is None else f"its memory limit (MemoryMax={limit})"
-        return f"the kernel's OOM killer came, as it reached {reached}"
-    return "the kernel's OOM killer came, as memory ran out beyond its own limits: in a slice above it, or altogether"
+        return f"the kernel's OOM killer killed a process of it, because it reached {reached}"
+    return (
+        "the kernel's OOM killer killed a process of it, because memory ran out outside its own limits:"
+        " in a slice above it, or on the whole machine"
+    )

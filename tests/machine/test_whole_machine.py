@@ -144,7 +144,7 @@ def test_a_memory_limit_ends_the_engine_and_not_the_launcher_which_says_so(compu
     start_hungry(computer, scope=f'MemoryMax = "{LIMIT}"')
     launcher = computer.property(HUNGRY, "MainPID")
     said = feed(computer, "/eat")
-    assert f"as it reached its memory limit (MemoryMax={LIMIT})" in said
+    assert f"because it reached its memory limit (MemoryMax={LIMIT})" in said
     assert "hungry is released" in said
     killed = computer.run("journalctl", "-k", "-b", "-o", "cat", "--grep", "Killed process").stdout
     assert f"Killed process {launcher} " not in killed
@@ -155,7 +155,7 @@ def test_a_memory_limit_ends_the_engine_and_not_the_launcher_which_says_so(compu
 def test_an_engine_that_loses_a_part_to_its_memory_limit_has_failed(computer: Computer) -> None:
     start_hungry(computer, scope=f'MemoryMax = "{LIMIT}"')
     said = feed(computer, "/child")
-    assert f"as it reached its memory limit (MemoryMax={LIMIT})" in said
+    assert f"because it reached its memory limit (MemoryMax={LIMIT})" in said
     assert computer.property(HUNGRY, "ActiveState") == "failed"
 
 
@@ -166,7 +166,7 @@ def test_the_limit_of_all_engines_is_not_taken_for_that_of_one(computer: Compute
         said = feed(computer, "/eat")
     finally:
         computer.run("systemctl", "set-property", "--runtime", "gpusvc-models.slice", "MemoryMax=infinity")
-    assert "memory ran out beyond its own limits" in said
+    assert "memory ran out outside its own limits" in said
 
 
 def test_whoever_sets_the_clock_makes_nobody_idle_and_nobody_stay(computer: Computer) -> None:

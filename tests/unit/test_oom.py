@@ -18,19 +18,19 @@ def test_where_nobody_was_killed_there_is_nothing_to_say(events: dict[str, int])
 def test_a_limit_of_its_own_is_named() -> None:
     reached = oom.account({"oom": 1, "oom_kill": 2}, "2G")
     assert reached is not None
-    assert reached.endswith("as it reached its memory limit (MemoryMax=2G)")
+    assert reached.endswith("because it reached its memory limit (MemoryMax=2G)")
 
 
 def test_a_limit_that_somebody_else_set_is_still_its_own() -> None:
     reached = oom.account({"oom": 1, "oom_kill": 1}, None)
     assert reached is not None
-    assert reached.endswith("as it reached its memory limit")
+    assert reached.endswith("because it reached its memory limit")
 
 
 def test_a_group_that_stayed_within_its_limit_is_not_blamed() -> None:
     reached = oom.account({"oom": 0, "oom_kill": 1}, "2G")
     assert reached is not None
-    assert "beyond its own limits" in reached
+    assert "outside its own limits" in reached
 
 
 def test_the_kernels_counts_are_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
