@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _CHECK_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
 
+# The least time by which systemd waits longer for the launcher than the launcher waits for the engine.
+_GRACE_SECONDS = 2.0
+
 
 def advise(run: Run) -> None:
     """Write to the log what a person should know of the model's file, once the model is ready."""
@@ -75,7 +78,8 @@ class Supervision:
             reach.let_gateway_reach(self._where.reachable_at)
         timeout = run.config.health_timeout_seconds
         # The launcher itself ends an engine that does not answer in time. systemd ends a launcher that does not.
-        run.notifier.set_watchdog(timeout + _CHECK_SECONDS + _ANSWER_SECONDS if timeout else 0)
+        grace = max(2 * self._every_seconds, _GRACE_SECONDS)
+        run.notifier.set_watchdog(timeout + grace if timeout else 0)
         sentence = run.ready_sentence()
         run.notifier.ready(sentence)
         run.emit(EventType.READY, f"Ready after {time.monotonic() - run.began_seconds:.2f} s. {sentence}")
