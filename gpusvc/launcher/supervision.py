@@ -34,7 +34,7 @@ def advise(run: Run) -> None:
     """Write to the log what a person should know of the model's file, once the model is ready."""
     from gpusvc.config.advice import advice  # noqa: PLC0415  not before the model is ready
 
-    for each in advice(run.paths, run.config):
+    for each in advice(run.paths, run.host, run.config):
         log(4, f"{each.file}: {each.message} {each.hint or ''}".rstrip())
 
 

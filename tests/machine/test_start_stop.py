@@ -257,7 +257,7 @@ def test_a_flood_of_output_costs_no_line_of_gpusvc(machine: Host) -> None:
     machine.write_model("chatty", arguments="--vram 2GiB --flood 20000", gpu=ONE_GPU)
     machine.start("chatty")
     machine.wait_until(
-        lambda: "slot update 4900" in machine.messages("chatty"), "it floods", unit="model@chatty.service"
+        lambda: "slot update 4000" in machine.messages("chatty"), "it floods", unit="model@chatty.service"
     )
     machine.stop("chatty")
     said = machine.messages("chatty")
@@ -485,7 +485,7 @@ def test_an_engine_at_an_address_of_the_network_is_reached_through_the_gateway(m
     assert "You said" in machine.curl("http://127.0.0.1:8484/v1/chat/completions", *asking)
     assert (ps(machine)["address"], machine.is_active("gpusvc-gateway.service")) == ("192.168.77.5", True)
     # Elsewhere the gateway still may not go.
-    assert machine.property("gpusvc-gateway.service", "IPAddressDeny") == "::/0 0.0.0.0/0"
+    assert set(machine.property("gpusvc-gateway.service", "IPAddressDeny").split()) == {"::/0", "0.0.0.0/0"}
 
 
 # What an engine gets.
