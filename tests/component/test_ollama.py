@@ -115,6 +115,27 @@ def test_a_body_in_pieces_is_read_to_its_end(run: Run) -> None:
     run(scenario)
 
 
+def test_large_images_count_in_the_memory_of_all_bodies_until_they_are_sent(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer = silence
+        rig.run_model("full", rig.engine.port, "concurrency = 1\n")
+        budget = rig.gateway._shared.budget
+        clients = [await rig.client() for _ in range(3)]
+        image = "iVBORw0KGgo" + "A" * 3_000_000
+        body = json.dumps({"model": "full", "prompt": "What?", "images": [image]}).encode()
+        for client in clients:
+            await client.post(body, "/api/generate")
+        await rig.eventually(lambda: len(rig.engine.requests) == 1 and rig.totals("full").waiting == 2)
+        assert budget.held_bytes <= 1_000_000
+        (request,) = rig.engine.requests
+        assert request.json()["messages"][0]["content"][1]["image_url"]["url"].endswith(image)  # type: ignore[index]
+        for client in clients:
+            client.close()
+        await rig.eventually(lambda: budget.held_bytes == 0)
+
+    run(scenario, limits=replace(QUICK, held_bytes=1_000_000))
+
+
 def test_a_type_that_curl_sends_by_itself_is_json_all_the_same(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.engine.answer = engine
@@ -388,6 +409,8 @@ def test_an_engine_is_read_no_faster_than_its_client_reads(run: Run) -> None:
         for _ in range(40):
             await client.chunk()
         await rig.eventually(lambda: sent > held)
+        client.reset()
+        await rig.eventually(lambda: rig.engine.cancelled == 1)
 
     run(scenario)
 

@@ -14,7 +14,7 @@ from gpusvc.gateway.ollama.answers import Answer, Times, Value
 from gpusvc.gateway.ollama.events import Events, TooLongError
 from gpusvc.gateway.ollama.inner import Inner
 from gpusvc.gateway.ollama.pieces import EngineError, error_in, read
-from gpusvc.gateway.ollama.questions import Attempt, Question
+from gpusvc.gateway.ollama.questions import Question
 from gpusvc.gateway.relay import faults
 from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
@@ -53,6 +53,7 @@ class Asking:
         head: RequestHead,
         response: Response,
         question: Question,
+        attempts: list[tuple[bytes, bytes]],
         times: Times,
         owner: Owner,
         headers: Headers,
@@ -63,7 +64,8 @@ class Asking:
             client: whose request it is.
             head: as the client sent it.
             response: to the client.
-            question: with at least one attempt.
+            question: what is asked.
+            attempts: path and body of each way to ask it; each is dropped when it was sent.
             times: of the request.
             owner: told of the end.
             headers: more of the response, with names in lower case.
@@ -76,7 +78,7 @@ class Asking:
         self._times = times
         self._owner = owner
         self._headers = headers
-        self._attempts = list(question.attempts)
+        self._attempts = attempts
         self._inner: Inner | None = None
         self._answer = Answer(question, times)
         self._status = 0
@@ -87,11 +89,11 @@ class Asking:
 
     def begin(self) -> None:
         """Ask the engine, or the next way after one that it does not know."""
-        attempt: Attempt = self._attempts.pop(0)
+        path, body = self._attempts.pop(0)
         self._status, self._events, self._retry_after = 0, None, None
         self._whole.clear()
         inner = self._inner = Inner(self._shared, self._client, self)
-        inner.begin(self._head, attempt.path, json.dumps(attempt.body, separators=(",", ":")).encode())
+        inner.begin(self._head, path, body)
 
     def cancel(self) -> None:
         """The client is gone, or the question failed."""

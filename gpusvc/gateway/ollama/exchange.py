@@ -10,8 +10,10 @@ To the client's connection it is what relay's Exchange is:
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 
 from gpusvc.config.keys import Key
 from gpusvc.gateway.body.reading import JSON, too_large
@@ -33,7 +35,7 @@ from gpusvc.gateway.relay.response import Response
 from gpusvc.gateway.relay.shared import Downstream, Shared
 
 # The body is needed as a whole, and its translation takes a multiple of it.
-LONGEST_BYTES = 128 << 20
+LONGEST_BYTES = 64 << 20
 
 IGNORED = b"x-gpusvc-ignored"
 """The header that names what had no effect in a request."""
@@ -63,7 +65,7 @@ class OllamaExchange:
         self._key: Key | None = None
         self._body: StreamedBody | None = None
         self._received_bytes = 0
-        self._question: Question | None = None
+        self._question: Question | None = None  # that an engine is asked
         self._asking: Asking | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_over = False
@@ -96,6 +98,7 @@ class OllamaExchange:
             pieces = []
             while piece := self._body.take():
                 pieces.append(piece)
+            self._drop_body()
             self._ask(b"".join(pieces))
         except Exception as error:
             self.fail(faults.to_http_error(error))
@@ -155,14 +158,17 @@ class OllamaExchange:
             else:
                 self.answer(reply)
             return
-        question = self._question = questions.read(endpoint.form, members.read(body))
+        question = questions.read(endpoint.form, members.read(body))
         may_keep, headers = keeping.may_keep(self._key), self._headers(question)
         if not question.attempts and self._account is not None:
             self._begin_task(shows.load(question, may_keep, self._account, headers))
             return
+        attempts = [(one.path, json.dumps(one.body, separators=(",", ":")).encode()) for one in question.attempts]
+        # Images are not kept in memory as long as the answer takes.
+        question = self._question = replace(question, attempts=())
         self._account = None  # the exchange of the inner request counts it
         self._asking = Asking(
-            self._shared, self._client, self._head, self._response, question, self._times, self, headers
+            self._shared, self._client, self._head, self._response, question, attempts, self._times, self, headers
         )
         self._asking.begin()
 
@@ -225,7 +231,7 @@ class OllamaExchange:
     def _keep(self) -> None:
         """Do what keep_alive says, now that an engine has answered."""
         question = self._question
-        if question is None or not question.attempts or question.keep_alive_seconds is None:
+        if question is None or question.keep_alive_seconds is None:
             return
         if keeping.may_keep(self._key):
             allowed = allowed_by(self._key)
@@ -247,11 +253,15 @@ class OllamaExchange:
         if asking is not None:
             asking.cancel()
 
+    def _drop_body(self) -> None:
+        body, self._body = self._body, None
+        if body is not None:
+            self._received_bytes = body.received_bytes
+            body.close()
+
     def _close(self) -> None:
         self._is_over = True
         self._asking = None
-        if self._body is not None:
-            self._received_bytes = self._body.received_bytes
-            self._body.close()
+        self._drop_body()
         if self._account is not None:
             self._account.close(self._response, self._received_bytes)

@@ -18,6 +18,8 @@ from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.shared import Downstream, Shared
 
+_PIECE_BYTES = 256 << 10
+
 
 class Taker(Protocol):
     """Who takes the response. After on_end() and on_broken() there are no more calls."""
@@ -56,7 +58,14 @@ class Inner:
     def begin(self, outer: RequestHead, path: bytes, body: bytes) -> None:
         """Send a request with a JSON body, for the client whose head is ``outer``."""
         exchange = self._exchange = Exchange(self._shared, self, head_for(outer, path, len(body)))
-        exchange.begin(body)
+        if len(body) <= _PIECE_BYTES:
+            exchange.begin(body)
+            return
+        # In pieces, as from a client: so it counts in the memory for all bodies, and may go to a file.
+        exchange.begin(None)
+        for at in range(0, len(body), _PIECE_BYTES):
+            exchange.feed(body[at : at + _PIECE_BYTES])
+        exchange.end()
 
     def cancel(self) -> None:
         """Nobody wants the response."""
