@@ -13,7 +13,7 @@ from pathlib import Path
 from gpusvc import names
 from gpusvc.config import presets, resource_control
 from gpusvc.config.host import SHORTEST_SECONDS, BusyAction, HostConfig
-from gpusvc.config.presets import Probe
+from gpusvc.config.presets import Probe, StopSignal
 from gpusvc.config.section import (
     Section,
     boolean,
@@ -142,6 +142,8 @@ class ModelConfig(Section, kw_only=True):
     """The request for one token by which the watchdog tries an engine; None: it is not tried."""
     health: str = composed("health")  # a path; "": the open port is enough
     start_timeout_seconds: float = duration("start_timeout", default=600.0)  # without progress
+    stop_signal: StopSignal = composed("stop_signal")
+    """That ends the engine when it is evicted."""
     stop_timeout_seconds: float = duration("stop_timeout", default=10.0)
     release_timeout_seconds: float = duration("release_timeout", host="release_timeout")
     health_timeout_seconds: float = duration("health_timeout", default=60.0, zero=True)
@@ -225,6 +227,7 @@ def read_model(table: Table, name: str, host: HostConfig) -> ModelConfig:
         command=_read_command(table, preset, served, args),
         probe=_read_probe(table, preset, served),
         health=_read_health(table, preset),
+        stop_signal=table.choice("stop_signal", preset.stop_signal if preset else StopSignal.TERM),
         caller=None,
         **values,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 
 from gpusvc.quantity import shown
@@ -24,6 +25,13 @@ _LISTEN = ("--host", "127.0.0.1", "--port", PORT)
 # Not compiled here: most models have a command of their own.
 _REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 _QUANTISED_REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?"
+
+
+class StopSignal(StrEnum):
+    """How an engine that is evicted is told to end. An operator's stop is always polite: SIGTERM first."""
+
+    TERM = "SIGTERM"
+    KILL = "SIGKILL"
 
 
 class Served(Record):
@@ -53,6 +61,9 @@ class Preset(Record):
     """Raise ValueError, with one sentence, if the model's files are missing or of another kind."""
     takes_ordinals: bool = False
     """Whether some of its releases read CUDA_VISIBLE_DEVICES as a list of numbers, and end with an error at a UUID."""
+
+    stop_signal: StopSignal = StopSignal.KILL
+    """These engines keep nothing that an end by SIGKILL could lose, and may take long to obey SIGTERM."""
 
     def probe(self, served: Served) -> Probe:
         """Return a request for one token of the model. All presets speak OpenAI's API."""

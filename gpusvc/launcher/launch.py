@@ -160,6 +160,7 @@ def _place(run: Run) -> None:
         clears=run.is_second_try,
         is_restart=lambda: _is_restart(run.name),
         last_run=last_run,
+        on_victims=lambda: _read_ahead(run),
     ).run()
     run.lease, run.gpus, run.is_guess = admitted.lease, admitted.gpus, admitted.is_guess
     evicted = f", after {', '.join(run.lease.evicting)} made room" if run.lease.evicting else ""
@@ -170,6 +171,20 @@ def _place(run: Run) -> None:
         gpu=[gpu.index for gpu in run.gpus],
         bytes=total(gpu.reserved_bytes for gpu in run.lease.gpus),
     )
+
+
+def _read_ahead(run: Run) -> None:
+    """Have the weights read from the disk while victims leave; once."""
+    if run.reads_ahead:
+        return
+    run.reads_ahead = True
+    from gpusvc.linux import processes  # noqa: PLC0415  most starts evict nobody
+    from gpusvc.weights.files import weight_files  # noqa: PLC0415
+
+    with processes.acting_as(run.user.uid, run.user.gid):
+        found = weight_files(run.config.command, run.config.env)
+    if found:
+        run.parked.read_ahead([str(file) for file in found], run.user)
 
 
 def _is_restart(name: str) -> bool:

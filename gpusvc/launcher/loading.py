@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gpusvc.linux.sockets import Listener
 
 _SHORTEST_PAUSE_SECONDS = 0.005
+_PAUSE_SHARE = 1 / 1000
 _LONGEST_PAUSE_SECONDS = 0.1
 _READING_SECONDS = 1.0
 _HEALTH_SECONDS = 5.0
@@ -139,4 +140,4 @@ class Load:
 
 def _pause(elapsed_seconds: float) -> float:
     """The time between two looks at an engine that loads: a small part of the time that it has taken so far."""
-    return min(max(elapsed_seconds / 20, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+    return min(max(elapsed_seconds * _PAUSE_SHARE, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)

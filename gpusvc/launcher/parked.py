@@ -11,10 +11,11 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from gpusvc.config.model import OWNED_VARIABLES
 from gpusvc.errors import EngineError, IsolationError
@@ -22,6 +23,8 @@ from gpusvc.linux.users import User
 from gpusvc.record import Record, as_dict
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Of what comes through the pipe.
+_CHUNK_BYTES = 1 << 16
 
 _USERS_OWN = ("HOME", "LOGNAME", "USER", "SHELL")
 
@@ -116,6 +119,12 @@ class ParkedEngine:
             os.close(self._orders_fd)
             os.waitpid(self.pid, 0)
 
+    def read_ahead(self, files: Sequence[str], user: User) -> None:
+        """Have it read these files into the page cache, with the rights of ``user``, until it gets its orders."""
+        errand = json.dumps({"files": list(files), "user": as_dict(user)}).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # release() reports that it was killed
+            os.write(self._orders_fd, errand)
+
     def release(self, orders: Orders) -> list[str]:
         """Turn it into the engine; return a sentence for each open GPU node that is tolerated.
 
@@ -166,8 +175,7 @@ def _follow_orders(orders_fd: int, report_fd: int) -> None:
 
     os.setsid()
     _close_all_but(orders_fd, report_fd)
-    with os.fdopen(orders_fd) as pipe:
-        text = pipe.read()
+    text = _await_orders(orders_fd)
     if not text:
         os._exit(0)  # the launcher ended without orders
     given = json.loads(text)
@@ -187,6 +195,27 @@ def _follow_orders(orders_fd: int, report_fd: int) -> None:
     confinement.drop_privileges(user)
     _reset_signals()
     _execute(orders, variables, report_fd)
+
+
+def _await_orders(orders_fd: int) -> bytes:
+    """Return the orders; empty if the launcher ended without. Errands, one in a line, come before them."""
+    received = b""
+    while chunk := os.read(orders_fd, _CHUNK_BYTES):
+        received += chunk
+        while b"\n" in received:
+            errand, _, received = received.partition(b"\n")
+            _run(json.loads(errand), orders_fd)
+    os.close(orders_fd)
+    return received
+
+
+def _run(errand: dict[str, Any], orders_fd: int) -> None:
+    """Read files ahead until something comes through the pipe, or its end."""
+    from gpusvc.launcher.readahead import read_ahead  # noqa: PLC0415  only a start that evicts models reads ahead
+
+    poll = select.poll()
+    poll.register(orders_fd, select.POLLIN)
+    read_ahead(errand["files"], User(**errand["user"]), lambda: bool(poll.poll(0)))
 
 
 def _close_all_but(*kept: int) -> None:

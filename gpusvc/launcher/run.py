@@ -70,6 +70,8 @@ class Run:
         """None: the model needs no GPU."""
         self.caller: socket.socket | None = None
         """The connection to the `gpusvc run` that this program belongs to; None: a model server."""
+        self.reads_ahead = False
+        """Whether the weights are being read into the page cache."""
         self.is_guess = False
         """Whether the model's need for VRAM was only guessed."""
         self.is_fenced = True

@@ -67,6 +67,7 @@ class Admission:
         clears: bool = False,
         is_restart: Callable[[], bool] = lambda: False,
         last_run: LastRun | None = None,
+        on_victims: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -79,6 +80,7 @@ class Admission:
             clears: the model ran out of memory before: all idle models have to leave its GPUs.
             is_restart: whether systemd starts the model by itself after a failure.
             last_run: the model's run before this start.
+            on_victims: called, maybe again, when models have to leave for this start, which takes some time.
         """
         self._paths = paths
         self._host = host
@@ -87,6 +89,7 @@ class Admission:
         self._user = user
         self._on_wait = on_wait
         self._clears = clears
+        self._on_victims = on_victims
         self._digest = config.digest()
         self._doors = Doors(paths)
         self._ticket: Ticket | None = None
@@ -136,7 +139,7 @@ class Admission:
         line = waitlist.ahead(self._paths, self._ticket, self._config.priority)
         scene = occupancy.scene(self._paths, self._host, occupants, gpus, line, drained=self._doors.drained)
         self._scene = scene
-        request = self._request(needs.bytes)
+        request = _request(self._config, needs.bytes, clears=self._clears)
         outcome = self._plan(request, gpus, scene)
         if isinstance(outcome, NoPlan):
             outcome = self._wait_or_refuse(stack, request, outcome, scene, gpus)
@@ -215,6 +218,7 @@ class Admission:
         self._pause_seconds = min(self._pause_seconds * 1.2, _LONGEST_PAUSE_SECONDS)
 
     def _wait_for_users(self, victims: Sequence[str]) -> None:
+        self._on_victims()
         self._pause_seconds = _PAUSE_SECONDS
         self._patience.tries += 1
         self._doors.open_all_but(victims)
@@ -237,22 +241,24 @@ class Admission:
             return True
         from gpusvc.systemd.manager import Manager  # noqa: PLC0415  most starts evict nobody
 
-        reason = f"room for {self._config.name}"
-        with Manager() as manager:
-            for name in chosen.victims:
-                try:
-                    attempt = eviction.attempt(
-                        self._paths, manager, self._doors, name, reason=reason, force=self._patience.is_forced
-                    )
-                    if attempt.must_wait:
-                        self._patience.tries += 1
-                        return False
-                    if attempt.job is not None:
-                        eviction.see_out(self._paths, manager, name, attempt.job, self._on_wait)
-                except (UnreleasedError, eviction.PinnedError) as error:
-                    log(4, str(error))
-                    return False
-        return True
+        try:
+            with Manager() as manager:
+                went = eviction.make_room(
+                    self._paths,
+                    self._host,
+                    manager,
+                    self._doors,
+                    chosen.victims,
+                    reason=f"room for {self._config.name}",
+                    force=self._patience.is_forced,
+                    on_going=self._on_victims,
+                    on_wait=self._on_wait,
+                )
+        except (UnreleasedError, eviction.PinnedError) as error:
+            log(4, str(error))
+            return False
+        self._patience.tries += not went
+        return went
 
     def _users(self, names: Sequence[str]) -> list[str]:
         return sorted(set(names) - self._doors.drained) or list(names)
@@ -263,17 +269,6 @@ class Admission:
             # Types and sizes are enough: the lists of processes cost milliseconds, and the driver's lock.
             gpus = self._driver.snapshot(processes=False) if self._driver is not None else ()
             self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus))
-
-    def _request(self, needs: Mapping[str, int]) -> Request:
-        config = self._config
-        return Request(
-            model=config.name,
-            count=config.gpu.count,
-            devices=config.gpu.devices,
-            needs=needs,
-            exclusive=frozenset(config.exclusive),
-            clears=self._clears,
-        )
 
     def _lease(self, chosen: Plan, request: Request, scene: Scene) -> Lease:
         config = self._config
@@ -297,6 +292,17 @@ class Admission:
             release_timeout_seconds=config.release_timeout_seconds,
             evicting=chosen.victims,
         )
+
+
+def _request(config: ModelConfig, needs: Mapping[str, int], *, clears: bool) -> Request:
+    return Request(
+        model=config.name,
+        count=config.gpu.count,
+        devices=config.gpu.devices,
+        needs=needs,
+        exclusive=frozenset(config.exclusive),
+        clears=clears,
+    )
 
 
 def _types(gpus: Sequence[Gpu]) -> _Types:

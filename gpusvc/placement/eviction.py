@@ -11,26 +11,35 @@ evicted, how long they wait for its users, and whether they force it. In short:
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gpusvc import names
-from gpusvc.errors import GpusvcError, UnreleasedError
+from gpusvc.config.files import load_sound_model
+from gpusvc.config.presets import StopSignal
+from gpusvc.errors import GpusvcError, SystemdError, UnreleasedError
 from gpusvc.journal import events
 from gpusvc.state import lease as leases
+from gpusvc.state import locks
 from gpusvc.state.drain import Drain
 from gpusvc.state.use import NoDoorError
 
 if TYPE_CHECKING:
+    from gpusvc.config.host import HostConfig
     from gpusvc.paths import Paths
     from gpusvc.systemd.jobs import JobResult
+    from gpusvc.systemd.manager import Manager
     from gpusvc.systemd.units import Unit
 
 # Each step of a stop is bounded by the model's own timeouts; this bounds only the wait for the end of systemd's job.
 _STEP_SECONDS = 1.0
 _STEPS = 600
+
+# How long systemd may take to begin with a job that it has queued.
+_STOPPING_SECONDS = 1.0
 
 # How often drain() tries the locks of the models.
 _PAUSE_SECONDS = 0.05
@@ -48,6 +57,14 @@ class WaitingManager(Protocol):
     """The part of systemd.Manager that waits for a job."""
 
     def wait(self, job: str, timeout_seconds: float) -> JobResult | None: ...
+
+
+class KillingManager(Protocol):
+    """The part of systemd.Manager that kills an engine."""
+
+    def unit(self, name: str) -> Unit | None: ...
+
+    def kill(self, unit: str, number: int) -> None: ...
 
 
 class PinnedError(GpusvcError):
@@ -214,6 +231,66 @@ def see_out(
             break
         on_wait(f"Waiting for {name} to stop.")
     require_released(paths, name)
+
+
+def make_room(
+    paths: Paths,
+    host: HostConfig,
+    manager: Manager,
+    doors: Doors,
+    victims: Sequence[str],
+    *,
+    reason: str,
+    force: bool,
+    on_going: Callable[[], None],
+    on_wait: Callable[[str], None],
+) -> bool:
+    """Evict all ``victims`` at the same time. Return False as soon as one of them is in use or starting.
+
+    Args:
+        paths: where their leases are.
+        host: the policy.
+        manager: stops them.
+        doors: the caller's.
+        victims: the models.
+        reason: why, for the journal.
+        force: evict them although they are in use.
+        on_going: called once they are told to stop.
+        on_wait: as for see_out().
+
+    Raises:
+        PinnedError, UnreleasedError, SystemdError, PermissionDeniedError: as attempt() and see_out().
+    """
+    jobs: dict[str, str] = {}
+    for name in victims:
+        tried = attempt(paths, manager, doors, name, reason=reason, force=force)
+        if tried.must_wait:
+            return False
+        if tried.job is not None:
+            jobs[name] = tried.job
+    on_going()
+    for name in jobs:
+        config = load_sound_model(paths, name, host)
+        if config is not None and config.stop_signal is StopSignal.KILL:
+            kill(manager, name)
+    for name, job in jobs.items():
+        see_out(paths, manager, name, job, on_wait)
+    return True
+
+
+def kill(manager: KillingManager, name: str) -> None:
+    """Kill the engine of ``name``, whose stop is queued, at once: an evicted engine has nothing to finish.
+
+    Its launcher must know of the stop first, or it would take this for a crash.
+    """
+    for _ in locks.attempts(_STOPPING_SECONDS):
+        unit = manager.unit(names.service(name))
+        if unit is None or not unit.active.is_up:
+            break
+    else:
+        return  # the stop goes on politely
+    with suppress(SystemdError):  # the scope has ended already
+        manager.kill(names.scope(name), signal.SIGKILL)
 
 
 def require_released(paths: Paths, name: str) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--generation", type=Generation, choices=list(Generation), default=Generation.TRIXIE)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    _need_tools()
+    need_tools()
     with tempfile.TemporaryDirectory() as scratch:
         package = build_package(Path(scratch))
         with Host(tree.ensure(options.generation), name="gpusvc-bench") as machine:
@@ -75,7 +75,7 @@ def main() -> None:
     print("\n".join([*_report(samples), "", *_aims(samples)]))
 
 
-def _need_tools() -> None:
+def need_tools() -> None:
     needed = ("gcc", "libc6-dev", "mmdebstrap", "procps", "systemd-container", "util-linux")
     subprocess.run([REPOSITORY / "packaging/need", "lifecycle", *needed], check=True)
     if PACKAGE_VARIABLE not in os.environ:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import pwd
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,10 @@ for line in sys.stdin:
     if orders is None:
         parked.abandon()
         tell(abandoned=True)
+        continue
+    if "read_ahead" in orders:
+        parked.read_ahead(orders["read_ahead"], User.named(orders["user"]))
+        tell(asked=True)
         continue
     user = User.named(orders.pop("user"))
     command = tuple(orders.pop("command"))
@@ -350,3 +357,73 @@ def a_node(path: Path, major: int, minor: int) -> str:
     except PermissionError:
         pytest.skip("device nodes cannot be made here: that takes CAP_MKNOD")
     return str(path)
+
+
+# ---- reading ahead ----
+
+
+def cached_bytes(file: Path) -> int:
+    """The bytes of ``file`` in the page cache: mincore(2), which reads nothing."""
+    size = file.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), size) as mapped:
+        pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+        start = ctypes.c_char.from_buffer(mapped)
+        try:
+            assert libc.mincore(ctypes.byref(start), ctypes.c_size_t(size), pages) == 0
+        finally:
+            del start
+        return sum(byte & 1 for byte in pages.raw) * mmap.PAGESIZE
+
+
+@pytest.fixture
+def cold() -> Iterator[Path]:
+    """A file that everybody may read, and that is on the disk only."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        Path(name).chmod(0o755)
+        file = Path(name, "weights")
+        with file.open("wb") as stream:
+            stream.write(bytes(range(256)) * (32 << 12))  # 32 MiB
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached_bytes(file):
+            pytest.skip("this file system keeps its files in memory")
+        yield file
+
+
+def test_the_parked_process_reads_ahead_and_becomes_the_engine_all_the_same(launcher: Launcher, cold: Path) -> None:
+    launcher.say({"read_ahead": [str(cold), "/nonexistent"], "user": "nobody"})
+    assert eventually(lambda: cached_bytes(cold) == cold.stat().st_size)
+    done = launcher.release("cat", "/proc/self/comm")
+    assert (done["output"], done["status"]) == ("cat\n", 0)
+
+
+def test_orders_end_the_reading_at_once(launcher: Launcher, cold: Path) -> None:
+    launcher.say({"read_ahead": [str(cold)] * 1000, "user": "nobody"})
+    assert launcher.release("ionice", "-p", "0")["status"] == 0
+
+
+def test_the_engine_does_not_inherit_the_idle_priority(launcher: Launcher, cold: Path) -> None:
+    launcher.say({"read_ahead": [str(cold)], "user": "nobody"})
+    assert "idle" not in launcher.release("ionice")["output"]
+
+
+def test_what_the_user_may_not_read_is_not_read_for_him(launcher: Launcher, cold: Path) -> None:
+    cold.chmod(0o600)
+    launcher.say({"read_ahead": [str(cold)], "user": "nobody"})
+    assert launcher.release("true")["status"] == 0
+    assert cached_bytes(cold) == 0
+
+
+def test_a_fifo_among_the_files_holds_nobody_up(launcher: Launcher, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    launcher.say({"read_ahead": [str(tmp_path / "fifo")], "user": "nobody"})
+    assert launcher.release("true")["status"] == 0
+
+
+def test_a_launcher_that_ends_takes_the_reader_along(start: Start, cold: Path) -> None:
+    launcher = start()
+    launcher.say({"read_ahead": [str(cold)] * 1000, "user": "nobody"})
+    launcher.process.kill()
+    assert eventually(lambda: is_over(launcher.pid))

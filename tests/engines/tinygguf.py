@@ -18,6 +18,9 @@ from pathlib import Path
 ALIGNMENT = 32
 GGML_F32 = 0
 
+# The values of a larger matrix repeat: a file of gigabytes takes seconds to write then.
+_DIFFERENT_VALUES = 1 << 18
+
 
 class ValueType(IntEnum):
     """GGUF's types of metadata values, as far as they are used here."""
@@ -122,8 +125,10 @@ def _tensors(
     def matrix(columns: int, rows: int) -> tuple[tuple[int, ...], bytes]:
         # Uniform, for its speed; of the variance that keeps activations in range.
         bound = (3 / columns) ** 0.5
-        values = array("f", (source.uniform(-bound, bound) for _ in range(columns * rows)))
-        return (columns, rows), _little_endian(values)
+        count = columns * rows
+        values = array("f", (source.uniform(-bound, bound) for _ in range(min(count, _DIFFERENT_VALUES))))
+        whole = _little_endian(values) * -(-count // len(values))
+        return (columns, rows), whole[: 4 * count]
 
     def head() -> tuple[tuple[int, ...], bytes]:
         # Tokens that are no words score 0, which is never among the best: it speaks in words, and never ends early.
