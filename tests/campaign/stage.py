@@ -16,7 +16,7 @@ PACKAGE = "/root/gpusvc-campaign.deb"
 FULL_RUN, FULL_VAR = "/run/gpusvc/filler", "/var/lib/gpusvc/filler"
 
 # Room for all that belongs there, and little enough to be filled in no time.
-_RUN_SIZE, _VAR_SIZE = "24M", "2M"
+_RUN_SIZE, _STATE_SIZE, _VAR_SIZE = "24M", "8M", "2M"
 
 _HOST_FILE = """
 release_timeout = "1500ms"
@@ -40,6 +40,7 @@ _MODEL_UNIT = "[Unit]\nStartLimitIntervalSec=0\n[Service]\nRestartSec=200ms\n"
 # What is bounded, so that the machine that runs the campaign is not filled.
 _MOUNTS = f"""
 mount -o remount,size={_RUN_SIZE} /run
+if mountpoint -q /run/gpusvc; then mount -o remount,size={_STATE_SIZE} /run/gpusvc; fi
 mkdir -p /run/fakegpu && cp -a /run/fakegpu /tmp/fakegpu
 mount -t tmpfs -o size=2M,mode=0755 campaign /run/fakegpu && cp -a /tmp/fakegpu/. /run/fakegpu/
 mkdir -p /var/lib/gpusvc && mount -t tmpfs -o size={_VAR_SIZE},mode=0755 campaign /var/lib/gpusvc
