@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pwd
 import stat
+from pathlib import Path
 
 from gpusvc.config import presets
 from gpusvc.config.model import ModelConfig, default_user
@@ -21,6 +22,7 @@ def check(config: ModelConfig, table: Table) -> None:
     _check_working_directory(config, table)
     _check_model(config, table)
     _check_program(config, table)
+    _check_upstream_key(config, table)
 
 
 def _check_user(config: ModelConfig, table: Table) -> None:
@@ -67,3 +69,22 @@ def _check_program(config: ModelConfig, table: Table) -> None:
     except ValueError as error:
         hint = None if "/" in program else "Install it, give an absolute path, or set PATH in env."
         table.problem("command" if table.has("command") else "engine", str(error), hint)
+
+
+def _check_upstream_key(config: ModelConfig, table: Table) -> None:
+    source = config.upstream_key
+    if source is None:
+        return
+    if source.startswith("-"):
+        if not any(argument == source or argument.startswith(source + "=") for argument in config.command):
+            table.problem("upstream_key", f"The command has no option {source}.")
+        return
+    if not source.startswith("/"):
+        return  # systemd adds credentials when the model starts
+    try:
+        if not stat.S_ISREG(Path(source).stat().st_mode):
+            table.problem("upstream_key", f"{shown(source)} is not a file.")
+    except PermissionError:
+        pass  # root may look
+    except OSError as error:
+        table.problem("upstream_key", f"{shown(source)} cannot be used: {error.strerror}.")

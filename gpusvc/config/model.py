@@ -72,6 +72,20 @@ def _read_engine(table: Table, key: str, default: str | None) -> str | None:
     return engine
 
 
+def _read_upstream_key(table: Table, key: str, default: str | None) -> str | None:
+    """A file, an option of the command, or a credential. What it holds is not looked at here."""
+    source = table.text(key, default)
+    if source is None or source.startswith("/"):
+        return source
+    name = source.removeprefix("--")
+    if not name or name.startswith("-") or not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+        # A key that stands here would be shown wherever the configuration is.
+        hint = "Write the path of a file, the name of a credential, or an option of the command such as --api-key."
+        table.problem(key, "It does not say where the key is.", hint)
+        return default
+    return source
+
+
 def _read_working_directory(table: Table, key: str, default: Path) -> Path:
     directory = Path(table.text(key, str(default)))
     if not directory.is_absolute():
@@ -138,6 +152,8 @@ class ModelConfig(Section, kw_only=True):
     env: Mapping[str, str] = custom("env", _read_env, default=dict)
     working_directory: Path = custom("working_directory", _read_working_directory, default=Path("/"))
     port: int = integer("port", default=0, minimum=0, maximum=65535)  # 0: any free one
+    upstream_key: str | None = custom("upstream_key", _read_upstream_key, default=None)
+    """Where the API key is that the engine asks for: a path, a credential, or an option of ``command``."""
     probe: Probe | None = composed("probe", shown=False)
     """The request for one token by which the watchdog tries an engine; None: it is not tried."""
     health: str = composed("health")  # a path; "": the open port is enough

@@ -61,6 +61,8 @@ class Preset(Record):
     """Raise ValueError, with one sentence, if the model's files are missing or of another kind."""
     takes_ordinals: bool = False
     """Whether some of its releases read CUDA_VISIBLE_DEVICES as a list of numbers, and end with an error at a UUID."""
+    probe_paths: tuple[str, ...] = ()
+    """Paths of the engine's state: a GET of one of them is no work."""
 
     stop_signal: StopSignal = StopSignal.KILL
     """These engines keep nothing that an end by SIGKILL could lose, and may take long to obey SIGTERM."""
@@ -121,14 +123,48 @@ def _require_path(model: str) -> None:
         _mode(model)
 
 
+# The paths at which each engine tells its state.
+_LLAMA_SERVER_STATE = ("/health", "/v1/health", "/metrics", "/props", "/slots", "/models", "/v1/models")
+_VLLM_STATE = ("/health", "/ping", "/metrics", "/load", "/version", "/is_sleeping", "/server_info", "/v1/models")
+_SGLANG_STATE = (
+    *("/health", "/ping", "/metrics", "/get_load", "/v1/models"),
+    *("/get_model_info", "/model_info", "/get_server_info", "/server_info"),
+)
+
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("llama-server", "/health", _llama_server, _require_gguf_name, _require_gguf),
-        Preset("vllm", "/health", _vllm, _require_repository_name, _require_path, takes_ordinals=True),
-        Preset("sglang", "/health", _sglang, _require_repository_name, _require_path, takes_ordinals=True),
+        Preset(
+            "llama-server",
+            "/health",
+            _llama_server,
+            _require_gguf_name,
+            _require_gguf,
+            probe_paths=_LLAMA_SERVER_STATE,
+        ),
+        Preset(
+            "vllm",
+            "/health",
+            _vllm,
+            _require_repository_name,
+            _require_path,
+            takes_ordinals=True,
+            probe_paths=_VLLM_STATE,
+        ),
+        Preset(
+            "sglang",
+            "/health",
+            _sglang,
+            _require_repository_name,
+            _require_path,
+            takes_ordinals=True,
+            probe_paths=_SGLANG_STATE,
+        ),
     )
 }
+
+ANY_PROBE_PATHS = tuple(sorted({"/healthz", *(path for preset in PRESETS.values() for path in preset.probe_paths)}))
+"""For engines without a preset."""
 
 
 def _is_path(model: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gpusvc import names
+from gpusvc.config.presets import ANY_PROBE_PATHS, PRESETS
 from gpusvc.config.section import Section, boolean, custom, integer, outside, read
 from gpusvc.config.table import InvalidFileError, Table, read_table
 from gpusvc.errors import UnknownModelError
@@ -48,6 +49,21 @@ def _read_served_name(table: Table, key: str, default: str | None) -> str | None
     return served_name
 
 
+def _read_probe_paths(table: Table, key: str, _default: object) -> tuple[str, ...]:
+    """The paths of the file, or else the preset's, and the health path."""
+    paths = table.texts(key)
+    for position, path in enumerate(paths or ()):
+        if not path.startswith("/") or not path.isascii() or not path.isprintable() or "?" in path or " " in path:
+            hint = "Write it as requests have it, without a query: /metrics."
+            table.problem(f"{key}[{position}]", f"{shown(path)} is no path.", hint)
+    if paths is not None:
+        return paths
+    preset = PRESETS.get(str(table.peek("engine")))
+    known = ANY_PROBE_PATHS if preset is None else preset.probe_paths
+    health = table.peek("health")
+    return (*known, health) if isinstance(health, str) and health not in ("", *known) else known
+
+
 def _read_strip(table: Table, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
     strip = table.texts(key)
     if strip is None:
@@ -80,6 +96,8 @@ class Serving(Section):
     """Requests at a time; 0: no limit."""
     show_logs: bool = boolean("show_logs", default=True, live=True)
     """Whether clients are told the engine's last lines when it failed."""
+    probe_paths: tuple[str, ...] = custom("probe_paths", _read_probe_paths, default=ANY_PROBE_PATHS, live=True)
+    """A GET of one of these asks for the engine's state: it neither loads the model nor counts as its use."""
     keep: bool = boolean("keep", default=False, live=True)  # never idle
     preload: bool = boolean("preload", default=False, live=True)  # loaded after boot
     strip: tuple[str, ...] = custom("filter.strip", _read_strip, default=(), live=True)

@@ -80,6 +80,10 @@ class Table:
     def has(self, key: str) -> bool:
         return key in self._values
 
+    def peek(self, key: str) -> object:
+        """Return the value of a key as it stands in the file, without reading it; None: it is absent."""
+        return self._values.get(key)
+
     def known_keys(self) -> list[str]:
         """Return the dotted names of the known keys, here and in the tables below."""
         keys = []

@@ -21,6 +21,7 @@ _ORDER = (
     "working_directory",
     "port",
     "health",
+    "upstream_key",
     "start_timeout",
     "stop_timeout",
     "idle_timeout",
@@ -97,6 +98,13 @@ class Draft:
         known = self.get(key)
         self.put(key, [*(known if isinstance(known, list) else []), *values])
 
+    def carry_key(self) -> None:
+        """Have requests sent with the API key that the engine's own options set."""
+        words = [word for key in ("command", "args") if isinstance(listed := self.get(key), list) for word in listed]
+        for option in ("--api-key", "--api-key-file"):
+            if any(word == option or str(word).startswith(option + "=") for word in words):
+                self.put("upstream_key", option)
+
     def text(self) -> str:
         """Return the text of the file, without empty lists and tables."""
         said = _filled({key: _filled(value) for key, value in self.keys.items()})
@@ -130,6 +138,7 @@ def finish(drafts: Iterable[Draft], notes: Notes) -> Import:
     settled = tuple(drafts)
     owners = {draft.name: draft.name for draft in settled}
     for draft in settled:
+        draft.carry_key()
         aliases = draft.get("aliases")
         kept: list[object] = []
         for alias in aliases if isinstance(aliases, list) else ():

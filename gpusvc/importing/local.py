@@ -122,6 +122,7 @@ def _put_wishes(draft: Draft, wishes: Wishes) -> None:
     draft.put("user", wishes.user or None)
     draft.put("port", wishes.port or draft.get("port"))
     draft.put("health", wishes.health)
+    draft.carry_key()
     count = wishes.gpus if wishes.gpus is not None else draft.get("gpu.count")
     draft.put("gpu.count", count if count != 1 else None)
     draft.put("gpu.vram", wishes.vram or None)

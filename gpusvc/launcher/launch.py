@@ -33,6 +33,7 @@ from gpusvc.record import replace
 from gpusvc.release.procedure import release
 from gpusvc.state import lease as leases
 from gpusvc.state import readiness, use
+from gpusvc.state import upstream_key as copies
 from gpusvc.systemd.notify import Notifier
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _place(run: Run) -> None:
     if run.driver is not None:
         run.driver.driver_version()  # if NVML cannot be opened, this was no run
     readiness.forget(run.paths, run.name)
+    _pass_key_on(run)
     admitted = Admission(
         run.paths,
         run.host,
@@ -185,6 +187,17 @@ def _read_ahead(run: Run) -> None:
         found = weight_files(run.config.command, run.config.env)
     if found:
         run.parked.read_ahead([str(file) for file in found], run.user)
+
+
+def _pass_key_on(run: Run) -> None:
+    """Give the engine's API key to those who send it requests, if it has one."""
+    copies.forget(run.paths, run.name)
+    if run.config.upstream_key is None:
+        return
+    from gpusvc.launcher import upstream_key  # noqa: PLC0415  most models have none
+
+    run.upstream_key = upstream_key.find(run.config, os.environ)
+    upstream_key.publish(run.paths, run.name, run.upstream_key)
 
 
 def _is_restart(name: str) -> bool:

@@ -60,7 +60,7 @@ class Load:
         reading: Consumption | None = None
         while not watching.ended(self._pidfd, _pause(time.monotonic() - began)):
             where = readiness.settled_listener(self._cgroup, run.lease.port, run.user, self._pidfd)
-            if where is not None and readiness.answers(where, run.config.health, _HEALTH_SECONDS):
+            if where is not None and readiness.answers(where, run.config.health, _HEALTH_SECONDS, key=run.upstream_key):
                 return where
             now = time.monotonic()
             if now - (began if reading is None else reading.at_seconds) < _READING_SECONDS:

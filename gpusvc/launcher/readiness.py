@@ -70,19 +70,22 @@ def is_well(status: int | None) -> bool:
     return status is not None and 200 <= status < 400
 
 
-def answers(where: Listener, path: str, timeout_seconds: float) -> bool:
+def answers(where: Listener, path: str, timeout_seconds: float, *, key: str | None = None) -> bool:
     """Return whether the health ``path`` answers with 2xx or 3xx; for an empty path, whether a connection opens."""
-    return is_well(ask(where, path, timeout_seconds))
+    return is_well(ask(where, path, timeout_seconds, key=key))
 
 
-def ask(where: Listener, path: str, timeout_seconds: float) -> int | None:
+def ask(where: Listener, path: str, timeout_seconds: float, *, key: str | None = None) -> int | None:
     """Return the HTTP status of a GET of ``path``, or None without an answer; for no path, 200 if a connection opens.
+
+    ``key`` is the API key that the engine asks for.
 
     http.client would cost each launcher 5 MB, and only the status line counts.
     """
     address = where.reachable_at
     host = f"[{address}]" if ":" in address else address
-    request = f"GET {path} HTTP/1.1\r\nHost: {host}:{where.port}\r\nUser-Agent: gpusvc\r\nConnection: close\r\n\r\n"
+    request = f"GET {path} HTTP/1.1\r\nHost: {host}:{where.port}\r\nUser-Agent: gpusvc\r\nConnection: close\r\n"
+    request += "\r\n" if key is None else f"Authorization: Bearer {key}\r\n\r\n"
     try:
         deadline = time.monotonic() + timeout_seconds
         with socket.create_connection((address, where.port), timeout=timeout_seconds) as connection:

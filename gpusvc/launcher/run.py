@@ -72,6 +72,8 @@ class Run:
         """The connection to the `gpusvc run` that this program belongs to; None: a model server."""
         self.reads_ahead = False
         """Whether the weights are being read into the page cache."""
+        self.upstream_key: str | None = None
+        """The API key that the engine asks for, also at its health path; None: it asks for none."""
         self.is_guess = False
         """Whether the model's need for VRAM was only guessed."""
         self.is_fenced = True

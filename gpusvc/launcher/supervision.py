@@ -98,7 +98,9 @@ class Supervision:
             readiness.settled_listener(self._cgroup, run.lease.port, run.user, self._pidfd)
         status = None
         if self._where is not None:
-            status = readiness.ask(self._where, run.config.health, min(_ANSWER_SECONDS, self._every_seconds))
+            status = readiness.ask(
+                self._where, run.config.health, min(_ANSWER_SECONDS, self._every_seconds), key=run.upstream_key
+            )
         if self._where is None or readiness.is_well(status):
             self._feed(run.ready_sentence())
         elif self._cgroup.frozen():  # the administrator froze it, so it does not hang

@@ -20,7 +20,7 @@ from gpusvc.errors import GpusvcError
 from gpusvc.gpu.meter import Meter
 from gpusvc.log import log
 from gpusvc.paths import Paths
-from gpusvc.state import hung, use
+from gpusvc.state import hung, upstream_key, use
 from gpusvc.systemd.connection import LoggingConnection, ServiceManager
 from gpusvc.systemd.notify import Notifier
 from gpusvc.watchdog import announcements, verdicts
@@ -151,7 +151,8 @@ class Watchdog:
         address = lease.address or "127.0.0.1"
         # The unit's IPAddressAllow= lets the watchdog reach no other address.
         if probe is not None and lease.port and (address.startswith("127.") or address == "::1"):
-            probing = Probing(address, lease.port, probe.path, probe.body)
+            key = upstream_key.read(self._paths, verdict.model, upstream_key.WATCHDOG)
+            probing = Probing(address, lease.port, probe.path, probe.body, key)
         self._evictions.unstick(seen.evidence[verdict.model], lease, verdict, probing)
 
     def _relieve(self, seen: Observation, pressures: Iterable[Pressure]) -> None:

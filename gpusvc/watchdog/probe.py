@@ -25,11 +25,15 @@ class Outcome(StrEnum):
 class Probing:
     """A probe under way. ``outcome`` is None until it is over."""
 
-    def __init__(self, address: str, port: int, path: str, body: Mapping[str, object]) -> None:
+    def __init__(self, address: str, port: int, path: str, body: Mapping[str, object], key: str | None) -> None:
+        """``key`` is the API key that the engine asks for."""
         self.outcome: Outcome | None = None
         self.reason = ""
         """What the engine did, as the end of a sentence."""
         self._target = (address, port, path, json.dumps(body).encode())
+        self._headers = {"Content-Type": "application/json", "Connection": "close"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
         # A daemon thread: a watchdog that is told to end does not wait for an engine.
         threading.Thread(target=self._run, name="probe", daemon=True).start()
 
@@ -39,7 +43,7 @@ class Probing:
         address, port, path, body = self._target
         connection = http.client.HTTPConnection(address, port, timeout=_TIMEOUT_SECONDS)
         try:
-            connection.request("POST", path, body, {"Content-Type": "application/json", "Connection": "close"})
+            connection.request("POST", path, body, self._headers)
             status = connection.getresponse().status
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.reason, outcome = f"got no answer ({type(error).__name__})", Outcome.FAILS

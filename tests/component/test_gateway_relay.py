@@ -20,7 +20,7 @@ from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay.client import Client as GatewayClient
 from gpusvc.gateway.relay.exchange import Exchange
 from gpusvc.gateway.relay.upstream import Address, Upstream
-from gpusvc.state import use
+from gpusvc.state import upstream_key, use
 from gpusvc.state.counters import NO_ANSWERS
 from gpusvc.state.line import Blocker, Notice
 from tests.component.rig import IN_SOCKETS_BYTES, Rig, Run, make_keys, run
@@ -610,6 +610,62 @@ def test_without_keys_the_clients_credentials_are_for_the_engine_and_never_for_t
         assert (headers["authorization"], headers["x-api-key"]) == ("Bearer needakey", "other")
         await client.get("/gpusvc/models", sent)
         assert not {"authorization", "x-api-key"} & set(rig.api.requests[0].headers)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_keyed", [False, True])
+def test_an_engine_that_asks_for_a_key_gets_its_own_and_no_clients(run: Run, tmp_path: Path, is_keyed: bool) -> None:
+    boss, secret = keys.make("boss")
+    file = tmp_path / "keys.toml"
+    file.write_text(keys.text([boss]))
+
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("guarded")
+        upstream_key.file_of(rig.paths, "guarded", upstream_key.GATEWAY).write_text("of-the-engine")
+        rig.mark_ready("guarded", rig.engine.port)
+        client = await rig.client()
+        sent = f"Authorization: Bearer {secret}\r\nX-Api-Key: {secret}\r\n"
+        assert (await client.ask(b'{"model": "guarded"}', more=sent)).status == 200
+        assert (await client.get("/upstream/guarded/props", sent)).status == 200  # an onlooker's
+        assert (await client.ask(b'{"model": "qwen"}', more=sent)).status == 200
+        posted, probed, other = (request.headers for request in rig.engine.requests)
+        for headers in (posted, probed):
+            assert (headers["authorization"], "x-api-key" in headers) == ("Bearer of-the-engine", False)
+        assert ("authorization" in other) is not is_keyed
+
+    run(scenario, **({"known": Keys.read([file])} if is_keyed else {}))
+
+
+def test_the_key_of_a_new_run_replaces_that_of_the_last(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        for key in ("first", "second", None):
+            file = upstream_key.file_of(rig.paths, "qwen", upstream_key.GATEWAY)
+            if key is None:
+                upstream_key.forget(rig.paths, "qwen")
+            else:
+                file.write_text(key)
+            rig.mark_ready("qwen", rig.engine.port)
+            # The gateway believes the last lease for a few milliseconds.
+            said: str | None = "none yet"
+            while said != (None if key is None else f"Bearer {key}"):
+                client = await rig.client()
+                assert (await client.ask()).status == 200
+                said = rig.engine.requests[-1].headers.get("authorization")
+
+    run(scenario)
+
+
+def test_a_model_says_itself_which_paths_are_its_state(run: Run) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.add_model("cold", 'probe_paths = ["/status"]\n')
+        rig.api.answer = raw(FAILURE, then="close")
+        client = await rig.client()
+        answer = await client.get("/upstream/cold/status")
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "model_not_loaded")
+        assert rig.api.requests == []
+        assert (await client.get("/upstream/cold/metrics")).status == 503
+        assert len(rig.api.requests) == 1
 
     run(scenario)
 

@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -238,6 +239,23 @@ def test_it_is_reached_where_it_listens(
     assert found is not None
     assert found.reachable_at == reached
     assert readiness.answers(found, "/health", 5)
+
+
+def test_its_health_is_asked_for_with_its_key() -> None:
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(4096))
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert readiness.answers(Listener("127.0.0.1", server.getsockname()[1], 1, 0), "/health", 5, key="secret")
+        thread.join()
+    assert b"\r\nAuthorization: Bearer secret\r\n\r\n" in asked[0]
 
 
 def test_one_that_listens_twice_is_reached_on_ipv4(serve: Serve, engine_is: Callable[..., None]) -> None:

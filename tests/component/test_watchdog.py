@@ -28,7 +28,7 @@ from gpusvc.gpu.meter import Meter
 from gpusvc.journal import events
 from gpusvc.linux import cgroup
 from gpusvc.record import replace
-from gpusvc.state import counters, keepalive, use
+from gpusvc.state import counters, keepalive, upstream_key, use
 from gpusvc.state import lease as leases
 from gpusvc.state.counters import Counters
 from gpusvc.watchdog import verdicts
@@ -522,9 +522,11 @@ class Engine(BaseHTTPRequestHandler):
 
     status = 500
     asked: ClassVar[list[tuple[str, object]]] = []
+    keys: ClassVar[list[str | None]] = []
 
     def do_POST(self) -> None:
         self.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.keys.append(self.headers["Authorization"])
         self.send_response(self.status)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -536,6 +538,7 @@ class Engine(BaseHTTPRequestHandler):
 @pytest.fixture
 def engine() -> Iterator[HTTPServer]:
     Engine.asked.clear()
+    Engine.keys.clear()
     with HTTPServer(("127.0.0.1", 0), Engine) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -579,6 +582,15 @@ def test_a_failing_model_whose_probe_fails_is_restarted(
         "The watchdog's own request was answered with status 500. It is restarted.\n"
         "Its last words:\nfirst word\nlast word"
     )
+
+
+def test_a_probe_has_the_key_that_the_engine_asks_for(ticker: Ticker, engine: HTTPServer) -> None:
+    ticker.fleet.host("[watchdog]\nidle_timeout = 0\nbusy_timeout = 0\n")
+    file = upstream_key.file_of(ticker.fleet.paths, "qwen", upstream_key.WATCHDOG)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("of-the-engine")
+    fails(ticker, engine)
+    assert Engine.keys == ["Bearer of-the-engine"]
 
 
 @pytest.mark.parametrize("status", [200, 404])

@@ -81,6 +81,34 @@ def test_it_streams_a_chat(machine: Host) -> None:
     assert len([word for word in words if word]) >= 4
 
 
+def test_the_gateway_sends_the_key_that_it_asks_for_and_nobody_else_learns_it(machine: Host) -> None:
+    key = "of-the-engine-4711"
+    for file, owner in (("/etc/gpusvc/guarded.key", "root"), ("/srv/models/guarded.key", "gpusvc")):
+        machine.write(file, f"{key}\n")
+        machine.run("chown", owner, file)
+        machine.run("chmod", "600", file)
+    command = json.dumps([*COMMAND, "--api-key-file", "/srv/models/guarded.key"])
+    start(machine, "guarded", f'command = {command}\nupstream_key = "/etc/gpusvc/guarded.key"\n')
+    status = ("-o", "/dev/null", "-w", "%{http_code}")
+    assert machine.curl(machine.url("guarded", "/props"), *status) == "401"
+    question = {"model": "guarded", "messages": [{"role": "user", "content": "the water"}], "max_tokens": 8}
+    answer = machine.curl("http://127.0.0.1:8484/v1/chat/completions", "-d", json.dumps(question))
+    assert json.loads(answer)["choices"][0]["finish_reason"] == "length"
+    assert machine.curl("http://127.0.0.1:8484/upstream/guarded/props", *status) == "200"
+
+    copies = [f"/run/gpusvc/models/guarded/{file}" for file in ("upstream-key", "probe-key")]
+    modes = machine.run("stat", "-c", "%U:%G %a", *copies).stdout.splitlines()
+    assert modes == ["root:gpusvc-gateway 640", "root:gpusvc-watchdog 640"]
+    for user in ("gpusvc", "nobody", "gpusvc-api"):
+        assert machine.run("runuser", "-u", user, "--", "cat", copies[0], check=False).returncode != 0
+    shown = [machine.run("gpusvc", *words).stdout for words in (("ps", "--json"), ("config", "guarded"))]
+    shown += [machine.curl(f"http://127.0.0.1:8484{path}") for path in ("/gpusvc/models/guarded", "/v1/models")]
+    shown += [machine.journal(), machine.run("sh", "-c", "cat /run/gpusvc/models/guarded/lease.json").stdout]
+    assert not [text for text in shown if key in text]
+    for file in ("/etc/gpusvc/guarded.key", "/srv/models/guarded.key"):
+        machine.remove(file)
+
+
 def test_its_stop_is_proven(machine: Host) -> None:
     start(machine, "proven", BY_HAND)
     machine.stop("proven")

@@ -652,7 +652,8 @@ TOML_KEYS = st.sampled_from(
     max_active gpu scope isolation gpu.placement gpu.max_active eviction eviction.retries eviction.interval
     eviction.force_when_busy watchdog watchdog.interval watchdog.idle_timeout watchdog.busy_timeout
     watchdog.busy_action watchdog.pressure_time watchdog.failing_time watchdog.attached_timeout failing_time
-    attached_timeout probe.path probe.body gateway gateway.workers gateway.hosts gateway.cors_origins
+    attached_timeout upstream_key probe_paths
+    probe.path probe.body gateway gateway.workers gateway.hosts gateway.cors_origins
     gateway.tls_key gateway.max_body served_name concurrency keep filter filter.strip filter.set filter.set.a
     gpu.count gpu.devices gpu.vram gpu.reserve gpu.exclude
     scope.MemoryMax env.A what

@@ -105,6 +105,8 @@ def test_the_model_example_shows_the_defaults_where_it_does_not_say_example() ->
         "vram",
         "scope",
         "probe",
+        "probe_paths",
+        "upstream_key",
     } == examples
     values = uncommented(MODEL_EXAMPLE)
     gpu = values["gpu"]

@@ -8,6 +8,7 @@ from gpusvc import files
 from gpusvc.files import Stamp
 from gpusvc.paths import Paths
 from gpusvc.state import lease as leases
+from gpusvc.state import upstream_key
 from gpusvc.state.lease import BrokenLeaseError
 
 
@@ -20,6 +21,8 @@ class Engine(NamedTuple):
     """The control group of its listening socket, by the kernel's number; None: unknown."""
     created: float
     """When its lease was made: another value means another run."""
+    authorization: bytes | None = None
+    """The line with the API key that it asks for; None: it asks for none."""
 
 
 class EngineFinder:
@@ -71,4 +74,6 @@ class EngineFinder:
             return None
         if lease is None or not lease.ready or lease.address is None:
             return None
-        return Engine(lease.address, lease.port, lease.socket_cgroup_id, lease.created)
+        key = upstream_key.read(self._paths, self._name, upstream_key.GATEWAY)
+        authorization = None if key is None else b"Authorization: Bearer " + key.encode()
+        return Engine(lease.address, lease.port, lease.socket_cgroup_id, lease.created, authorization)

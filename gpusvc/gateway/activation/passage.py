@@ -35,13 +35,25 @@ class Model(Protocol):
 class Passage:
     """One request inside a model, which is not evicted before close()."""
 
-    __slots__ = ("_began", "_is_inside", "_model", "_slot", "address", "cgroup_id", "port", "serving", "touch")
+    __slots__ = (
+        "_began",
+        "_is_inside",
+        "_model",
+        "_slot",
+        "address",
+        "authorization",
+        "cgroup_id",
+        "port",
+        "serving",
+        "touch",
+    )
 
     def __init__(self, model: Model, serving: Serving, engine: Engine, slot: int | None) -> None:
         self.serving = serving
         self.address = engine.address
         self.port = engine.port
         self.cgroup_id = engine.cgroup_id
+        self.authorization = engine.authorization
         self.touch = model.touch
         """Note that the request makes progress; called for each piece of a response, and cheap."""
         self._model: Model | None = model
@@ -70,13 +82,14 @@ class Passage:
 class Onlooker:
     """A request that looks at an engine without using the model: it neither loads the model nor keeps it."""
 
-    __slots__ = ("address", "cgroup_id", "port", "serving")
+    __slots__ = ("address", "authorization", "cgroup_id", "port", "serving")
 
     def __init__(self, serving: Serving, engine: Engine) -> None:
         self.serving = serving
         self.address = engine.address
         self.port = engine.port
         self.cgroup_id = engine.cgroup_id
+        self.authorization = engine.authorization
 
     def touch(self) -> None:
         """It makes no progress for the model."""

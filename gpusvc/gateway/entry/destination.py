@@ -12,27 +12,6 @@ from gpusvc.gateway.entry.routes import Route, Target
 from gpusvc.gateway.http.replies import HttpError, Reply, reply_json
 from gpusvc.gateway.http.request_head import RequestHead
 
-# What monitoring and pages ask engines for, time and again: state, not work.
-_PROBED = frozenset(
-    {
-        b"/get_model_info",
-        b"/get_server_info",
-        b"/health",
-        b"/healthz",
-        b"/is_sleeping",
-        b"/load",
-        b"/metrics",
-        b"/models",
-        b"/ping",
-        b"/props",
-        b"/server_info",
-        b"/slots",
-        b"/v1/models",
-        b"/version",
-    }
-)
-
-
 _FORWARDED = frozenset({Target.MODEL, Target.NAMED, Target.ORIGIN, Target.MANAGEMENT})
 
 _JSON = ((b"content-type", b"application/json"),)
@@ -80,7 +59,7 @@ def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed:
         serving, path = catalog.locate(route, allowed=allowed)
     else:
         serving, path = catalog.resolve(route.name, allowed=allowed), route.path
-    is_probe = head.method != b"POST" and _is_probe(head.method, path)
+    is_probe = head.method != b"POST" and _is_probe(head.method, path, serving)
     return Destination(serving, path, target is _MODEL, is_probe)
 
 
@@ -100,11 +79,11 @@ def own_reply(catalog: Catalog, route: Route, allowed: Allowed) -> Reply | None:
     return reply_json(200, {"status": "ok"})
 
 
-def _is_probe(method: bytes, path: bytes) -> bool:
+def _is_probe(method: bytes, path: bytes, serving: Serving) -> bool:
     if method not in {b"GET", b"HEAD"}:
         return False
     name, _, query = path.partition(b"?")
-    return name in _PROBED or b"autoload=false" in query.split(b"&")
+    return name.decode("ascii", "replace") in serving.probe_paths or b"autoload=false" in query.split(b"&")
 
 
 def not_loaded(serving: Serving) -> HttpError:

@@ -209,6 +209,7 @@ class Exchange:
             self._client,
             key_name=None if serving is not None or key is None else key.name,
             # Where the gateway needs no keys, a client's credentials are meant for an engine that has its own.
+            authorization=None if self._passage is None else self._passage.authorization,
             passes_credentials=serving is not None and not self._shared.keys.configured,
         )
         forwarding = self._forwarding = Forwarding(

@@ -45,17 +45,27 @@ def write_head(head: RequestHead, path: bytes, lines: list[bytes], address: Addr
 
 
 def client_lines(
-    head: RequestHead, client: Downstream, *, key_name: str | None, passes_credentials: bool
+    head: RequestHead,
+    client: Downstream,
+    *,
+    key_name: str | None,
+    authorization: bytes | None,
+    passes_credentials: bool,
 ) -> list[bytes]:
-    """Return lines for the head that say who the client is.
+    """Return lines for the head that say who the client is, and by what right it asks.
 
     Args:
         head: as the client sent it.
         client: the connection.
         key_name: the client's key, for the management API; None: do not say.
+        authorization: the line that the engine asks for, in place of the client's credentials; None: it asks for none.
         passes_credentials: whether the client's own credentials are for the upstream.
     """
-    own = _credentials(head) if passes_credentials else []
+    own: list[bytes] = []
+    if authorization is not None:
+        own = [authorization]
+    elif passes_credentials:
+        own = _credentials(head)
     if head.forwarded_for is None and head.forwarded_proto is None and key_name is None:
         return [*client.forwarded, *own] if own else client.forwarded
     sources = client.address if head.forwarded_for is None else head.forwarded_for + b", " + client.address
