@@ -33,7 +33,6 @@ from gpusvc.record import replace
 from gpusvc.release.procedure import release
 from gpusvc.state import lease as leases
 from gpusvc.state import readiness, use
-from gpusvc.state import upstream_key as copies
 from gpusvc.systemd.notify import Notifier
 
 if TYPE_CHECKING:
@@ -191,11 +190,14 @@ def _read_ahead(run: Run) -> None:
 
 def _pass_key_on(run: Run) -> None:
     """Give the engine's API key to those who send it requests, if it has one."""
+    if run.config.upstream_key is None and not (run.paths.lease_directory(run.name) / "upstream-key").exists():
+        return
+    from gpusvc.launcher import upstream_key  # noqa: PLC0415  most models have none
+    from gpusvc.state import upstream_key as copies  # noqa: PLC0415
+
     copies.forget(run.paths, run.name)
     if run.config.upstream_key is None:
         return
-    from gpusvc.launcher import upstream_key  # noqa: PLC0415  most models have none
-
     run.upstream_key = upstream_key.find(run.config, os.environ)
     upstream_key.publish(run.paths, run.name, run.upstream_key)
 
