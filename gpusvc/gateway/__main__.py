@@ -1,4 +1,4 @@
-"""ExecStart= of gpusvc-gateway.service: looks that everything is in order, and then serves, alone or by its workers."""
+"""ExecStart= of gpusvc-gateway.service: checks the configuration, and then serves, alone or with workers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gpusvc.log import log
 from gpusvc.paths import Paths
 from gpusvc.systemd.notify import Notifier
 
-# sysexits.h; systemd does not try again: somebody has to change something first.
+# EX_CONFIG of sysexits.h. systemd does not try again: a person has to change something first.
 _EX_CONFIG = 78
 
-# Over what this process takes to end by itself.
+# Added to the time that this process takes to end by itself.
 _GRACE_SECONDS = 10.0
 
 
@@ -39,11 +39,11 @@ class _Systemd:
     def stopping(self, seconds: float) -> None:
         self._notifier.stopping()
         self._notifier.extend_timeout(seconds + _GRACE_SECONDS)
-        self._notifier.status("Answering those who are being served.")
+        self._notifier.status("Finishing the requests under way.")
 
 
 def main() -> int:
-    """The exit status: 0 after SIGTERM."""
+    """Return the exit status: 0 after SIGTERM."""
     paths = Paths.here()
     try:
         return _run(paths, Notifier())
@@ -77,7 +77,7 @@ def _run(paths: Paths, notifier: Notifier) -> int:
         return serve(0, _Systemd(notifier, where))
 
     def drain_seconds() -> float:
-        settings.refresh()  # the workers did, and here nothing else is asked for
+        settings.refresh()  # the workers do, but this process does not
         return settings.gateway.drain_timeout_seconds
 
     return Supervisor(count, serve, notifier, where, drain_seconds=drain_seconds).run()

@@ -15,7 +15,7 @@ from gpusvc.hooks.cursor import cursor_file
 from gpusvc.hooks.directory import hooks_directory
 from gpusvc.paths import Paths
 from gpusvc.record import replace
-from gpusvc.state import counters, hung
+from gpusvc.state import counters, hung, upstream_key
 from gpusvc.watchdog import verdicts
 from tests.unit.test_layering import ROWS
 
@@ -26,6 +26,7 @@ DOCUMENTS = (
     "docs/use-protocol.md",
     "docs/together.md",
     "docs/fleet.md",
+    "docs/gateway.md",
     "docs/troubleshooting.md",
     "docs/security.md",
     "docs/reliability.md",
@@ -84,6 +85,7 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     known = {paths.host_file, paths.models_directory, paths.model_file("NAME"), paths.lease_file("NAME")}
     known |= {directory, directory / "lock", directory / "door", directory / "use", paths.pin_file("NAME")}
     known |= {paths.readiness_file("NAME"), paths.demand_file("NAME"), paths.keep_file("NAME")}
+    known |= {upstream_key.file_of(paths, "NAME", reader) for reader in upstream_key.READERS}
     known |= {
         paths.placement_lock,
         paths.config / ".keys.toml.lock",
@@ -98,6 +100,10 @@ def test_every_path_that_gpusvc_has_is_spelt_as_it_is(document: str) -> None:
     known |= {paths.runs_directory, counters.directory(paths) / "counters-N", paths.runtime / "gateway/slots/NAME"}
     known |= {paths.downloads_directory, paths.config / "hub-token"}
     known |= {hooks_directory(paths), cursor_file(paths), paths.state / "footprints" / "NAME.json"}
+    # What the reader makes.
+    known |= {paths.config / "tls" / file for file in ("fullchain.pem", "privkey.pem")} | {
+        paths.runtime / "gateway.sock"
+    }
     for piece in code(document):
         for path in re.findall(r"/(?:etc|run|var/lib)/gpusvc[\w./-]*", piece):
             assert Path(re.sub(r"\b(qwen|coder)\b", "NAME", path)) in known, path

@@ -13,7 +13,7 @@ import uvloop
 from gpusvc.config import keys
 from gpusvc.config.host import HostGateway
 from gpusvc.config.keys import Keys
-from tests.component.browser import PROGRAM, Browser, Page, opened
+from tests.component.browser import LAN_HOST, PROGRAM, Browser, Page, opened
 from tests.component.rig import QUICK, Rig
 from tests.component.upstream import Connection, Request
 
@@ -36,13 +36,21 @@ async function attack(base) { return {
 </script>"""
 
 
+PLAIN = b"""<!doctype html><title>engine</title><link rel="icon" href="data:,"><script src="lib.js"></script><body>
+<form method="post" action="own.json"><input name="x" value="1"></form><a href="page.html">next</a>"""
+
+
 def _respond(kind: str, body: bytes, more: str = "") -> bytes:
     return f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def _engine(request: Request, connection: Connection) -> None:
     path = request.target.partition("?")[0]
-    if path.endswith("own.json"):
+    if path.endswith("lib.js"):
+        await connection.say(_respond("text/javascript", b"window.lib = 'ran'"))
+    elif path.endswith("plain.html"):
+        await connection.say(_respond("text/html", PLAIN))
+    elif path.endswith("own.json"):
         await connection.say(_respond("application/json", b'"own"'))
     elif path.endswith("sw.js"):
         await connection.say(_respond("text/javascript", b"", "Service-Worker-Allowed: /\r\n"))
@@ -63,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def play(browser: Browser, directory: Path, scenario: Any, known: Keys | None = None) -> None:
-    rig = Rig(directory, HostGateway(), QUICK)
+    rig = Rig(directory, HostGateway().replace(hosts=(LAN_HOST,)), QUICK)
 
     async def whole() -> None:
         async with rig.running(known or Keys.read([])), opened(browser) as page:
@@ -132,5 +140,40 @@ def test_a_document_that_stays_at_the_gateways_origin_is_sandboxed(browser: Brow
         found = await attacked(rig, page)
         assert "SecurityError" in found["storage"]
         assert (acted(rig), found["own"] == '"own"') == ([], False)
+
+    play(browser, tmp_path, scenario)
+
+
+def test_from_another_machine_a_page_shows_itself_and_its_scripts_reach_nothing(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """docs/gateway.md says what works there."""
+
+    async def scenario(rig: Rig, page: Page) -> None:
+        base = f"http://{LAN_HOST}:{rig.port}/upstream/qwen"
+        await page.goto(f"{base}/plain.html")
+        assert await page.ask("location.href") == f"{base}/plain.html"
+        assert (await page.ask("self.origin"), await page.ask("window.lib")) == ("null", "ran")
+        tried = "fetch('own.json').then(answer => answer.text(), error => '' + error)"
+        assert "TypeError" in str(await page.ask(tried))
+        await page.goto(f"{base}/page.html")
+        found = await page.ask(f'attack("http://{LAN_HOST}:{rig.port}")')
+        assert isinstance(found, dict)
+        assert "SecurityError" in found["storage"]
+        assert acted(rig) == []
+        assert [request.target for request in rig.engine.requests if request.method != "GET"] == []
+
+    play(browser, tmp_path, scenario)
+
+
+def test_from_another_machine_a_page_of_another_site_loads_no_model(browser: Browser, tmp_path: Path) -> None:
+    async def scenario(rig: Rig, page: Page) -> None:
+        rig.add_model("cold")
+        await page.goto("data:text/html,<title>another site</title>")
+        image = "(address) => new Promise(done => { const image = new Image(); image.onerror = () => done('no'); "
+        image += "image.onload = () => done('yes'); image.src = address })"
+        for address in (f"http://{LAN_HOST}:{rig.port}", f"http://127.0.0.1:{rig.port}"):
+            assert await page.ask(f"({image})('{address}/upstream/cold/picture.png')") == "no"
+        assert rig.api.requests == []
 
     play(browser, tmp_path, scenario)

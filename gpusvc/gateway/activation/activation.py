@@ -1,7 +1,7 @@
-"""The way into the models for the requests of one worker: at once where a model is ready, else after a wait.
+"""How the requests of one worker get into the models: at once if the model is ready, else after a wait.
 
-Every request that is relayed has a Passage: for as long as it is open the model is in use, and not evicted. One
-Activation belongs to one event loop; workers share nothing but the kernel's locks.
+Every request that is relayed has a Passage. While it is open the model is in use, and is not evicted. An Activation
+belongs to one event loop; workers share only the kernel's locks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Activation", "Passage"]
 
 
 class Activation:
-    """All models, by name."""
+    """The entrances of all models."""
 
     def __init__(
         self,
@@ -40,11 +40,10 @@ class Activation:
     ) -> None:
         """
         Args:
-            loop: whose thread alone may use this.
-            paths: where leases, locks and slots are.
-            api: the API's socket, where models are started.
-            settings: ``max_waiting`` and ``activation_timeout`` as they are now; ``workers`` counts when a model's
-                first slot is taken.
+            loop: only its thread may use this object.
+            paths: of leases, locks and slots.
+            api: the socket of the API, which starts models.
+            settings: returns the current settings. ``workers`` is read when a model's first slot is taken.
         """
         self._loop = loop
         self._paths = paths
@@ -54,9 +53,9 @@ class Activation:
         self._entrances: dict[str, Entrance] = {}
 
     def try_enter(self, serving: Serving) -> Passage | None:
-        """Come in without waiting; None: that is not possible now, and enter() is to be awaited.
+        """Get into the model without waiting; None: await enter().
 
-        The model is ready, its door open, a slot of its ``concurrency`` free, and nobody waits who came before.
+        It succeeds if the model is ready, its door is open, one of its slots is free, and no request waits.
         """
         entrance = self._entrances.get(serving.name) or self._entrance(serving.name)
         return entrance.try_enter(serving)
@@ -68,14 +67,14 @@ class Activation:
         on_wait: Callable[[str], None] | None = None,
         knows: Shown = lambda _: True,
     ) -> Passage:
-        """Come in, and wait for that where need be: at the door, for the start, for a slot, behind whoever came before.
+        """Get into the model; wait at the door, for the start, for a slot, and behind earlier requests.
 
-        Cancelling it takes this request out of the line; with the last one out, a start is abandoned.
+        Cancelling removes this request from the queue. When the last one is removed, the start is abandoned.
 
         Args:
             serving: the model.
-            on_wait: told in a sentence what is being waited for: at the beginning, when that changes, and every few
-                seconds. Called from the loop, never after this has returned.
+            on_wait: called with a sentence that says what the request waits for: at the beginning, when that changes,
+                and every few seconds. Called from the loop, and never after this method has returned.
             knows: the models that the client may know of. A sentence only counts the others.
 
         Raises:
@@ -93,19 +92,19 @@ class Activation:
         )
 
     def look_at(self, serving: Serving) -> Onlooker | None:
-        """A way to the engine that does not use the model; None: the model is not ready."""
+        """Return access to the engine without using the model; None: the model is not ready."""
         engine = self._entrance(serving.name).find()
         return None if engine is None else Onlooker(serving, engine)
 
     def suspect(self, serving: Serving) -> None:
-        """Its port refused, or the connection to it died: ask anew before anybody is sent there.
+        """Note that the engine refused or lost a connection: check it before the next request is sent there.
 
-        Where it turns out that it answers after all, this costs the next request one connection to it.
+        If it does answer, that costs the next request one connection to it.
         """
         self._entrance(serving.name).suspect()
 
     def close(self) -> None:
-        """Have nobody wait any more (HttpError 503), and nobody inside."""
+        """Fail all waiting requests (HttpError 503), and end all uses of models."""
         for entrance in self._entrances.values():
             entrance.close()
 

@@ -1,4 +1,4 @@
-"""Where a model's engine answers, as its lease said when it was last looked at."""
+"""Where a model's engine answers, by its lease as it was last read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Engine(NamedTuple):
 
 
 class EngineFinder:
-    """The lease of one model: looked at often, and read when it changed.
+    """Looks at the lease of one model often, and reads it when it has changed.
 
-    It holds for whoever is inside the model (Turnstile), which is not evicted then. A model that was stopped or
-    died all the same is seen by the next look, or by who finds that nobody answers: suspect().
+    What it finds is true for requests inside the model (Turnstile), which is not evicted then. If the model was stopped
+    or died, the next look shows it, or the request that gets no connection reports it: suspect().
     """
 
     def __init__(self, paths: Paths, name: str) -> None:
@@ -42,11 +42,11 @@ class EngineFinder:
 
     @property
     def suspected(self) -> Engine | None:
-        """The engine that the lease still names, and that is not believed to answer."""
+        """The engine that the lease still names, although it did not answer; None: there is none."""
         return self._engine if self._engine == self._suspected else None
 
     def find(self) -> Engine | None:
-        """None: the model is not ready, its lease makes no sense, or its engine is suspected."""
+        """Return the engine; None: the model is not ready, its lease is not valid, or its engine is suspected."""
         try:
             stamp = files.stamp(self._file)
         except OSError:
@@ -57,11 +57,11 @@ class EngineFinder:
         return None if self._engine == self._suspected else self._engine
 
     def suspect(self) -> None:
-        """Do not believe in this run of the engine any more, whatever its lease says."""
+        """Do not return this run of the engine any more, whatever its lease says."""
         self._suspected = self._engine
 
     def trust(self, engine: Engine) -> None:
-        """It answered after all."""
+        """Note that ``engine`` answered after all."""
         if self._suspected == engine:
             self._suspected = None
 
@@ -70,7 +70,7 @@ class EngineFinder:
             lease = leases.read(self._paths, self._name)
         except BrokenLeaseError as error:
             if isinstance(error.__cause__, OSError):
-                self._stamp = None  # it says nothing of the file: there were no descriptors, or no memory
+                self._stamp = None  # the file may be valid: this process had no descriptors or no memory
             return None
         if lease is None or not lease.ready or lease.address is None:
             return None

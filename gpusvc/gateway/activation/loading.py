@@ -1,4 +1,4 @@
-"""Brings one model up for those who wait for it: one start at a time, however many wait."""
+"""Starts one model for the requests that wait for it: one start at a time, however many requests wait."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gpusvc.gateway.activation.engine import Engine, EngineFinder
 from gpusvc.gateway.activation.peer import require_engine
 from gpusvc.gateway.activation.starter import Failure, Starter
 
-# Clients that come within this time after a failure are told the same, without asking the API again. The API decides
-# how long a model is left alone after a failure: it also knows when somebody has started it by hand.
+# Requests that come within this time after a failure get the same error, without asking the API again. The API decides
+# how long the cooldown is: it also knows when a person has started the model.
 _FAILURE_SECONDS = 1.0
 
-# The code of a start that somebody called off, which says nothing of the next start.
+# The code of a start that a person stopped. It says nothing about the next start.
 _STOPPED = "stopped"
 
-# How often the API may call a model ready whose engine is not seen or does not answer, before it is given up.
+# How often the API may report that a model is ready although its lease names no engine, before the gateway gives up.
 _DISAPPOINTMENTS = 5
 _FIRST_DISAPPOINTMENT_SECONDS = 0.1
 
@@ -28,7 +28,7 @@ _LOAD_SECONDS = 10.0  # a guess before the first load
 
 
 class Loading:
-    """Of one model, in one worker."""
+    """The starts of one model in one worker."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Loading:
         self._failure: Failure | None = None
         self._failed_seconds = -math.inf
         self.expected_seconds = _LOAD_SECONDS
-        """How long the last load took."""
+        """How long the last load took; a guess before the first one."""
 
     @property
     def is_running(self) -> bool:
@@ -58,27 +58,27 @@ class Loading:
 
     @property
     def fresh_failure(self) -> Failure | None:
-        """Why the model just did not start; None: nothing that still counts."""
+        """Why the last start failed, if that was a moment ago; else None."""
         is_fresh = time.monotonic() - self._failed_seconds < _FAILURE_SECONDS
         return self._failure if is_fresh and self._finder.find() is None else None
 
     def begin(self) -> None:
-        """Start the model, unless that is under way."""
+        """Start the model, unless a start is under way."""
         if self._task is None:
             self._task = self._loop.create_task(self._run())
 
     def abandon(self) -> None:
-        """Nobody waits any more: cancel the start."""
+        """Cancel the start, because no request waits any more."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
 
     def served(self) -> None:
-        """The engine took a request, so that it is there."""
+        """Note that the engine got a request, so that it is really there."""
         self._disappointments = 0
 
     def failed(self, failure: Failure) -> None:
-        """Remember what all who waited were told."""
+        """Remember the error that all waiting requests got."""
         self._failure = failure if failure.code != _STOPPED else None
         self._failed_seconds = time.monotonic()
         self._disappointments = 0
@@ -106,14 +106,14 @@ class Loading:
         return None
 
     async def _bear_disappointment(self) -> Failure | None:
-        """Handle a model that the API calls ready and that is not: it has just ended, perhaps unknown to the API."""
+        """Handle a model that is not ready although the API says so: it has just ended, perhaps unknown to the API."""
         self._disappointments += 1
         if self._disappointments <= _DISAPPOINTMENTS:
             await asyncio.sleep(_FIRST_DISAPPOINTMENT_SECONDS * 2 ** (self._disappointments - 1))
             return None
         return Failure(
             503,
-            f"{self._name} was started, and did not stay.",
+            f"{self._name} was started, but ended at once.",
             hint=f"`gpusvc logs {self._name}` shows why.",
             code="model_not_ready",
             retry_after_seconds=10,

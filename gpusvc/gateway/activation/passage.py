@@ -13,23 +13,23 @@ from gpusvc.gateway.activation.engine import Engine
 from gpusvc.gateway.activation.line import News
 from gpusvc.state.line import Shown
 
-# How often a waiting client is told the same again: clients and proxies have timeouts.
+# How often a waiting client gets the same comment again: clients and proxies have timeouts.
 _NEWS_SECONDS = 5.0
 
 
 class Model(Protocol):
-    """The model that a passage leads into, as its worker sees it."""
+    """The model that a passage leads into."""
 
     touch: Callable[[], None]
 
     def leave(self, slot: int | None, began_seconds: float, *, is_inside: bool) -> None:
-        """One request is over. ``is_inside``: it counts as a use of the model."""
+        """Note that a request is over. ``is_inside``: it counted as a use of the model."""
 
     def step_out(self) -> None:
-        """One request does not count as a use of the model any more."""
+        """Note that a request does not count as a use of the model any more."""
 
     def step_in(self) -> bool:
-        """Count one request as a use again; False: the model is being evicted."""
+        """Count a request as a use again. Return False if the model is being evicted."""
 
 
 class Passage:
@@ -92,20 +92,20 @@ class Onlooker:
         self.authorization = engine.authorization
 
     def touch(self) -> None:
-        """It makes no progress for the model."""
+        """Do nothing: it is no use of the model, so that its progress does not count."""
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Do nothing: it holds nothing."""
 
     def rest(self) -> None:
-        """It is no use."""
+        """Do nothing: it does not count as a use."""
 
     def wake(self) -> None:
-        """Likewise."""
+        """Do nothing, as rest()."""
 
 
 class Waiter:
-    """One request that waits."""
+    """A request that waits for its model."""
 
     __slots__ = ("future", "knows", "on_wait", "serving", "told", "told_seconds")
 

@@ -1,6 +1,6 @@
-"""Asks the API to start a model, and waits for what comes of it; the gateway itself may start nothing.
+"""Asks the API to start a model, and waits for the result. The gateway itself has no right to start anything.
 
-The API keeps such a start going for as long as somebody waits for it, so that cancelling abandons it.
+The API goes on with such a start only as long as its caller waits. So cancelling abandons the start.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 from gpusvc.gateway.http.replies import HttpError
 
-# An API that is being restarted or upgraded is back within seconds; its socket is there all the time, if its unit is.
+# An API that is being restarted or upgraded is back within seconds. Its socket is there all the time.
 _TRIES = 6
 _FIRST_PAUSE_SECONDS = 0.1
 
-# A connection that lasted for so long was to an API that worked: patience with the next one begins anew.
+# If a connection lasted this long, the API worked: the tries are counted anew.
 _WORKED_SECONDS = 1.0
 
 _LONGEST_ANSWER_BYTES = 1 << 20
 
-# What a client should know as it is. Whatever else the API says (such as 403) is about the gateway.
+# Statuses that the client gets as they are. Others, such as 403, are about the gateway and not about the client.
 _PASSED_ON = frozenset({404, 409, 429, 500, 502, 503, 504})
 
 
@@ -42,10 +42,10 @@ class Failure:
     log: tuple[str, ...] = ()
     """The engine's last lines."""
     brief: str | None = None
-    """As HttpError has it: a reason may be who holds a GPU."""
+    """As in HttpError: the reason may name the model that holds a GPU."""
 
     def to_http_error(self, *, show_logs: bool) -> HttpError:
-        """A new one for each request that it is told to."""
+        """Return the error for one request."""
         message = self.message
         said = [line for line in self.log if line.strip() and line.strip() not in message]
         if said and show_logs:
@@ -63,13 +63,13 @@ class Failure:
 
 
 class Starter:
-    """The line to the API."""
+    """Sends the API's socket one request for each start."""
 
     def __init__(self, api: Path) -> None:
         self._api = api
 
     async def start(self, name: str) -> Failure | None:
-        """Have ``name`` started and wait until it is ready, for as long as that takes; None: it is."""
+        """Have ``name`` started, and wait until it is ready. Return why it did not start; None: it is ready."""
         pause = _FIRST_PAUSE_SECONDS
         tries = 0
         while True:
@@ -86,15 +86,15 @@ class Starter:
             pause *= 2
 
     async def _ask(self, name: str) -> Failure | None:
-        """Raises OSError or ValueError where there is no answer, or none that makes sense."""
+        """Ask once. Raise OSError or ValueError if there is no valid response."""
         reader, writer = await asyncio.open_unix_connection(self._api)
         try:
-            # HTTP/1.0: the answer is what comes until the end, in one piece.
+            # HTTP/1.0: the response is everything up to the end of the connection.
             writer.write(b"POST /gpusvc/models/%b/start?wait=request HTTP/1.0\r\n" % name.encode())
             writer.write(b"Host: localhost\r\nContent-Length: 0\r\n\r\n")
             return _read_answer(await _read_all(reader), name)
         finally:
-            # At once: that is how the API learns that nobody waits any more.
+            # At once: so the API learns that no request waits any more.
             writer.transport.abort()
 
     def _unreachable(self, name: str, error: Exception) -> Failure:
@@ -113,7 +113,7 @@ async def _read_all(reader: asyncio.StreamReader) -> bytes:
     while piece := await reader.read(1 << 16):
         pieces += piece
         if len(pieces) > _LONGEST_ANSWER_BYTES:
-            raise ValueError("its answer is too long")
+            raise ValueError("its response is too long")
     return bytes(pieces)
 
 
@@ -128,7 +128,7 @@ def _read_answer(answer: bytes, name: str) -> Failure | None:
         or not words[0].startswith("HTTP/1.")
         or len(body) < int(fields.get("content-length", 0))
     ):
-        raise ConnectionError("it ended in the middle of its answer")
+        raise ConnectionError("it ended in the middle of its response")
     status = int(words[1])
     if 200 <= status < 300:
         return None
@@ -157,5 +157,5 @@ def _text(value: object) -> str | None:
 def _seconds(value: str | None) -> int | None:
     try:
         return None if value is None else max(0, math.ceil(float(value)))
-    except (ValueError, OverflowError):  # a date, which the API does not send
+    except (ValueError, OverflowError):  # a date; the API sends none
         return None

@@ -1,6 +1,6 @@
 """The models as clients see them: found by any of their names, and listed, whether they run or not.
 
-What it says of a model's state is what its lease says, as of now; whether a request may pass is decided elsewhere.
+The state of a model is what its lease says now. This module does not decide whether a request may pass.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gpusvc.quantity import shown
 from gpusvc.state import lease as leases
 from gpusvc.state.lease import BrokenLeaseError
 
-# How old the view of the files may be. Nobody waits for less after saving one, and a look at a hundred costs 1 ms.
+# How old the view of the files may be. A look at a hundred files costs 1 ms, and nobody notices the delay.
 FRESH_SECONDS = 0.25
 
-# A file that cannot be taken is looked at no more often than this, however many ask for it.
+# The catalog looks for a new file no more often than this, however many requests name it.
 _AGAIN_SECONDS = 0.02
 
-# Searching for the nearest name takes long where names are.
+# Characters of a name that are compared with other names: the search takes long for long names.
 _MAX_COMPARED = 100
 
 _WARNING = 4
@@ -46,7 +46,7 @@ Allowed = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What the lease tells, cheaply."""
+    """What the lease says of a model."""
 
     state: str  # "stopped", "loading", "ready"; "unknown": its lease cannot be read
     gpus: tuple[int, ...] = ()
@@ -60,29 +60,29 @@ class Catalog:
         """
         Args:
             paths: where the models' files and leases are.
-            now: seconds of a clock that nobody sets.
+            now: returns seconds of a monotonic clock.
         """
         self._paths = paths
         self._now = now
         self._watched = Watched(paths, lambda error: log(_WARNING, str(error)))
         self._servings: dict[str, Serving] = {}
         self._by_name: dict[str, Serving] = {}  # and by alias
-        self._deepest = 0  # the most slashes in any of those
+        self._deepest = 0  # the most slashes in one of these names
         self._due = -1.0
 
     def names(self) -> list[str]:
-        """Of all models, sorted; no aliases."""
+        """Return the names of all models, sorted, without aliases."""
         self._refresh()
         return list(self._servings)
 
     def resolve(self, text: str | None, *, allowed: Allowed = lambda _: True, guess: bool = False) -> Serving:
-        """The model that a client means.
+        """Return the model that a client means.
 
         Args:
             text: a name or an alias; None: the request names none.
-            allowed: whether the client may use a model, and know of it. All others do not exist for it.
-            guess: take the one model for meant where there is one only, and none is named. Not for what a GET asks for,
-                or a stray look at any page would load it.
+            allowed: whether the client may use a model. Other models do not exist for the client.
+            guess: if the request names no model and there is only one, take that one. Not for a GET: opening any page
+                would load the model.
 
         Raises:
             HttpError: 404 there is no such model, 400 none is named.
@@ -111,10 +111,10 @@ class Catalog:
         raise HttpError(400, "The request names no model.", hint=hint, code="missing_model", param="model")
 
     def locate(self, named: Route, *, allowed: Allowed = lambda _: True) -> tuple[Serving, bytes]:
-        """The model of a NAMED route, and the target for its engine. Aliases may have slashes: the longest name counts.
+        """Return the model of a NAMED route, and the target for its engine. Of aliases with slashes the longest counts.
 
         Raises:
-            HttpError: 404 there is no such model; 308 a slash is missing behind its name.
+            HttpError: 404 there is no such model; 308 the slash after its name is missing.
         """
         if self._now() >= self._due:
             self._refresh()
@@ -130,10 +130,10 @@ class Catalog:
         return self._by_name[name], rest
 
     def listing(self, allowed: Allowed) -> bytes:
-        """The list of models as OpenAI, Anthropic and llama-server's router have it, all at once; JSON.
+        """Return the list of models as JSON, in the forms of OpenAI, Anthropic and llama-server's router at once.
 
         Args:
-            allowed: whether the client may know of a model.
+            allowed: whether the client may use a model. Other models are not listed.
         """
         self._refresh()
         data = [
@@ -149,7 +149,7 @@ class Catalog:
         return _encode(page)
 
     def card(self, text: str, *, allowed: Allowed = lambda _: True) -> bytes:
-        """What the list says of one model, under the name asked for; JSON.
+        """Return as JSON what the list says of one model, under the name ``text``.
 
         Raises:
             HttpError: 404 there is no such model.
@@ -158,7 +158,7 @@ class Catalog:
         return _encode(self._entry(serving, text, self._created(serving), self._state(serving)))
 
     def _refresh(self) -> None:
-        """Look at the files again, unless that was just done."""
+        """Read the files that have changed, unless that was just done."""
         now = self._now()
         if now < self._due:
             return
@@ -174,13 +174,13 @@ class Catalog:
         by_name: dict[str, Serving] = {}
         for serving in servings.values():
             for alias in serving.aliases:
-                by_name.setdefault(alias, serving)  # `gpusvc check` tells of one that two have
+                by_name.setdefault(alias, serving)  # `gpusvc check` reports an alias of two models
         self._by_name = by_name | servings
         self._servings = servings
         self._deepest = max((name.count("/") for name in self._by_name), default=0)
 
     def _is_new(self, text: str) -> bool:
-        """Whether there is a file of that name by now, and so a look at all: who adds a model asks for it next."""
+        """Return whether a file of that name has appeared; then read all files. A new model is soon asked for."""
         now = self._now()
         if now < self._due - FRESH_SECONDS + _AGAIN_SECONDS or not is_name(text):
             return False
@@ -191,9 +191,9 @@ class Catalog:
         return True
 
     def _similar(self, text: str, allowed: Allowed) -> Serving | None:
-        """The one model of which ``text`` is another spelling: qwen for qwen:latest, openai/qwen and Qwen.
+        """Return the one model of which ``text`` is another spelling: qwen for qwen:latest, openai/qwen and Qwen.
 
-        Its engine gets the name by which it was found.
+        Its engine gets the name or alias that matched.
         """
         plain = text[:_MAX_COMPARED].removesuffix(":latest").casefold()
         for wanted in (plain, plain.rpartition("/")[2]):
@@ -215,7 +215,7 @@ class Catalog:
         if near:
             hint = f"Did you mean {' or '.join(repr(known[name]) for name in near)}?"
         else:
-            hint = "GET /v1/models lists those that there are." if known else "There is none at all."
+            hint = "GET /v1/models lists all models." if known else "No model is configured."
         return HttpError(404, f"There is no model {shown(text)}.", hint=hint, code="model_not_found", param="model")
 
     def _entries(self, serving: Serving) -> Iterator[dict[str, object]]:
@@ -247,7 +247,7 @@ class Catalog:
         }
 
     def _created(self, serving: Serving) -> int:
-        """When the model's file was changed last, in seconds since 1970."""
+        """Return when the model's file was changed last, in seconds since 1970; 0: unknown."""
         try:
             return int(self._paths.model_file(serving.name).stat().st_mtime)
         except OSError:

@@ -1,4 +1,4 @@
-"""Which model a request is for, by its path, query, header or body. It opens nothing and waits for nothing."""
+"""Which model a request is for, by its path, query, header or body. It does no I/O of its own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MODEL, _MANAGEMENT, _NAMED = Target.MODEL, Target.MANAGEMENT, Target.NAMED
 
 
 class Destination(NamedTuple):
-    """What a request is forwarded to."""
+    """The upstream of a request, and what it is asked for."""
 
     serving: Serving | None
     """The model; None: the management API."""
     path: bytes
-    """What the upstream is asked for, path and query."""
+    """Path and query of the request to the upstream."""
     is_edited: bool
     """Whether the model's configuration may change the body."""
     is_probe: bool = False
@@ -34,7 +34,7 @@ class Destination(NamedTuple):
 
 
 def allowed_by(key: Key | None) -> Allowed:
-    """Whether a request with this key may use a model, and know of it; None: no keys are needed."""
+    """Return the function that says whether a request with this key may use a model. None: no keys are needed."""
     return _anybody if key is None else key.may_use
 
 
@@ -43,10 +43,10 @@ def _anybody(_model: str) -> bool:
 
 
 def find(catalog: Catalog, route: Route, head: RequestHead, body: Body, allowed: Allowed) -> Destination | None:
-    """Where a request goes; None: more of its body must be read to know.
+    """Return the destination of a request; None: more of its body must be read first.
 
     Raises:
-        HttpError: 400 it names no model, 404 there is no such model, or the key is not for it.
+        HttpError: 400 the request names no model, 404 there is no such model, or the key is not for it.
     """
     target = route.target
     if target is _MODEL:

@@ -37,18 +37,18 @@ _SIGNED = re.compile(rb"([0-9]{1,12})\.([0-9a-f]{64})\.([A-Za-z0-9_-]+)")
 
 @lru_cache(maxsize=256)
 def model_in(host: bytes | None) -> str | None:
-    """The model whose origin a Host is; None: the gateway's own."""
+    """Return the model whose origin a Host is; None: it is the gateway's own."""
     match = None if host is None else _HOST.fullmatch(host)
     return None if match is None else match[1].decode()
 
 
 def is_loopback(host: bytes | None) -> bool:
-    """Whether the browser runs on this machine, where NAME.localhost leads here too."""
+    """Return whether the browser runs on this machine, where NAME.localhost leads here too."""
     return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
 def is_local(host: bytes) -> bool:
-    """Whether a Host is this machine by its name alone: browsers trust it as they trust TLS."""
+    """Return whether a Host can only mean this machine. Browsers trust such a Host as they trust TLS."""
     return _LOOPBACK.fullmatch(host) is not None or model_in(host) is not None
 
 
@@ -69,7 +69,7 @@ class Sessions:
         self._now = now
 
     def location(self, head: RequestHead, scheme: bytes, model: str, path: bytes, key: Key | None) -> bytes | None:
-        """Where a browser finds a path of the engine at its own origin; None: there is none for this Host or name."""
+        """Return the URL of a path at the engine's own origin; None: this Host or this name has none."""
         match = None if head.host is None else _LOOPBACK.fullmatch(head.host)
         if match is None or _LABELS.fullmatch(model) is None:
             return None
@@ -105,7 +105,7 @@ class Sessions:
         )
 
     def key_of(self, head: RequestHead, model: str) -> Key | None:
-        """The key that the request's cookie stands for; None: it has no valid one."""
+        """Return the key that the request's cookie stands for; None: it has no valid cookie."""
         for cookie in cookies_in(head):
             name, _, value = cookie.partition(b"=")
             if name == COOKIE and (key := self._verified(COOKIE, model, value)) is not None:
@@ -131,12 +131,12 @@ class Sessions:
 
 
 def cookies_in(head: RequestHead) -> list[bytes]:
-    """All cookies of a request, as NAME=VALUE."""
+    """Return all cookies of a request, as NAME=VALUE."""
     return [cookie.strip() for line in head.kept if _is_cookie(line) for cookie in line[7:].split(b";")]
 
 
 def hide_session(head: RequestHead) -> None:
-    """Take the gateway's own cookie out of what the engine gets."""
+    """Remove the gateway's own cookie from the head: the engine must not get it."""
     if not any(_is_cookie(line) for line in head.kept):
         return
     others = [cookie for cookie in cookies_in(head) if not cookie.startswith(COOKIE + b"=")]
@@ -150,7 +150,7 @@ def _is_cookie(line: bytes) -> bool:
 
 
 def to_engine(location: bytes) -> HttpError:
-    """The redirect of a browser to the engine's own origin."""
+    """Return the redirect of a browser to the engine's own origin."""
     return HttpError(
         307,
         "The engine's pages are at an address of their own.",
@@ -159,7 +159,7 @@ def to_engine(location: bytes) -> HttpError:
 
 
 def missing_session(model: str) -> HttpError:
-    """The error for a browser that opens an engine's page without a ticket."""
+    """Return the error for a browser that opens an engine's page without a ticket."""
     return HttpError(
         401,
         "The request has no valid API key.",

@@ -12,12 +12,12 @@ from gpusvc.gateway.http.request_head import RequestHead
 
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 
-# It makes a browser ask for a name and a password.
+# With this header a browser asks for a name and a password.
 _FOR_BROWSERS = ((b"www-authenticate", b'Basic realm="gpusvc"'),)
 
 
 class Gate:
-    """For one set of settings and keys."""
+    """Admits requests, for one set of settings and keys."""
 
     def __init__(self, guard: Guard, keys: Keys, sessions: Sessions) -> None:
         self._guard = guard
@@ -57,7 +57,7 @@ class Gate:
         return routes.engine_route(engine, head.target), self.authorise_page(head, engine)
 
     def authorise_page(self, head: RequestHead, model: str) -> Key | None:
-        """As authorise(), at an engine's own origin: a browser has a ticket or a cookie, programs have a key.
+        """Return the key of a request to an engine's own origin. Browsers have a ticket or a cookie, programs a key.
 
         Raises:
             HttpError: 303 the ticket becomes a cookie, 401 there is none of these.
@@ -74,7 +74,7 @@ class Gate:
         return key
 
     def send_to_engine(self, head: RequestHead, scheme: bytes, model: str, path: bytes, key: Key | None) -> None:
-        """Raises HttpError 307: a browser opens an engine's page at the gateway's own origin."""
+        """Raise HttpError 307 if a browser opens an engine's page at the gateway's own origin."""
         if head.fetch_mode == b"navigate" and head.method == b"GET":
             location = self._sessions.location(head, scheme, model, path, key)
             if location is not None:
@@ -144,10 +144,10 @@ def check_load(head: RequestHead, scheme: bytes) -> None:
 
 
 def _is_proven(head: RequestHead) -> bool:
-    """Whether a request that may change something comes from where its credentials were entered.
+    """Return whether a request that may change something comes from the page where its credentials were entered.
 
-    A browser adds a password that it remembers to requests of every page; so one of those needs an origin, which was
-    checked before. A program has its key in a header that a browser never adds by itself.
+    A browser adds a remembered password to the requests of every page. So a request with a password needs an origin,
+    which was checked before. A program sends its key in a header that a browser never adds by itself.
     """
     authorization = head.authorization
     if head.method in _SAFE or authorization is None or authorization[:6].lower() != b"basic ":

@@ -32,19 +32,19 @@ _METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED = b"retry-after, x-request-id"
 _PREFLIGHT_SECONDS = b"600"
 
-# Hosts that were found to be ours are known by their bytes. Clients could make up as many as they like.
+# The most hosts that are remembered as accepted: clients could make up any number.
 _MAX_KNOWN = 1024
 
 
 class Guard:
-    """The judgement for one set of settings."""
+    """Checks origins, for one set of settings."""
 
     def __init__(self, settings: HostGateway, *, keyed: bool, names: Collection[str] = ()) -> None:
         """
         Args:
             settings: ``hosts`` and ``cors_origins``.
-            keyed: every request needs a key. No page of strangers has one, whatever it calls us.
-            names: more names of this machine, which are of nobody else; its host name.
+            keyed: whether every request needs a key. A page of another site has none, so that the Host does not matter.
+            names: more names that only this machine has, such as its host name.
         """
         self._is_keyed = keyed
         self._hosts = {host.lower().encode() for host in (*settings.hosts, *names)}
@@ -64,12 +64,12 @@ class Guard:
         request_headers: bytes | None = None,
         private_network: bytes | None = None,
     ) -> Headers | Reply:
-        """Headers for the answer, or the whole answer where the browser only asks for leave (a preflight).
+        """Return headers for the response, or the whole response to a preflight request.
 
         Args:
             method: of the request.
-            target: likewise, path and query.
-            host: ``Host``, or the authority of the target where it has one.
+            target: path and query of the request.
+            host: ``Host``, or the authority of the target if it has one.
             origin: ``Origin``.
             fetch_site: ``Sec-Fetch-Site``.
             fetch_mode: ``Sec-Fetch-Mode``.
@@ -78,7 +78,7 @@ class Guard:
             private_network: ``Access-Control-Request-Private-Network``.
 
         Raises:
-            HttpError: 403 the request is not let in, 400 the host is none.
+            HttpError: 403 the request is refused, 400 the host is not valid.
         """
         if host is not None and not self.knows(host):
             self._admit(host)
@@ -94,16 +94,16 @@ class Guard:
         return (*granted, (b"access-control-expose-headers", _EXPOSED))
 
     def knows(self, host: bytes | None) -> bool:
-        """Return whether ``host`` needs no further look, as judge() let it in before or lets all in."""
+        """Return whether ``host`` needs no check: judge() accepted it before, or accepts every host."""
         return self._is_keyed or host is None or host in self._known
 
     def _admit(self, host: bytes) -> None:
-        """Raises HttpError if ``host`` may be a stranger's name for this machine."""
+        """Raise HttpError if another site may own the name ``host``."""
         parts = _AUTHORITY.fullmatch(host.lower())
         if parts is None:
             raise HttpError(400, "The header Host is not valid.", code="invalid_host", close=True)
         name = parts[1].rstrip(b".")
-        # An address is no name that could be made to mean another; .localhost is the machine itself by RFC 6761.
+        # Nobody can make an address mean another machine. By RFC 6761, .localhost is the machine itself.
         is_ours = name in self._hosts or name == b"localhost" or name.endswith(b".localhost")
         if not is_ours and not _is_address(name):
             raise HttpError(
@@ -116,7 +116,7 @@ class Guard:
             self._known.add(host)
 
     def _granted(self, origin: bytes) -> Headers:
-        """Raises HttpError if the pages of ``origin`` may not use the gateway."""
+        """Return the headers that allow ``origin``. Raise HttpError if its pages may not use the gateway."""
         if b"*" in self._origins:
             return ((b"access-control-allow-origin", b"*"),)
         if origin.lower() in self._origins:
@@ -125,7 +125,7 @@ class Guard:
 
 
 def _is_address(name: bytes) -> bool:
-    """Whether ``name`` is an address that means one interface of one machine.
+    """Return whether ``name`` is an address of one interface of one machine.
 
     0.0.0.0 and [::] are not: browsers connect them to the loopback and do not count them as a local address, so that a
     page of any site may send requests there, without Sec-Fetch-Site.
@@ -141,12 +141,12 @@ def _is_address(name: bytes) -> bool:
 
 
 def _is_visit(method: bytes, target: bytes, fetch_mode: bytes | None) -> bool:
-    """Somebody follows a link to the status page."""
+    """Return whether a person follows a link to the status page."""
     return method in (b"GET", b"HEAD") and fetch_mode == b"navigate" and target.partition(b"?")[0] == b"/"
 
 
 def _is_same(origin: bytes, host: bytes | None) -> bool:
-    """Whether ``origin`` is the gateway itself. The scheme does not count: a front proxy may have ended TLS."""
+    """Return whether ``origin`` is the gateway's own. The scheme does not count: a proxy may have ended TLS."""
     scheme, _, authority = origin.lower().partition(b"://")
     if host is None or scheme not in _PORTS:
         return False
@@ -155,7 +155,7 @@ def _is_same(origin: bytes, host: bytes | None) -> bool:
 
 
 def _leave(request_headers: bytes | None, private_network: bytes | None) -> Headers:
-    """What a preflight is granted, which is all that it asks for: what counts is the origin, and the key."""
+    """Return the headers that grant a preflight request all it asks for: only the origin and the key matter."""
     headers: Headers = (
         (b"access-control-allow-methods", _METHODS),
         (b"access-control-max-age", _PREFLIGHT_SECONDS),

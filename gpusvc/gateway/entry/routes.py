@@ -1,7 +1,7 @@
-"""Where a request goes, by its method and its target alone. It knows no model's name, and reads no body.
+"""The route of a request, by its method and target alone. It knows no names of models and reads no body.
 
-Everything that is not the gateway's own goes to a model, whatever the path: engines have more paths than anybody could
-list. A target that two programs could read differently, one as a path and one as a way out of it, goes nowhere.
+Every path that is not the gateway's own goes to a model: engines have too many paths to list them. A target that two
+programs could read differently, such as one with /../, is refused.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from gpusvc.gateway.http.target import METHODS, invalid_target, unsupported_meth
 class Target(StrEnum):
     """What answers a request."""
 
-    MODEL = "model"  # one that the body names, or the query, or the header
-    NAMED = "named"  # one that the path names: /upstream/NAME/…
+    MODEL = "model"  # the model that the body, the query or the header names
+    NAMED = "named"  # the model that the path names: /upstream/NAME/…
     ORIGIN = "origin"  # the model whose origin the Host is: NAME.localhost
     MODELS = "models"  # the list of models
-    MODEL_CARD = "model-card"  # what the list says of one
+    MODEL_CARD = "model-card"  # one model of the list
     HEALTH = "health"
     MANAGEMENT = "management"  # the API socket
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes."""
+    """The target of a request, and what it needs."""
 
     target: Target
     right: Right | None
     """The right that a key needs for it; None: no key is needed."""
     dialect: Dialect
     name: str | None
-    """MODEL: what the query says, if it does. NAMED: the first segment behind /upstream/; see ``names_in()``.
-    MODEL_CARD: which one."""
+    """MODEL: the model in the query, if there is one. NAMED: the first segment after /upstream/; see ``names_in()``.
+    MODEL_CARD: the model."""
     path: bytes
-    """What is sent on, path and query. Of NAMED it is what follows the name, and has no path where nothing does."""
+    """Path and query for the upstream. Of NAMED: what follows the name, which may have no path."""
 
 
 def route(method: bytes, target: bytes) -> Route:
-    """Where a request goes.
+    """Return the route of a request.
 
     Args:
         method: as it stands in the request.
-        target: likewise, in the form of a path; see ``in_origin_form()``.
+        target: as it stands in the request, in the form of a path; see ``in_origin_form()``.
 
     Raises:
-        HttpError: 400 a target that cannot be right, 404 a path that leads nowhere, 405 or 501 a wrong method.
+        HttpError: 400 the target is not valid, 404 nothing answers there, 405 or 501 the method is not supported.
     """
     if method == b"POST":
         known = _POSTED.get(target)
@@ -61,7 +61,7 @@ def route(method: bytes, target: bytes) -> Route:
     elif method not in METHODS:
         raise unsupported_method(method)
     if target == b"*" and method == b"OPTIONS":
-        return _HEALTH  # RFC 9110, 9.3.7: a ping of the server as a whole
+        return _HEALTH  # RFC 9110, 9.3.7: it asks about the server as a whole
     path, mark, query = target.partition(b"?")
     path = _checked(path, query)
     if path in _MODELS:
@@ -80,15 +80,15 @@ def route(method: bytes, target: bytes) -> Route:
     if path in _MANAGED or path.startswith(_MANAGED_BELOW):
         return Route(Target.MANAGEMENT, Right.ADMIN, Dialect.OPENAI, None, path + mark + query)
     if path.startswith(_OF_BROWSERS):
-        raise HttpError(404, f"There is no {path.decode()} here.", code="not_found")
+        raise HttpError(404, f"The gateway has no {path.decode()}.", code="not_found")
     return Route(Target.MODEL, Right.USE, _dialect(path), model, path + mark + query)
 
 
 def engine_route(name: str, target: bytes) -> Route:
-    """The route of a request at an engine's own origin: every path is the engine's.
+    """Return the route of a request to an engine's own origin: every path is the engine's.
 
     Raises:
-        HttpError: 400 a target that cannot be right.
+        HttpError: 400 the target is not valid.
     """
     path, mark, query = target.partition(b"?")
     path = _checked(path, query)
@@ -96,7 +96,7 @@ def engine_route(name: str, target: bytes) -> Route:
 
 
 def dialect_of(target: bytes) -> Dialect:
-    """In which form to answer a request that has no route."""
+    """Return the form of the response to a request that has no route."""
     path = target.partition(b"?")[0]
     if path.startswith(_UPSTREAM):
         path = b"/" + path.removeprefix(_UPSTREAM).partition(b"/")[2]
@@ -104,7 +104,7 @@ def dialect_of(target: bytes) -> Dialect:
 
 
 def names_in(named: Route, deepest: int) -> Iterator[tuple[str, bytes]]:
-    """What may be the name in the path of a NAMED route, shortest first, each with what follows it.
+    """Yield what may be the name in the path of a NAMED route, shortest first, each with what follows it.
 
     Args:
         named: the route.
@@ -121,20 +121,20 @@ def names_in(named: Route, deepest: int) -> Iterator[tuple[str, bytes]]:
 
 
 def to_pages(name: str, query: bytes) -> HttpError:
-    """The answer to /upstream/NAME: links of the engine's pages are right only where /upstream/NAME/ is the page.
+    """Return the redirect for /upstream/NAME: relative links of the engine's pages need /upstream/NAME/.
 
     Args:
-        name: the model's, or an alias.
-        query: with its question mark, if there is one.
+        name: of the model, or an alias.
+        query: with its question mark; may be empty.
     """
     location = _UPSTREAM + quote(name, safe="").encode() + b"/" + query
-    return HttpError(308, "The engine's pages have a slash behind its name.", headers=((b"location", location),))
+    return HttpError(308, "The path needs a slash after the model's name.", headers=((b"location", location),))
 
 
 _READING = frozenset({b"GET", b"HEAD"})
 
-# What may stand in a target: the characters of RFC 3986, and those that clients forget to encode and that mean nothing.
-# Not among them are "#", which belongs to the browser, and "\", which some programs take for a slash.
+# The characters of a target: those of RFC 3986, and harmless ones that clients forget to encode. Not "#", which only
+# browsers use, and not "\", which some programs read as a slash.
 _LETTERS = re.compile(rb'[!"$-\[\]-~]*')
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
@@ -147,7 +147,7 @@ _MANAGED = frozenset(
 )
 _MANAGED_BELOW = (b"/gpusvc/", b"/api/models/unload/")
 
-# What browsers ask for unasked. No model shall be loaded for it.
+# Browsers ask for these by themselves. That must not load a model.
 _OF_BROWSERS = (b"/favicon.ico", b"/robots.txt", b"/apple-touch-icon", b"/.well-known/")
 
 _ANTHROPIC = (b"/v1/messages", b"/messages")
@@ -206,18 +206,18 @@ USUAL = frozenset(_POSTED)
 
 
 def _checked(path: bytes, query: bytes) -> bytes:
-    """The path, with one slash at its beginning. Raises HttpError 400."""
+    """Return the path with one slash at its beginning. Raise HttpError 400 if it is not valid."""
     if not _LETTERS.fullmatch(path) or not _LETTERS.fullmatch(query):
         raise invalid_target("The target of the request has characters that must be percent-encoded.")
     if not path.startswith(b"/"):
         raise invalid_target("The target of the request must be a path.")
     if path.startswith(b"//"):
-        path = b"/" + path.lstrip(b"/")  # of clients whose base URL ends with a slash
+        path = b"/" + path.lstrip(b"/")  # from clients whose base URL ends with a slash
     plain = path
     if b"%" in path:
         if _BAD_ESCAPE.search(path):
             raise invalid_target("The path has a % that begins no percent-encoding.")
-        # Whoever decodes early and whoever decodes late must see the same segments.
+        # Programs that decode the path early or late must see the same segments.
         plain = unquote_to_bytes(path).replace(b"\\", b"/")
         if any(character < 0x20 or character == 0x7F for character in plain):
             raise invalid_target("The path has encoded control characters.")
@@ -237,7 +237,7 @@ def _named(path: bytes, query: bytes) -> Route:
 
 
 def _model_of(query: bytes) -> str | None:
-    """The parameter ``model``; of several the first."""
+    """Return the first parameter ``model``; None: there is none."""
     for parameter in query.split(b"&"):
         key, _, value = parameter.partition(b"=")
         if key == b"model" and value:
@@ -246,7 +246,7 @@ def _model_of(query: bytes) -> str | None:
 
 
 def _reading(method: bytes, read: Route) -> Route:
-    """Raises HttpError 405 for a method that would do more than read."""
+    """Return ``read``. Raise HttpError 405 if the method does not only read."""
     if method in _READING:
         return read
     raise HttpError(

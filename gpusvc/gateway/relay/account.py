@@ -1,4 +1,4 @@
-"""What is counted of one request, from its head to the end of its response."""
+"""What the metrics count of one request, from its head to the end of its response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SWITCHING_PROTOCOLS = 101
 
 
 class Account:
-    """Of one request."""
+    """The counters of one request."""
 
     __slots__ = ("_all", "_began_seconds", "_counters", "_is_attached", "_is_probe", "_is_waiting", "_status")
 
@@ -25,7 +25,7 @@ class Account:
         self._status = 0
 
     def open(self, model: str) -> None:
-        """The request is for this model."""
+        """Note that the request is for this model."""
         self._counters = self._all.of(model)
         self._counters.began()
 
@@ -46,7 +46,7 @@ class Account:
             self._counters.waiting(-1)
 
     def first_byte(self, status: int) -> None:
-        """The engine's response begins, with this status."""
+        """Note that the engine's response begins, with this status."""
         counters = self._counters
         if counters is not None:
             # An upgraded connection says as little, and may stay open for days.
@@ -62,7 +62,7 @@ class Account:
             self._counters.attached(1 if attached else -1)
 
     def close(self, response: Response, received_bytes: int) -> None:
-        """The request is over."""
+        """Note that the request is over."""
         if self._is_waiting:
             self.stop_waiting()
         if self._is_attached:

@@ -1,4 +1,4 @@
-"""What a client is told of an exception."""
+"""The errors that clients get for exceptions."""
 
 from __future__ import annotations
 

@@ -24,20 +24,20 @@ from gpusvc.quantity import format_duration
 
 
 class Owner(Protocol):
-    """Who forwards a request. After one of these calls the forwarding is over."""
+    """Who forwards a request. One of these calls is the end of the forwarding."""
 
     def fail(self, error: HttpError) -> None:
-        """There will be no whole response."""
+        """The response cannot become whole."""
 
     def finish(self) -> None:
         """The response was relayed to its end."""
 
     def on_unreachable(self, error: OSError | TimeoutError) -> None:
-        """Nobody takes connections at the upstream's address. Nothing was sent."""
+        """The upstream takes no connections. Nothing was sent."""
 
 
 class Forwarding:
-    """It is a Consumer of its Upstream."""
+    """Sends one request and relays its response, as the Consumer of its Upstream."""
 
     __slots__ = (
         "_account",
@@ -72,15 +72,15 @@ class Forwarding:
         """
         Args:
             shared: by all connections.
-            client: whose request it is.
-            owner: told of the end.
+            client: the connection of the request.
+            owner: gets the result.
             head: as the client sent it.
             body: for which begin() was called.
-            path: what the upstream is asked for, path and query.
+            path: path and query of the request to the upstream.
             lines: more for the request's head.
             response: to the client.
             account: of the request.
-            passage: the way into the model; None: the request is for the management API.
+            passage: into the model; None: the request is for the management API.
         """
         self._shared = shared
         self._client = client
@@ -114,7 +114,7 @@ class Forwarding:
         self._connect(address)
 
     def pump(self) -> None:
-        """Send on what came of the body. Raises HttpError 500, as Body does."""
+        """Send what came of the body. Raise HttpError 500, as Body does."""
         if self._upstream is not None:
             self._push(self._upstream)
             if self._passage is not None:
@@ -147,7 +147,7 @@ class Forwarding:
             self._owner.fail(HttpError(504, text, code="upstream_timeout"))
 
     def abort(self) -> None:
-        """Nobody wants the rest."""
+        """Stop: the rest of the response is not needed."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()

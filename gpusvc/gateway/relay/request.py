@@ -10,7 +10,7 @@ from gpusvc.gateway.http.request_head import RequestHead
 from gpusvc.gateway.relay.shared import Downstream
 from gpusvc.gateway.relay.upstream import Address
 
-# RFC 9110, 8.6: a body is expected with these methods, so that none is said by a length of zero.
+# RFC 9110, 8.6: with these methods a body is expected, so that the length is given even if it is zero.
 _WITH_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 
 # RFC 9110, 9.2.2.

@@ -1,4 +1,4 @@
-"""What all connections of one worker have in common, and what an exchange needs of the connection that it serves."""
+"""What all connections of one worker share, and what an exchange needs of the client's connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpusvc.state.counters import Counters
 
 
 class Shared:
-    """The parts of one worker. ``sweep()`` renews what changes with time."""
+    """The shared parts of one worker. ``sweep()`` renews what changes with time."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class Shared:
     ) -> None:
         """
         Args:
-            loop: whose thread alone may use this.
-            settings: as they are now.
-            keys: who may; somebody else keeps them up to date.
-            catalog: of the models.
-            activation: the way into them.
-            counters: what is counted of each.
+            loop: only its thread may use this object.
+            settings: returns the current settings.
+            keys: of the clients. The caller keeps them up to date.
+            catalog: the models.
+            activation: how requests get into the models.
+            counters: of all models.
             api: the management API's socket.
             limits: of each connection.
             names: more names of this machine.
@@ -66,11 +66,11 @@ class Shared:
         self.pool = Pool(loop, self.limits)
         self.budget = Budget(self.limits.held_bytes // settings().workers)
         self.is_draining = False
-        """No connection is kept for another request."""
+        """Whether the worker ends: no connection is kept for another request."""
         self.now = loop.time()
-        """The loop's time at the last sweep: exact enough for timeouts, and free."""
+        """The loop's time at the last sweep: exact enough for timeouts, and it costs nothing."""
         self.date = b""
-        """A line for the head of an answer."""
+        """The line of the Date field for responses."""
         self._names = names
         self._sessions = Sessions(secret or os.urandom(32), keys, tickets or UsedTickets())
         self._guarded = (settings(), keys.configured)
@@ -95,15 +95,15 @@ class Downstream(Protocol):
     """The connection of a client, as the exchange sees it whose turn it is."""
 
     forwarded: list[bytes]
-    """Lines for the engine that say so much of it."""
+    """Lines for the engine that describe the client."""
     address: bytes
-    """Of the client."""
+    """The client's address."""
     scheme: bytes
-    """By which it is connected."""
+    """http or https."""
 
     @property
     def is_kept(self) -> bool:
-        """Whether another request may follow on it; asked once, for the head of the answer, which then has to hold."""
+        """Whether another request may follow. Asked once, for the head of the response, which then promises it."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -113,13 +113,13 @@ class Downstream(Protocol):
     def resume(self) -> None: ...
 
     def finish(self, *, is_kept: bool) -> None:
-        """The answer was written to its end."""
+        """The response was written to its end."""
 
     def break_off(self) -> None:
-        """What was written is to arrive, and then nobody shall take it for the whole answer."""
+        """Close after what was written has arrived, so that the client sees that the response is not whole."""
 
     def abort(self) -> None:
-        """Nobody shall take what was written for the whole answer, even where the end of the connection is its end."""
+        """Close at once by a reset: the response is not whole, even if the connection's end is its end."""
 
     def detach(self) -> tuple[asyncio.Transport, bytes]:
-        """The connection for a tunnel, and what came on it already. ``finish()`` comes at its end."""
+        """Return the connection for a tunnel, and the bytes that came already. ``finish()`` is called at its end."""

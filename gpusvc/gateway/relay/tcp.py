@@ -1,4 +1,4 @@
-"""What asyncio does not tell of a TCP connection, and cannot do to it."""
+"""What asyncio cannot say about a TCP connection, or do with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A connection that has become another protocol's, as WebSocket's: bytes both ways until both ends had enough."""
+"""A connection that has changed to another protocol, such as WebSocket: bytes pass both ways until both ends close."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Tunnel:
     ) -> None:
         """
         Args:
-            client: the one end.
-            engine: the other.
+            client: the connection to the client.
+            engine: the connection to the engine.
             loop: of both.
-            patience_seconds: how long one of them may take for what is on its way to it when the other is closed.
-            on_progress: called at each piece, with the bytes of it that go to the client.
-            on_end: called once, when both are closed.
+            patience_seconds: when one end has closed, how long the other may take to receive what was written to it.
+            on_progress: called for each piece, with the number of its bytes that go to the client.
+            on_end: called once, when both ends are closed.
         """
         self._loop = loop
         self._patience_seconds = patience_seconds
@@ -43,13 +43,13 @@ class Tunnel:
         self._on_progress(sent_bytes)
 
     def finish_if_done(self) -> None:
-        """Close both when neither has more to say."""
+        """Close both ends when neither sends any more."""
         if all(end.is_finished for end in self._ends):
             for end in self._ends:
                 end.close()
 
     def closed(self, other: asyncio.Transport) -> None:
-        """One of the two is, and ``other`` is closing."""
+        """Note that one end is closed, and ``other`` is closing."""
         self._open -= 1
         if self._open == 0:
             self._on_end()
@@ -58,7 +58,7 @@ class Tunnel:
 
 
 class _End(asyncio.Protocol):
-    """One of the two: what it says is written to the other one."""
+    """One of the two connections: what comes on it is written to the other."""
 
     def __init__(self, tunnel: Tunnel, own: asyncio.Transport, other: asyncio.Transport, *, is_client: bool) -> None:
         self._tunnel = tunnel
@@ -75,7 +75,7 @@ class _End(asyncio.Protocol):
         self._tunnel.progressed(0 if self._is_client else len(data))
 
     def eof_received(self) -> bool:
-        """This one has no more to say, and may still want to hear. (With TLS that cannot be.)"""
+        """This end sends no more, but may still receive. (With TLS it cannot.)"""
         self.is_finished = True
         if not (self._own.can_write_eof() and self._other.can_write_eof()):
             self._other.close()
@@ -87,7 +87,7 @@ class _End(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        """This one does not take what the other says."""
+        """This end does not take what is written to it: read no more from the other."""
         if not self._other.is_closing():
             self._other.pause_reading()
 
@@ -97,7 +97,7 @@ class _End(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is None:
-            self._other.close()  # what is on its way to it still arrives
+            self._other.close()  # what was written to it still arrives
         else:
             self._other.abort()
         self._tunnel.closed(self._other)

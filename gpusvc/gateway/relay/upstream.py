@@ -1,6 +1,6 @@
-"""Connections to engines, and to the API: one request at a time on each, and then kept for the next one.
+"""Connections to engines and to the API: one request at a time on each; then it is kept for the next one.
 
-It frames requests no more than it was told, and takes answers apart. What they mean is for an exchange to say.
+This module sends bytes as they are given, and parses responses. What a response means is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from gpusvc.gateway.limits import Limits
 from gpusvc.gateway.relay import tcp
 
 Address = tuple[str, int] | Path
-"""Of an engine, or a socket in the file system."""
+"""An engine's address and port, or the path of a unix socket."""
 
 _UNTIL_CLOSE = -1
 
 
 class Consumer(Protocol):
-    """What takes an answer. After on_end() and on_lost() it hears no more, and the connection is another's."""
+    """Who gets a response. After on_end() or on_lost() nothing more is called, and the connection may serve another."""
 
     def on_head(self, head: ResponseHead, *, has_body: bool) -> None:
-        """The head of the answer, or of an interim one (1xx, but neither 100 nor 101)."""
+        """The head of the response, or of an interim response (1xx, but neither 100 nor 101)."""
 
     def on_upgrade(self, upstream: Upstream, head: ResponseHead, rest: bytes) -> None:
-        """The engine goes on with another protocol, of which ``rest`` came already: detach() comes next."""
+        """The engine changes to another protocol, of which ``rest`` came already. Call detach() next."""
 
     def on_body(self, data: bytes) -> None: ...
 
     def on_end(self, trailers: list[bytes]) -> None: ...
 
     def on_pause(self) -> None:
-        """All that came at once was told: now is the time to pass it on."""
+        """All bytes that came at once were passed: now write them to the client."""
 
     def on_lost(self, upstream: Upstream, reason: str) -> None:
-        """There will be no end; ``reason`` goes on after "the engine". It is aborted once this returns."""
+        """The connection ended early; ``reason`` follows "the engine". It is aborted after this call."""
 
     def on_writable(self) -> None:
-        """``is_blocked`` was, and is no longer, set."""
+        """``is_blocked`` is no longer set."""
 
 
 class Upstream(asyncio.Protocol):
-    """One connection."""
+    """One connection to an upstream."""
 
     __slots__ = (
         "_buffer",
@@ -76,15 +76,15 @@ class Upstream(asyncio.Protocol):
         self._pool = pool
         self.address = address
         self.is_used = False
-        """It has carried a request before this one: an engine may have closed it just now."""
+        """Whether it has carried a request before this one: the engine may be closing it just now."""
         self.is_blocked = False
-        """More should be written after Consumer.on_writable() only."""
+        """Whether to write no more before Consumer.on_writable()."""
         self.is_written = False
-        """The request was written to its end."""
+        """Whether the request was written to its end."""
         self.was_heard = False
-        """Something of the answer came."""
+        """Whether some of the response came."""
         self.heard = 0.0
-        """When the last byte came, or the request began; by the pool's clock."""
+        """When the last byte came, or else when the request began, by the pool's clock."""
         self._consumer: Consumer | None = None
         self._buffer = b""
         self._sent_bytes = 0  # of all requests
@@ -97,10 +97,10 @@ class Upstream(asyncio.Protocol):
         """Send the first bytes of a request.
 
         Args:
-            consumer: of the answer.
-            data: what there is of the request.
-            is_head_only: it is a HEAD, whose answer has no body.
-            takes_upgrade: an answer 101 was asked for.
+            consumer: gets the response.
+            data: the first bytes of the request.
+            is_head_only: it is a HEAD, whose response has no body.
+            takes_upgrade: whether the client asked for another protocol (101).
         """
         self._consumer = consumer
         self._is_head_only = is_head_only
@@ -111,17 +111,17 @@ class Upstream(asyncio.Protocol):
         self._transport.write(data)
 
     def write(self, data: bytes) -> None:
-        """More of the request."""
+        """Send more of the request."""
         self._sent_bytes += len(data)
         self._transport.write(data)
 
     def end(self) -> None:
-        """The request was written to its end; only then the connection may carry another one."""
+        """Note that the request was written to its end. Only then may the connection carry another one."""
         self.is_written = True
         self.heard = self._pool.now
 
     def pause(self) -> None:
-        """Read no more of the answer for now."""
+        """Read no more of the response for now."""
         if self._reading:
             self._reading = False
             self._transport.pause_reading()
@@ -134,16 +134,16 @@ class Upstream(asyncio.Protocol):
 
     @property
     def is_awaited(self) -> bool:
-        """The next byte has to come from the engine."""
+        """Whether the next byte must come from the engine."""
         return self.is_written and self._reading
 
     def is_untaken(self) -> bool:
-        """Whether the peer, which is lost, closed before it got the whole request: then it did not act on it."""
+        """Return whether the lost peer closed before it got the whole request: then it did not act on it."""
         taken = tcp.acknowledged_bytes(self._transport)
         return taken is not None and taken <= self._sent_bytes
 
     def abort(self) -> None:
-        """Nobody wants the rest: close at once, which is how the engine learns that it can stop."""
+        """Close at once: so the engine learns that nobody wants the rest."""
         self._consumer = None
         self._transport.abort()
 
@@ -156,7 +156,7 @@ class Upstream(asyncio.Protocol):
             raise
 
     def detach(self) -> asyncio.Transport:
-        """The connection without what is told here, for whoever gives it another protocol."""
+        """Return the connection, to be used by another protocol."""
         self._consumer = None
         return self._transport
 
@@ -165,7 +165,7 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         consumer = self._consumer
-        if consumer is None:  # nobody asked
+        if consumer is None:  # bytes without a request
             self._pool.forget(self)
             self._transport.abort()
             return
@@ -186,7 +186,7 @@ class Upstream(asyncio.Protocol):
 
     def eof_received(self) -> None:
         if self._consumer is None:
-            self._pool.forget(self)  # before anybody takes it
+            self._pool.forget(self)  # before a request takes it
         elif self._has_head and self._missing == _UNTIL_CLOSE and self._chunks is None:
             self._finish([])
         else:
@@ -208,7 +208,7 @@ class Upstream(asyncio.Protocol):
             self._consumer.on_writable()
 
     def _read_heads(self, consumer: Consumer, data: bytes) -> bytes | None:
-        """What follows the head of the answer; None: nothing more for now."""
+        """Return what follows the head of the response; None: the head is not complete, or the protocol has changed."""
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         limits = self._pool.limits
@@ -226,10 +226,10 @@ class Upstream(asyncio.Protocol):
                 break
             if head.status == 101:
                 if not self._takes_upgrade:
-                    raise BadResponseError("it changes the protocol, which nobody wanted")
+                    raise BadResponseError("it changes the protocol, which the client did not ask for")
                 consumer.on_upgrade(self, head, data)
                 return None
-            if head.status != 100:  # its body was on its way anyhow
+            if head.status != 100:  # the gateway sends the body without it
                 consumer.on_head(head, has_body=False)
                 consumer.on_pause()
         self._has_head = True
@@ -257,7 +257,7 @@ class Upstream(asyncio.Protocol):
                 consumer.on_pause()
                 return
             if size > missing:
-                self._keeps_alive = False  # what else comes is not asked for
+                self._keeps_alive = False  # more bytes than the response has
                 data = data[:missing]
             if data:
                 consumer.on_body(data)
@@ -293,17 +293,17 @@ class Upstream(asyncio.Protocol):
 
 
 class Pool:
-    """The connections of one worker that wait for their next request."""
+    """The idle connections of one worker."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
         self.limits = limits
         self.now = loop.time()
-        """The time of the last sweep: exact enough for what is kept in seconds, and free."""
+        """The loop's time at the last sweep: exact enough for timeouts, and it costs nothing."""
         self._loop = loop
         self._idle: dict[Address, list[Upstream]] = {}
 
     def take(self, address: Address) -> Upstream | None:
-        """One that idles, the last that was used; None: there is none."""
+        """Return the idle connection that was used last; None: there is none."""
         idle = self._idle.get(address)
         if not idle:
             return None
@@ -312,7 +312,7 @@ class Pool:
         return taken
 
     def make_room(self, address: Address) -> None:
-        """Close one that idles, for an engine with few threads: a new connection is about to want one."""
+        """Close an idle connection before a new one is made: an engine may have few threads for connections."""
         taken = self.take(address)
         if taken is not None:
             taken.abort()
@@ -338,7 +338,7 @@ class Pool:
         return made
 
     def give(self, upstream: Upstream) -> None:
-        """The request on it is over, and it can carry another."""
+        """Keep a connection whose request is over."""
         idle = self._idle.get(upstream.address)
         if idle is None:
             idle = self._idle[upstream.address] = []
@@ -350,13 +350,13 @@ class Pool:
             upstream.abort()
 
     def forget(self, upstream: Upstream) -> None:
-        """It is closed."""
+        """Remove a connection that is closed."""
         idle = self._idle.get(upstream.address)
         if idle is not None and upstream in idle:
             idle.remove(upstream)
 
     def sweep(self, now: float) -> None:
-        """Close those that have not been used for too long."""
+        """Close connections that were idle for too long."""
         self.now = now
         for address, idle in list(self._idle.items()):
             old = [upstream for upstream in idle if now - upstream.heard > self.limits.pooled_seconds]
@@ -367,7 +367,7 @@ class Pool:
                 del self._idle[address]
 
     def close(self) -> None:
-        """Close all."""
+        """Close all idle connections."""
         for upstream in self._all():
             upstream.abort()
         self._idle.clear()

@@ -1,4 +1,4 @@
-"""How many tokens an answer took, by what the engine says at its end. It never reads a whole answer."""
+"""How many tokens a response took, as the engine says at its end. It reads only the first and the last bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _COUNTED_TYPES = (b"application/json", b"text/event-stream")
 
 
 def is_usage_type(content_type: bytes | None) -> bool:
-    """Whether an answer of this type may say it."""
+    """Return whether a response of this type may say how many tokens it took."""
     return content_type is not None and content_type.lower().startswith(_COUNTED_TYPES)
 
 
 class Tail:
-    """The last bytes of an answer's body as they pass; and the first, where Anthropic's streams have the prompt's."""
+    """Keeps the last bytes of a body, and the first ones, where Anthropic's streams have the tokens of the prompt."""
 
     __slots__ = ("_first", "_last")
 
@@ -31,12 +31,12 @@ class Tail:
 
     @property
     def is_between_events(self) -> bool:
-        """Of a stream of events: none of them is half said."""
+        """Whether a stream of events is between two events."""
         return self._last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     def tokens(self) -> tuple[int, int] | None:
-        """Read and written; None: the answer does not say."""
-        # The quotes tell it from a text about usage, where they are escaped.
+        """Return how many tokens the engine read and wrote; None: the response does not say."""
+        # In a text that mentions "usage" the quotes would be escaped.
         found = self._last.rfind(b'"usage"')
         if found < 0:
             return None
