@@ -23,17 +23,18 @@ class Budget:
     given up: a client that sends its head slowly has taken the most time. Complete heads need no room.
     """
 
-    __slots__ = ("_bodies_bytes", "_heads", "_limit_bytes", "held_bytes")
+    __slots__ = ("_heads", "_limit_bytes", "bodies_bytes", "held_bytes")
 
     def __init__(self, limit_bytes: float = math.inf) -> None:
         self._limit_bytes = limit_bytes
-        self._bodies_bytes = limit_bytes * _BODIES
+        self.bodies_bytes = limit_bytes * _BODIES
+        """Bodies are held only up to this many ``held_bytes``."""
         self._heads: dict[Holder, None] = {}  # incomplete heads, oldest first
         self.held_bytes = 0
 
     def has_room(self, size: int) -> bool:
         """Return whether ``size`` more bytes of a body may be held."""
-        return self.held_bytes + size <= self._bodies_bytes
+        return self.held_bytes + size <= self.bodies_bytes
 
     def hold_ahead(self, holder: Holder, change: int, *, is_head: bool) -> bool:
         """Note that ``holder`` holds so many bytes more, or less, that no request has taken yet.

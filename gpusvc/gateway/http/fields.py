@@ -67,6 +67,10 @@ class Head:
         self.chunked = False
         self.content_type: bytes | None = None
 
+    def reset(self) -> None:
+        """Forget all fields."""
+        raise NotImplementedError
+
     def note_length(self, value: bytes) -> None:
         if self.content_length is not None or not value.isdigit() or len(value) > _LONGEST_LENGTH:
             raise MalformedError("Content-Length is not one number")
@@ -133,11 +137,11 @@ class HeadReader(Generic[H]):
         """Return whether a field of this name, in lower case, is not simply passed on."""
         return name in self._noted or name.startswith(self.dropped)
 
-    def read(self, make: Callable[[], H], block: bytes, lines: list[bytes], limits: Limits) -> H:
-        """Return the head whose fields are ``lines``.
+    def read(self, head: H, block: bytes, lines: list[bytes], limits: Limits) -> None:
+        """Fill ``head`` with the fields in ``lines``.
 
         Args:
-            make: returns a head without fields.
+            head: has no fields yet.
             block: the whole head, with its empty line.
             lines: all of ``block`` after the first line, split at line ends.
             limits: ``fields`` applies.
@@ -149,12 +153,10 @@ class HeadReader(Generic[H]):
         if len(lines) > limits.fields:
             raise TooManyFieldsError("it has too many fields")
         del lines[-2:]
-        head = make()
         if not self._put_together(head, lines):
-            head = make()
+            head.reset()
             self._parse(head, block[block.index(b"\r\n") + 2 :])
             self._learn(lines)
-        return head
 
     def _put_together(self, head: H, lines: Iterable[bytes]) -> bool:
         """Fill ``head`` from remembered and volatile lines. Return False if another line is among them."""

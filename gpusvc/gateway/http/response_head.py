@@ -35,12 +35,13 @@ class BadResponseError(Exception):
 class ResponseHead(Head):
     """The head of a response."""
 
-    __slots__ = ("cookies", "has_date", "keeps_alive", "reason", "status", "upgrade")
+    __slots__ = ("cookies", "has_date", "is_http10", "keeps_alive", "reason", "status", "upgrade")
 
     def __init__(self, status: int, reason: bytes, is_http10: bool) -> None:
         super().__init__()
         self.status = status
         self.reason = reason
+        self.is_http10 = is_http10
         self.keeps_alive = not is_http10
         self.has_date = False
         self.cookies: list[bytes] = []
@@ -51,6 +52,9 @@ class ResponseHead(Head):
     def is_stream(self) -> bool:
         """Whether the body is a stream of events."""
         return self.content_type is not None and self.content_type.lower().startswith(b"text/event-stream")
+
+    def reset(self) -> None:
+        ResponseHead.__init__(self, self.status, self.reason, self.is_http10)
 
     def finish(self) -> None:
         """Check the fields against each other. Raises MalformedError."""
@@ -80,7 +84,8 @@ def read_response(block: bytes, limits: Limits) -> ResponseHead:
     first, *lines = block.split(b"\r\n")
     status, reason, is_http10 = _read_status_line(first)
     try:
-        head = _READER.read(lambda: ResponseHead(status, reason, is_http10), block, lines, limits)
+        head = ResponseHead(status, reason, is_http10)
+        _READER.read(head, block, lines, limits)
         head.finish()
     except MalformedError as error:
         raise BadResponseError(str(error)) from None

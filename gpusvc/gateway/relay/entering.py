@@ -19,27 +19,28 @@ from gpusvc.state.line import Shown
 
 
 def enter_now(
-    shared: Shared, serving: Serving, head: RequestHead, scheme: bytes, *, is_probe: bool
+    shared: Shared, serving: Serving, head: RequestHead, scheme: bytes, probe: Account | None
 ) -> Passage | Onlooker | None:
-    """Return the passage into the model; None: the request must wait for it.
+    """Return the passage of a request that is not a POST; None: it must wait for the model.
 
     Args:
         shared: by all connections.
         serving: the model.
         head: of the request.
         scheme: of the client's connection.
-        is_probe: whether the request only asks for the engine's state.
+        probe: the account of a request that only asks for the engine's state; None: it does more.
 
     Raises:
         HttpError: 503 or 403, the model is not loaded, and this request may not load it.
     """
     activation = shared.activation
-    if is_probe:
+    if probe is not None:
+        probe.is_for_state()
         onlooker = activation.look_at(serving)
         if onlooker is None:
             raise not_loaded(serving)
         return onlooker
-    if head.method != b"POST" and activation.look_at(serving) is None:
+    if activation.look_at(serving) is None:
         check_load(head, scheme)
     return activation.try_enter(serving)
 

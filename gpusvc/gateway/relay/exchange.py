@@ -168,8 +168,8 @@ class Exchange:
             return
         serving = destination.serving
         if serving is not None and route.target is _NAMED:
-            shared, path = self._shared, destination.path
-            shared.gate.send_to_engine(self._head, self._client.scheme, serving.name, path, self._key)
+            path, gate = destination.path, self._shared.gate
+            gate.send_to_engine(self._head, self._client.scheme, serving.name, path, self._key)
         self._destination = destination
         body.begin(serving if destination.is_edited else None)
         if serving is not None:
@@ -182,10 +182,12 @@ class Exchange:
             return  # a client that sends slowly must not hold a slot of the model
         serving = destination.serving
         if serving is not None and self._passage is None:
-            if destination.is_probe:
-                self._account.is_for_state()
             shared, head = self._shared, self._head
-            self._passage = enter_now(shared, serving, head, self._client.scheme, is_probe=destination.is_probe)
+            if head.method == b"POST":
+                self._passage = shared.activation.try_enter(serving)
+            else:
+                probe = self._account if destination.is_probe else None
+                self._passage = enter_now(shared, serving, head, self._client.scheme, probe)
             if self._passage is None:
                 knows = allowed_by(self._key)
                 self._waiting = Waiting(shared, self, serving, head, body, self._response, self._account, knows)
@@ -290,9 +292,8 @@ class Exchange:
 
     def _leave(self) -> None:
         """Stop everything that takes time."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
         forwarding, self._forwarding = self._forwarding, None
         if forwarding is not None:
             forwarding.abort()
@@ -302,8 +303,7 @@ class Exchange:
         self._forwarding = None  # which refers to this exchange: without the cycle both are freed at once
         if self._passage is not None:
             self._passage.close()
-        received_bytes = 0
-        if self._body is not None:
-            received_bytes = self._body.received_bytes
-            self._body.close()
-        self._account.close(self._response, received_bytes)
+        body = self._body
+        if body is not None:
+            body.close()
+        self._account.close(self._response, 0 if body is None else body.received_bytes)
