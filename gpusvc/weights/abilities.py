@@ -27,6 +27,7 @@ _TOOLS = option("--tool-call-parser")
 _THINKS = option("--reasoning-parser")
 
 _THINKING = ("<think>", "enable_thinking", "reasoning_content", "reasoning_effort")
+_TEMPLATE = "tokenizer.chat_template"
 _TEMPLATE_BYTES = 1 * MIB
 _INFILL = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
 
@@ -77,7 +78,8 @@ def of_command(command: Sequence[str], env: Mapping[str, str]) -> Abilities | No
 def _of_gguf(path: Path, found: Description, asked: EngineCommand) -> Abilities:
     known = gguf.read_metadata(path)
     architecture, label = _word(known.get("general.architecture")), _word(known.get("general.size_label"))
-    template = gguf.find_text(path, "tokenizer.chat_template") or ""
+    head = gguf.read_beyond_vocabulary(path, _TEMPLATE)
+    template = gguf.find_text(head, _TEMPLATE) or ""
     can = ["completion"]
     if asked.value(_PROJECTOR) is not None:
         can.append("vision")
@@ -85,7 +87,7 @@ def _of_gguf(path: Path, found: Description, asked: EngineCommand) -> Abilities:
         can.append("tools")
     if any(word in template for word in _THINKING):
         can.append("thinking")
-    if gguf.has_any(path, _INFILL):
+    if gguf.has_any(head, _INFILL):
         can.append("insert")
     if f"{architecture}.pooling_type" in known or _is_for_embeddings(asked):
         can = ["embedding"]

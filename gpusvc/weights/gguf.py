@@ -22,7 +22,7 @@ Value: TypeAlias = "str | float | list[Value]"
 _METADATA_BYTES = 1 * MIB
 _HEADER_BYTES = (1 * MIB, 8 * MIB, 64 * MIB)
 # The entries behind the vocabulary are within these.
-_VOCABULARY_BYTES = 32 * MIB
+_VOCABULARY_BYTES = (8 * MIB, 32 * MIB)
 
 _MAGIC = b"GGUF"
 
@@ -149,25 +149,33 @@ def read_header(file: Path) -> Header:
     return Header(metadata, ())
 
 
-def find_text(file: Path, key: str) -> str | None:
-    """Return the text of an entry behind the vocabulary; None: there is none, or it stands too far behind.
+def read_beyond_vocabulary(file: Path, key: str) -> bytes:
+    """Return the beginning of a file up to the entry ``key`` behind the vocabulary, if that is near enough, and more.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not a regular file.
     """
-    head = read_head(file, _VOCABULARY_BYTES)
+    head = b""
+    for limit in _VOCABULARY_BYTES:
+        head = read_head(file, limit)
+        if find_text(head, key) is not None or len(head) < limit:
+            break
+    return head
+
+
+def find_text(head: bytes, key: str) -> str | None:
+    """Return the text of an entry; None: it is not in ``head``, or not whole."""
     begin = _entry(key) + struct.pack("<I", _STRING)
     at = head.find(begin) + len(begin)
     if at < len(begin) or at + 8 > len(head):
         return None
     (length,) = struct.unpack_from("<Q", head, at)
-    return head[at + 8 : at + 8 + min(length, len(head))].decode(errors="replace")
+    return None if length > len(head) - at - 8 else head[at + 8 : at + 8 + length].decode(errors="replace")
 
 
-def has_any(file: Path, keys: Sequence[str]) -> bool:
-    """Return whether one of these entries is there, behind the vocabulary too. Raises as find_text()."""
-    head = read_head(file, _VOCABULARY_BYTES)
+def has_any(head: bytes, keys: Sequence[str]) -> bool:
+    """Return whether one of these entries is in ``head``."""
     return any(_entry(key) in head for key in keys)
 
 

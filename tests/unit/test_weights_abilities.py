@@ -49,6 +49,16 @@ def test_its_template_says_what_it_knows_behind_the_vocabulary(tmp_path: Path) -
     assert found.can == ("completion", "vision", "tools", "thinking", "insert")
 
 
+def test_a_long_vocabulary_is_read_through(tmp_path: Path) -> None:
+    file = write_gguf(
+        tmp_path / "m.gguf",
+        general__architecture="qwen3",
+        tokenizer__ggml__tokens="x" * 9_000_000,
+        tokenizer__chat_template=TEMPLATE,
+    )
+    assert of("llama-server", "-m", str(file)).can == ("completion", "tools", "thinking")
+
+
 def test_a_model_for_embeddings_does_nothing_else(tmp_path: Path) -> None:
     pooled = write_gguf(tmp_path / "a.gguf", general__architecture="bert", bert__pooling_type=2)
     plain = write_gguf(tmp_path / "b.gguf", general__architecture="llama", tokenizer__chat_template=TEMPLATE)

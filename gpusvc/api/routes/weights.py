@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp import web
@@ -22,15 +24,18 @@ from gpusvc.weights.abilities import Abilities
 class _Weights:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        # By the command and its environment; with the stamps of the files that it names.
+        # Apart from the thread of the snapshots: the first look at many models on a slow disk takes its time.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        # By name; with the command, its environment, and the stamps of the files that it names.
         self._known: dict[str, tuple[object, Abilities | None]] = {}
 
     async def list_(self, _: web.Request) -> web.Response:
         """What the files of all models say: size, architecture, quantisation, context, abilities."""
-        return json_response(await self._backend.snapshots.beside(lambda: list(self._read())))
+        loop = asyncio.get_running_loop()
+        return json_response(await loop.run_in_executor(self._thread, lambda: list(self._read())))
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """In the thread of the snapshots: disks may block."""
+        """In the thread: disks may block."""
         paths = self._backend.paths
         try:
             host = load_host(paths)
