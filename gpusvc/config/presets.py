@@ -11,11 +11,15 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 
 from gpusvc.quantity import shown
 from gpusvc.record import Record
 
 PORT = "{port}"
+
+# No engine gets all of a GPU: the driver needs some.
+_LARGEST_SHARE = 0.98
 
 # The search path for an engine's program, unless the model's env has a PATH.
 ENGINE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -59,6 +63,12 @@ class Preset(Record):
     """Raise ValueError, with one sentence, if the name is not valid. It does not look at the files."""
     require_files: Callable[[str], None]
     """Raise ValueError, with one sentence, if the model's files are missing or of another kind."""
+    environment: Mapping[str, str] = MappingProxyType({})
+    """Variables that the model's env replaces."""
+    memory_option: str | None = None
+    """The option that limits the engine to a share of each GPU's memory. Without it the engine takes nearly all."""
+    memory_part: float = 1.0
+    """The part of that memory which the option is about: the engine takes the rest besides."""
     takes_ordinals: bool = False
     """Whether some of its releases read CUDA_VISIBLE_DEVICES as a list of numbers, and end with an error at a UUID."""
     probe_paths: tuple[str, ...] = ()
@@ -131,6 +141,9 @@ _SGLANG_STATE = (
     *("/get_model_info", "/model_info", "/get_server_info", "/server_info"),
 )
 
+# Idle workers of vLLM use a core each unless they are told to sleep.
+_VLLM_ENVIRONMENT = {"VLLM_SLEEP_WHEN_IDLE": "1"}
+
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -148,6 +161,8 @@ PRESETS: Mapping[str, Preset] = {
             _vllm,
             _require_repository_name,
             _require_path,
+            environment=_VLLM_ENVIRONMENT,
+            memory_option="--gpu-memory-utilization",
             takes_ordinals=True,
             probe_paths=_VLLM_STATE,
         ),
@@ -157,6 +172,9 @@ PRESETS: Mapping[str, Preset] = {
             _sglang,
             _require_repository_name,
             _require_path,
+            # It is about weights and cache. SGLang leaves a tenth and more to activations and CUDA graphs.
+            memory_option="--mem-fraction-static",
+            memory_part=0.9,
             takes_ordinals=True,
             probe_paths=_SGLANG_STATE,
         ),
@@ -165,6 +183,27 @@ PRESETS: Mapping[str, Preset] = {
 
 ANY_PROBE_PATHS = tuple(sorted({"/healthz", *(path for preset in PRESETS.values() for path in preset.probe_paths)}))
 """For engines without a preset."""
+
+
+def memory_arguments(
+    preset: Preset | None, command: Sequence[str], vram_bytes: int | None, totals: Sequence[int | None]
+) -> tuple[str, ...]:
+    """Return the arguments that keep an engine within ``vram_bytes`` of each GPU; none if the command has them already.
+
+    Args:
+        preset: the engine's preset, or None.
+        command: the engine's command.
+        vram_bytes: the declared need on each GPU; None: the engine takes what it likes.
+        totals: the bytes of each of its GPUs. The engine takes the same share of each.
+    """
+    known = [size for size in totals if size]
+    option = None if preset is None else preset.memory_option
+    if preset is None or option is None or vram_bytes is None or not known or len(known) < len(totals):
+        return ()
+    if any(argument.partition("=")[0] == option for argument in command):
+        return ()
+    share = min(vram_bytes / max(known) * preset.memory_part, _LARGEST_SHARE)
+    return (option, f"{int(share * 1000) / 1000:.3f}")
 
 
 def _is_path(model: str) -> bool:

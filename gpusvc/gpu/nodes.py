@@ -41,6 +41,13 @@ def foreign(allowed: Collection[str], *, dev: Path = DEV) -> tuple[str, ...]:
 
 
 def _drm(pci_bus_id: str) -> Path:
-    # NVML pads the PCI domain to eight digits, the kernel to four.
-    domain, _, rest = pci_bus_id.lower().partition(":")
-    return PCI_DEVICES / f"{domain[-4:]}:{rest}" / "drm"
+    return PCI_DEVICES / pci_address(pci_bus_id) / "drm"
+
+
+def pci_address(bus_id: str) -> str:
+    """Return the kernel's name of a PCI device. NVML pads the domain to eight digits, the kernel to four or more."""
+    domain, _, rest = bus_id.lower().partition(":")
+    try:
+        return f"{int(domain, 16):04x}:{rest}"
+    except ValueError:
+        return bus_id

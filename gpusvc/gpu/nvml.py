@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from types import ModuleType, TracebackType
 from typing import Self, TypeVar
 
@@ -35,6 +36,7 @@ class Nvml:
         self._on_step = on_step
         self._nv = _pynvml()
         self._initialised = False
+        self._version = ""
         self._count = 0
         self._names: dict[int, Gpu] = {}  # by index: the identity of each GPU of this enumeration
         self._all_names: dict[str, Gpu] = {}  # by UUID: the identity of each GPU that was ever seen
@@ -90,21 +92,25 @@ class Nvml:
     ) -> tuple[tuple[Gpu, ...], dict[str, tuple[tuple[ProcessSample, ...] | None, int] | str]]:
         """Return a snapshot, and for each GPU of ``since_us`` what process_utilisation() returns, or why it failed.
 
+        A GPU that does not report the work of single processes has its own ``utilisation_percent``.
+
         Args:
             since_us: by the GPU's UUID, the timestamp of the last call.
             renew: as for snapshot().
             skip: as for snapshot().
         """
-        gpus = self.snapshot(renew=renew, skip=skip)
+        gpus = list(self.snapshot(renew=renew, skip=skip))
         works: dict[str, tuple[tuple[ProcessSample, ...] | None, int] | str] = {}
-        for gpu in gpus:
+        for place, gpu in enumerate(gpus):
             if gpu.problem is None and gpu.uuid in since_us and gpu.index not in skip:
                 self._on_step(gpu.index)
                 try:
                     works[gpu.uuid] = self.process_utilisation(gpu.uuid, since_us[gpu.uuid], index=gpu.index)
                 except NvmlError as error:
                     works[gpu.uuid] = error.message
-        return gpus, works
+                if works[gpu.uuid][0] is None:
+                    gpus[place] = replace(gpu, utilisation_percent=self._despite_reset(partial(self._busy, gpu.index)))
+        return tuple(gpus), works
 
     def process_utilisation(
         self, gpu_uuid: str, since_us: int, *, index: int | None = None
@@ -123,6 +129,9 @@ class Nvml:
 
         return self._despite_reset(read)
 
+    def _busy(self, index: int, _: bool) -> int | None:
+        return Device(self._nv, self._nv.nvmlDeviceGetHandleByIndex(index)).utilisation()
+
     # ---- the client ----
 
     def _open(self) -> None:
@@ -137,6 +146,8 @@ class Nvml:
                 raise NvmlUnavailableError(message, hint=hint) from None
             raise _failed(error) from None
         self._initialised = True
+        with suppress(self._nv.NVMLError):
+            self._version = text(self._nv.nvmlSystemGetDriverVersion())
 
     def _despite_reset(self, read: Callable[[bool], _T], *, renew: bool = True) -> _T:
         """Return what ``read`` returns. If handles are stale, open a new client and call it once more, with True."""
@@ -178,7 +189,7 @@ class Nvml:
                 continue
             self._on_step(index)
             try:
-                device = Device(self._nv, self._nv.nvmlDeviceGetHandleByIndex(index))
+                device = Device(self._nv, self._nv.nvmlDeviceGetHandleByIndex(index), self._version)
                 named = device.named(index)
                 self._names[index] = self._all_names[named.uuid] = named
                 gpu = device.read(named, processes=processes, utilisation=utilisation)

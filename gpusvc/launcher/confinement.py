@@ -24,9 +24,12 @@ _LANDLOCK_SCOPE_SIGNAL = 2
 
 
 def open_errno(node: str) -> int:
-    """The errno of opening ``node``; 0 if it opened."""
+    """The errno of opening ``node``; 0 if it opened.
+
+    Without O_NONBLOCK, which makes the driver open the GPU later, from a queue that is known to block a suspend.
+    """
     try:
-        os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+        os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         return error.errno or errno.EIO
     return 0

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from gpusvc import names
+from gpusvc.config import presets
 from gpusvc.config.files import Isolation
 from gpusvc.errors import GpusvcError, PlacementError, UnknownModelError, UsageError
 from gpusvc.gpu import nodes
@@ -217,12 +218,14 @@ def _start_engine(run: Run) -> None:
     command = config.command
     if config.caller is None:
         command = tuple(argument.replace("{port}", port) for argument in command)
+        totals = [gpu.total_bytes for gpu in run.gpus]
+        command += presets.memory_arguments(run.preset, command, config.gpu.vram_bytes, totals)
         run.relay.start(run.identifier())
     orders = Orders(
         command=command,
         environment=environment(
             os.environ,
-            config.env,
+            {**(run.preset.environment if run.preset is not None else {}), **config.env},
             run.user,
             visible_devices=run.visible_devices(fenced=not is_user_instance()),
             port=run.lease.port,

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from gpusvc.config.files import load_host, load_startable_model
-from gpusvc.config.presets import PRESETS
+from gpusvc.config.presets import PRESETS, Preset
 from gpusvc.errors import ConfigError
 from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import total
@@ -111,11 +111,14 @@ class Run:
         """
         return frozenset(gpu.index for gpu in self.gpus) if self.lease.fenced else None
 
+    @property
+    def preset(self) -> Preset | None:
+        return PRESETS.get(self.config.engine or "")
+
     def visible_devices(self, *, fenced: bool) -> str:
         """CUDA_VISIBLE_DEVICES of the engine, with a device filter or without one."""
         ids = self.config.gpu.device_ids
-        preset = PRESETS.get(self.config.engine or "")
-        if ids is DeviceIds.AUTO and preset is not None and preset.takes_ordinals:
+        if ids is DeviceIds.AUTO and self.preset is not None and self.preset.takes_ordinals:
             ids = DeviceIds.ORDINAL
         return visible_devices(self.gpus, ids, fenced=fenced)
 

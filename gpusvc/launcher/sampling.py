@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ class Sampler:
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         sampled = tuple(_resampled(leased, by_uuid.get(leased.uuid), own) for leased in lease.gpus)
         run.lease = replace(lease, processes=remembered, gpus=sampled)
-        self._learn()
+        self._learn(by_uuid, own)
 
     def write(self) -> None:
         """Write the lease if it changed. A full file system ends no model: the next write may work."""
@@ -78,21 +79,34 @@ class Sampler:
             set_apart(new)
             self._apart |= new
 
-    def _learn(self) -> None:
+    def _learn(self, by_uuid: Mapping[str, Gpu], own: AbstractSet[int]) -> None:
         run = self._run
-        names = {gpu.uuid: gpu.name for gpu in run.gpus}
         for leased in run.lease.gpus:
-            if leased.used_bytes is not None and leased.used_bytes > self._peaks.get(leased.uuid, 0) + _LEARNED_BYTES:
-                self._peaks[leased.uuid] = leased.used_bytes
-                footprints.learn(run.paths, run.name, run.lease.config_digest, names[leased.uuid], leased.used_bytes)
+            gpu = by_uuid.get(leased.uuid)
+            if gpu is None or leased.used_bytes is None:
+                continue
+            held = leased.used_bytes + _managed_bytes(gpu, leased.baseline_bytes, own)
+            if held > self._peaks.get(leased.uuid, 0) + _LEARNED_BYTES:
+                self._peaks[leased.uuid] = held
+                footprints.learn(run.paths, run.name, run.lease.config_digest, gpu.name, held)
 
 
 def _resampled(leased: LeasedGpu, gpu: Gpu | None, pids: AbstractSet[int]) -> LeasedGpu:
     if gpu is None or gpu.problem is not None or gpu.processes is None:
         return leased
     baseline = proof.baseline_bytes(gpu, processes.identify, pids)
-    return replace(
-        leased,
-        baseline_bytes=leased.baseline_bytes if baseline is None else baseline,
-        used_bytes=gpu.used_by(pids),
-    )
+    if baseline is None:
+        baseline = leased.baseline_bytes
+    elif leased.baseline_bytes is not None and any(process.pid in pids for process in gpu.processes):
+        # The driver attributes managed memory to no process: what seems to be nobody's may be the model's own.
+        baseline = min(baseline, leased.baseline_bytes)
+    return replace(leased, baseline_bytes=baseline, used_bytes=gpu.used_by(pids))
+
+
+def _managed_bytes(gpu: Gpu, baseline_bytes: int | None, own: AbstractSet[int]) -> int:
+    """Return the managed memory of the model on ``gpu``, as far as it can be told: if no other process is there."""
+    others = (process.pid for process in gpu.processes or () if process.pid not in own)
+    rest = proof.unattributed_bytes(gpu, processes.identify, own)
+    if rest is None or baseline_bytes is None or any(processes.identify(pid) for pid in others):
+        return 0
+    return max(0, rest - baseline_bytes)

@@ -45,6 +45,12 @@ _LONGEST_PAUSE_SECONDS = 0.5
 _SHORTEST_READING_SECONDS = 1.0
 _LONGEST_READING_SECONDS = 5.0
 
+# How long the driver may take to free memory where bytes may be those of other programs: they never go then.
+_OTHERS_SECONDS = 5.0
+
+# The two clocks of _asleep_seconds() are read one after the other.
+_RESUMED_SECONDS = 0.5
+
 # How long to wait for another release, such as an operator's `gpusvc release`.
 _PATIENCE_SECONDS = 30.0
 
@@ -192,8 +198,12 @@ def _thaw(manager: Manager, scope: str) -> None:
 
 def _wait_for_vram(lease: Lease, driver: Driver, on_wait: Callable[[str], None]) -> None:
     began = told = time.monotonic()
+    asleep = _asleep_seconds()
     pause = _FIRST_PAUSE_SECONDS
     while True:
+        if _asleep_seconds() - asleep > _RESUMED_SECONDS:
+            # The driver frees memory after the machine resumes, not while it sleeps.
+            asleep, began = _asleep_seconds(), time.monotonic()
         left_seconds = began + lease.release_timeout_seconds - time.monotonic()
         try:
             gpus = _read(lease, driver, min(max(left_seconds, _SHORTEST_READING_SECONDS), _LONGEST_READING_SECONDS))
@@ -207,6 +217,11 @@ def _wait_for_vram(lease: Lease, driver: Driver, on_wait: Callable[[str], None])
         if not left:
             return
         now = time.monotonic()
+        if all(obstacle.may_be_of_others for obstacle in left) and now - began > min(
+            _OTHERS_SECONDS, lease.release_timeout_seconds
+        ):
+            log(5, f"{left[0].sentence}. They are taken for memory of the other programs there.")
+            return
         if now - began > lease.release_timeout_seconds:
             raise _unreleased(lease, left, now - began)
         if now - told > _LONGEST_PAUSE_SECONDS:
@@ -214,6 +229,11 @@ def _wait_for_vram(lease: Lease, driver: Driver, on_wait: Callable[[str], None])
             told = now
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+
+def _asleep_seconds() -> float:
+    """Return how long the machine has slept since it was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
 
 
 def _leave(driver: Driver) -> None:

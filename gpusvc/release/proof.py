@@ -27,6 +27,8 @@ class Obstacle(Record):
 
     sentence: str
     pid: int | None = None
+    may_be_of_others: bool = False
+    """Whether the bytes may be managed memory of another program that lives: the driver attributes it to nobody."""
 
 
 def unattributed_bytes(gpu: Gpu, identify: Callable[[int], Process | None], own: Collection[int] = ()) -> int | None:
@@ -62,6 +64,14 @@ def _is_of_two_moments(rest: int) -> bool:
     return rest < -TOLERANCE_BYTES
 
 
+def _excess(gpu: Gpu, excess: int, recorded: Collection[int], identify: Callable[[int], Process | None]) -> Obstacle:
+    listed = [process.pid for process in gpu.processes or ()]
+    dead = next((pid for pid in listed if identify(pid) is None), None)
+    others = any(pid not in recorded and identify(pid) is not None for pid in listed)
+    sentence = f"{format_size(excess)} of GPU {gpu.index} are in use and belong to no living process"
+    return Obstacle(sentence, dead, may_be_of_others=others and dead is None)
+
+
 def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Process | None]) -> list[Obstacle]:
     """Return the obstacles to the release of ``lease``; empty: the release is proven.
 
@@ -92,11 +102,5 @@ def obstacles(lease: Lease, gpus: Sequence[Gpu], identify: Callable[[int], Proce
                 if _is_of_two_moments(now):
                     found.append(Obstacle(f"GPU {own.index} is changing too fast to be read"))
                 elif excess > TOLERANCE_BYTES:
-                    dead = (process.pid for process in own.processes if identify(process.pid) is None)
-                    found.append(
-                        Obstacle(
-                            f"{format_size(excess)} of GPU {own.index} are in use and belong to no living process",
-                            next(dead, None),
-                        )
-                    )
+                    found.append(_excess(own, excess, recorded, identify))
     return found

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gpusvc.config.host import HostWatchdog
     from gpusvc.config.watched import Watched
     from gpusvc.gpu.meter import Meter
-    from gpusvc.gpu.reading import Hung
+    from gpusvc.gpu.reading import Gpu, Hung
     from gpusvc.paths import Paths
     from gpusvc.state.counters import Answers
     from gpusvc.state.holdings import Holding, Stray
@@ -264,10 +264,23 @@ def _idle_timeout(policy: ModelConfig | HostWatchdog | None, keep: Path, run: fl
 
 def _has_worked(lease: Lease, reading: Reading, pids: frozenset[int]) -> bool | None:
     """Return whether one of its GPUs worked for it; None: it has none, or one that does not report this."""
-    told = [reading.workers.get(gpu.uuid) for gpu in lease.gpus]
-    if any(workers is not None and workers & pids for workers in told):
+    by_uuid = {gpu.uuid: gpu for gpu in reading.gpus}
+    told = [_worked_for(by_uuid.get(leased.uuid), reading.workers.get(leased.uuid), pids) for leased in lease.gpus]
+    if True in told:
         return True
     return None if None in told or not told else False
+
+
+def _worked_for(gpu: Gpu | None, workers: frozenset[int] | None, pids: frozenset[int]) -> bool | None:
+    """Return whether a GPU worked for these processes. It may report its work as a whole, for whatever process."""
+    if workers is not None:
+        return bool(workers & pids)
+    if gpu is None or gpu.utilisation_percent is None:
+        return None
+    if not gpu.utilisation_percent:
+        return False
+    is_alone = gpu.processes is not None and all(process.pid in pids for process in gpu.processes)
+    return True if is_alone else None
 
 
 def _free(reading: Reading, host: HostConfig | None) -> tuple[GpuEvidence, ...]:

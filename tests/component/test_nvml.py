@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -312,3 +313,63 @@ def test_who_needs_no_gpu_does_not_load_pynvml() -> None:
 def test_a_client_may_be_closed_twice(machine: Machine) -> None:
     client = connect(machine)
     assert client.ask("(client.close(), client.close())") == (None, None)
+
+
+# ---- what some GPUs and drivers do otherwise ----
+
+
+def test_work_is_read_by_the_newer_call_where_the_older_one_is_not_supported(machine: Machine) -> None:
+    machine.gpus.change(0, samples=[Sample(11, 80, 1000)], samples_by=1)
+    answer = connect(machine).ask(f"client.process_utilisation({uuid_of(0)!r}, 7)")
+    assert answer == ((ProcessSample(11, 80, 1000),), 1000)
+
+
+def test_no_work_by_the_newer_call_is_no_work(machine: Machine) -> None:
+    machine.gpus.change(0, samples_by=1)
+    assert connect(machine).ask(f"client.process_utilisation({uuid_of(0)!r}, 7)") == ((), 7)
+
+
+def test_where_neither_call_is_supported_the_gpus_own_work_is_told(machine: Machine) -> None:
+    machine.gpus.configure([FakeGpu(samples_by=2, utilisation=35), FakeGpu(utilisation=35)])
+    (first, second), works = cast(
+        "tuple[tuple[Gpu, ...], object]",
+        connect(machine).ask(f"client.measure({{{uuid_of(0)!r}: 7, {uuid_of(1)!r}: 7}})"),
+    )
+    assert works == {uuid_of(0): (None, 7), uuid_of(1): ((), 7)}
+    assert (first.utilisation_percent, second.utilisation_percent) == (35, None)
+
+
+@pytest.mark.parametrize("version", ["535.43.02", "535.129.03"])
+def test_the_drivers_with_larger_entries_are_asked_for_the_older_list(machine: Machine, version: str) -> None:
+    machine.gpus.configure(larger_entries=True, driver_version=version)
+    holders = [machine.holder("1GiB"), machine.holder("2GiB"), machine.holder("3GiB")]
+    processes = only_gpu(machine).processes
+    assert processes is not None
+    assert {process.pid for process in processes} == {holder.pid for holder in holders}
+
+
+def test_a_list_that_cannot_be_true_is_no_list(machine: Machine) -> None:
+    machine.gpus.configure(larger_entries=True, driver_version="580.65.06")
+    for _ in range(3):
+        machine.holder("1GiB")
+    assert only_gpu(machine).processes is None
+
+
+def test_managed_memory_is_used_and_belongs_to_no_process(machine: Machine) -> None:
+    machine.gpus.change(0, hidden_percent=100)
+    holder = machine.holder("3GiB")
+    gpu = only_gpu(machine)
+    assert (gpu.used_bytes, gpu.processes) == (3 * GIB, (GpuProcess(holder.pid, 0),))
+
+
+def test_the_page_cache_in_coherent_memory_is_free(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0" / "numa_status").write_text("Node: 1\nStatus: online\n")
+    client = machine.client()
+    client.ask("exec('from pathlib import Path; from gpusvc.gpu import device', globals())")
+    client.ask(f"setattr(device, 'DRIVER_GPUS', Path({str(tmp_path)!r}))")
+    client.ask("connect()")
+    machine.gpus.change(0, uncounted=9 * GIB)
+    machine.holder("2GiB")
+    (gpu,) = snapshot(client)
+    assert (gpu.used_bytes, gpu.free_bytes) == (None, 22 * GIB)

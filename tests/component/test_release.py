@@ -261,6 +261,16 @@ def test_memory_that_belongs_to_nobody_is_not_released(machine: Machine, begin: 
     assert "3.0 GiB of GPU 0 are in use and belong to no living process." in message
 
 
+def test_bytes_beside_a_program_with_managed_memory_do_not_keep_a_model(
+    machine: Machine, begin: Begin, paths: Paths
+) -> None:
+    leases.write(paths, lease(timeout=0.5))
+    machine.gpus.change(0, hidden_percent=100)
+    machine.holder("4GiB")
+    assert begin().outcome() is not None
+    assert leases.read(paths, "qwen") is None
+
+
 def test_memory_that_belonged_to_nobody_before_is_not_asked_for(machine: Machine, begin: Begin, paths: Paths) -> None:
     machine.gpus.change(0, uncounted=3 * GIB)
     leases.write(paths, lease(baseline=3 * GIB))

@@ -214,6 +214,28 @@ def test_where_nvml_does_not_tell_cpu_time_does(ticker: Ticker) -> None:
     assert ticker.jobs == [STOP]
 
 
+def test_where_nvml_tells_the_gpus_work_only_it_is_the_work_of_the_model_that_is_alone(ticker: Ticker) -> None:
+    ticker.fleet.machine.gpus.change(0, samples_by=2, utilisation=60)
+    ticker.fleet.add("qwen")
+    ticker.tick(30)
+    assert ticker.jobs == []
+    assert verdicts.read(ticker.fleet.paths)["qwen"].source is Source.NVML
+    # Its workers spin on the CPU, and the GPU has nothing to do.
+    ticker.fleet.machine.gpus.change(0, utilisation=0)
+    for second in range(15):
+        ticker.fleet.burn("qwen", second * 1.0)
+        ticker.tick()
+    assert ticker.jobs == [STOP]
+
+
+def test_where_nvml_tells_the_gpus_work_only_and_others_are_on_it_cpu_time_does(ticker: Ticker) -> None:
+    ticker.fleet.machine.gpus.change(0, samples_by=2, utilisation=60)
+    ticker.fleet.add("qwen")
+    ticker.fleet.add("other")
+    ticker.tick(15)
+    assert ("Stop", "model@qwen.service") in ticker.jobs
+
+
 def test_a_model_without_gpu_is_judged_without_nvml(ticker: Ticker) -> None:
     ticker.fleet.machine.gpus.remove_driver()
     ticker.fleet.add("qwen", gpus=())

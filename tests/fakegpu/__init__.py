@@ -121,6 +121,8 @@ class FakeGpu:
     processes_error: Return | None = None
     handle_error: Return | None = None
     utilisation_error: Return | None = None
+    samples_by: int = 0  # which call knows the work of processes: 0 the old and the new one, 1 the new one, 2 none
+    hidden_percent: int = 0  # of each process's bytes: managed memory, which is attributed to nobody
     lost: bool = False  # until this is reset, whatever its users do; FakeGpus.lose() is until they initialise again
     lost_serial: int = 0
     hangs: bool = False  # no call on it returns, until this is unset
@@ -158,6 +160,7 @@ class Faults:
     hangs: bool = False  # no call returns, until this is unset
     insufficient_times: int = 0  # so many process lists are said to have grown between the two questions, per client
     need_nodes: bool = False  # an absent node is as bad as a denied one
+    larger_entries: bool = False  # the process lists of branch 535, whose entries are larger than the header says
     denied_vanish: bool = False  # NVML does not count GPUs whose node is denied, and numbers the others anew
     driver_version: str = "580.65.06"
     control_node: str = "/dev/nvidiactl"

@@ -269,6 +269,9 @@ EXPORT result nvmlDeviceGetMemoryInfo_v2(device handle, struct memory_v2 *memory
     return end(SUCCESS);
 }
 
+/* As branch 535 filled the third version for a while. */
+struct larger_process { struct process process; uint64_t protected_bytes; };
+
 static void add(struct process *list, unsigned *count, unsigned pid, uint64_t bytes) {
     for (unsigned i = 0; i < *count; i++)
         if (list[i].pid == pid) {
@@ -278,7 +281,7 @@ static void add(struct process *list, unsigned *count, unsigned pid, uint64_t by
     list[(*count)++] = (struct process){pid, bytes, NO_INSTANCE, NO_INSTANCE};
 }
 
-static result processes(device handle, unsigned *room, struct process *list, bool graphics) {
+static result processes(device handle, unsigned *room, struct process *list, bool graphics, bool larger) {
     const struct gpu *gpu;
     result outcome = begin_device(handle, &gpu);
     if (!outcome && gpu->processes_error) outcome = (result)gpu->processes_error;
@@ -298,8 +301,10 @@ static result processes(device handle, unsigned *room, struct process *list, boo
         fits = false;
     }
     for (unsigned i = 0; fits && i < count; i++) {
-        list[i] = found[i];
-        if (gpu->process_bytes_unknown || gpu->mig == 1) list[i].used = NO_VALUE;
+        found[i].used = found[i].used * (100 - (unsigned)gpu->hidden_percent) / 100;
+        if (gpu->process_bytes_unknown || gpu->mig == 1) found[i].used = NO_VALUE;
+        if (larger) ((struct larger_process *)list)[i] = (struct larger_process){found[i], 0};
+        else list[i] = found[i];
     }
     *room = count;
     free(found);
@@ -308,11 +313,19 @@ static result processes(device handle, unsigned *room, struct process *list, boo
 }
 
 EXPORT result nvmlDeviceGetComputeRunningProcesses_v3(device handle, unsigned *count, struct process *list) {
-    return processes(handle, count, list, false);
+    return processes(handle, count, list, false, config.larger_entries);
 }
 
 EXPORT result nvmlDeviceGetGraphicsRunningProcesses_v3(device handle, unsigned *count, struct process *list) {
-    return processes(handle, count, list, true);
+    return processes(handle, count, list, true, config.larger_entries);
+}
+
+EXPORT result nvmlDeviceGetComputeRunningProcesses_v2(device handle, unsigned *count, struct process *list) {
+    return processes(handle, count, list, false, false);
+}
+
+EXPORT result nvmlDeviceGetGraphicsRunningProcesses_v2(device handle, unsigned *count, struct process *list) {
+    return processes(handle, count, list, true, false);
 }
 #endif
 
@@ -330,7 +343,7 @@ EXPORT result nvmlDeviceGetProcessUtilization(device handle, struct process_samp
     const struct gpu *gpu;
     result outcome = begin_device(handle, &gpu);
     if (!outcome && gpu->utilisation_error) outcome = (result)gpu->utilisation_error;
-    if (!outcome && (gpu->utilisation < 0 || gpu->mig == 1)) outcome = NOT_SUPPORTED;
+    if (!outcome && (gpu->utilisation < 0 || gpu->mig == 1 || gpu->samples_by > 0)) outcome = NOT_SUPPORTED;
     if (outcome) return end(outcome);
     struct timespec clock;
     clock_gettime(CLOCK_REALTIME, &clock);
@@ -349,6 +362,36 @@ EXPORT result nvmlDeviceGetProcessUtilization(device handle, struct process_samp
     *room = count;
     return end(fits ? SUCCESS : INSUFFICIENT_SIZE);
 }
+
+#ifndef OLD_DRIVER
+struct work { uint64_t timestamp_us; unsigned pid, sm, memory, encoder, decoder, jpeg, optical_flow; };
+struct works { unsigned version, count; uint64_t since_us; struct work *list; };
+
+/* The newer call for the same. */
+EXPORT result nvmlDeviceGetProcessesUtilizationInfo(device handle, struct works *works) {
+    const struct gpu *gpu;
+    result outcome = begin_device(handle, &gpu);
+    if (!outcome && works->version != 0x01000018u) outcome = ARGUMENT_VERSION_MISMATCH;
+    if (!outcome && (gpu->utilisation < 0 || gpu->mig == 1 || gpu->samples_by > 1)) outcome = NOT_SUPPORTED;
+    if (outcome) return end(outcome);
+    struct timespec clock;
+    clock_gettime(CLOCK_REALTIME, &clock);
+    uint64_t now_us = (uint64_t)clock.tv_sec * 1000000 + (uint64_t)clock.tv_nsec / 1000;
+    unsigned count = 0;
+    for (int i = 0; i < gpu->samples; i++) {
+        const struct sample *sample = &gpu->sample[i];
+        uint64_t timestamp = sample->timestamp_us ? sample->timestamp_us : now_us;
+        if (timestamp <= works->since_us) continue;
+        if (works->list && count < works->count)
+            works->list[count] = (struct work){timestamp, sample->pid, sample->sm, sample->sm / 2, 0, 0, 0, 0};
+        count++;
+    }
+    if (!count) return works->count = 0, end(NOT_FOUND);
+    bool fits = works->list && count <= works->count;
+    works->count = count;
+    return end(fits ? SUCCESS : INSUFFICIENT_SIZE);
+}
+#endif
 
 EXPORT result nvmlDeviceGetTemperature(device handle, unsigned sensor, unsigned *celsius) {
     const struct gpu *gpu;

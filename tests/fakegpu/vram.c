@@ -51,6 +51,8 @@ static void set_gpu(struct gpu *gpu, const char *key, const char *value) {
     else if (!strcmp(key, "handle_error")) gpu->handle_error = atoi(value);
     else if (!strcmp(key, "utilisation_error")) gpu->utilisation_error = atoi(value);
     else if (!strcmp(key, "lost")) gpu->lost = atoi(value);
+    else if (!strcmp(key, "samples_by")) gpu->samples_by = atoi(value);
+    else if (!strcmp(key, "hidden_percent")) gpu->hidden_percent = atoi(value);
     else if (!strcmp(key, "hangs")) gpu->hangs = atoi(value);
     else if (!strcmp(key, "lost_serial")) gpu->lost_serial = strtoull(value, NULL, 10);
     else if (!strcmp(key, "ghost") && gpu->ghosts < MAX_GHOSTS) {
@@ -75,6 +77,7 @@ static void set(struct config *config, const char *key, const char *value) {
     else if (!strcmp(key, "release_delay_ms")) config->release_delay_ms = atol(value);
     else if (!strcmp(key, "slow_ms")) config->slow_ms = atol(value);
     else if (!strcmp(key, "need_nodes")) config->need_nodes = atoi(value);
+    else if (!strcmp(key, "larger_entries")) config->larger_entries = atoi(value);
     else if (!strcmp(key, "denied_vanish")) config->denied_vanish = atoi(value);
     else if (!strcmp(key, "hangs")) config->hangs = atoi(value);
     else if (!strcmp(key, "driver_version")) copy(config->driver_version, sizeof config->driver_version, value);

@@ -41,6 +41,8 @@ struct gpu {
     bool graphics;                /* processes are in the compute and the graphics list */
     int processes_error, handle_error, utilisation_error; /* an nvmlReturn_t to answer with; 0: none */
     bool lost;                    /* GPU_IS_LOST for good */
+    int samples_by;               /* which call knows the work of processes: 0 the old and the new, 1 the new, 2 none */
+    int hidden_percent;           /* of each process's bytes: managed memory, which is attributed to nobody */
     bool hangs;                   /* calls on it don't return, until this is unset */
     uint64_t lost_serial;         /* clients initialised before this number grew: GPU_IS_LOST */
     int ghosts, samples;
@@ -54,6 +56,7 @@ struct config {
     long release_delay_ms;        /* -1: never */
     long slow_ms;
     bool need_nodes;
+    bool larger_entries;          /* the third version of the process lists has entries of 32 bytes, as in branch 535 */
     bool denied_vanish;           /* GPUs whose node is denied are not counted; the rest is numbered anew */
     bool hangs;                   /* no call returns, until this is unset */
     char driver_version[80], control_node[128], uvm_node[128];

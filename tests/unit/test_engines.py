@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gpusvc.config.presets import PRESETS, Served, find_program, misplaced_placeholder
+from gpusvc.config.presets import PRESETS, Served, find_program, memory_arguments, misplaced_placeholder
+
+GIB = 1 << 30
 
 
 def program(path: Path, mode: int = 0o755) -> Path:
@@ -130,3 +132,28 @@ def test_braces_and_dollars_pass(argument: str) -> None:
 @pytest.mark.parametrize("argument", ["{PORT}", "0.0.0.0:{Port}", "$PORT", "${PORT}", "{model}", "{name}"])
 def test_a_misspelt_placeholder_is_noticed(argument: str) -> None:
     assert misplaced_placeholder(["engine", argument]) == argument
+
+
+@pytest.mark.parametrize(
+    ("engine", "arguments"),
+    [
+        ("vllm", ("--gpu-memory-utilization", "0.500")),
+        ("sglang", ("--mem-fraction-static", "0.450")),  # activations and CUDA graphs come on top
+        ("llama-server", ()),
+    ],
+)
+def test_a_preset_keeps_its_engine_within_the_declared_vram(engine: str, arguments: tuple[str, ...]) -> None:
+    preset = PRESETS[engine]
+    assert memory_arguments(preset, ("x",), 12 * GIB, [24 * GIB, 12 * GIB]) == arguments
+    assert memory_arguments(preset, ("x",), None, [24 * GIB]) == ()
+    assert memory_arguments(preset, ("x",), 12 * GIB, [None]) == ()
+    assert memory_arguments(None, ("x",), 12 * GIB, [24 * GIB]) == ()
+
+
+@pytest.mark.parametrize("given", [("--gpu-memory-utilization", "0.3"), ("--gpu-memory-utilization=0.3",)])
+def test_a_preset_leaves_the_share_to_the_command_that_has_one(given: tuple[str, ...]) -> None:
+    assert memory_arguments(PRESETS["vllm"], ("vllm", *given), 12 * GIB, [24 * GIB]) == ()
+
+
+def test_no_engine_is_given_a_whole_gpu() -> None:
+    assert memory_arguments(PRESETS["vllm"], (), 30 * GIB, [24 * GIB]) == ("--gpu-memory-utilization", "0.980")

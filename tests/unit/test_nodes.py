@@ -96,3 +96,16 @@ def test_its_own_render_node_is_not_foreign(dev: Path, pci: Path) -> None:
 def test_a_machine_without_nodes_has_none(tmp_path: Path) -> None:
     assert nodes.of_gpus([0], ["00000000:01:00.0"], dev=tmp_path) == ()
     assert nodes.foreign((), dev=tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("bus_id", "address"),
+    [
+        ("00000000:0A:00.0", "0000:0a:00.0"),
+        ("00010000:01:00.0", "10000:01:00.0"),  # a domain of Intel's VMD
+        ("0000:01:00.0", "0000:01:00.0"),
+        ("", ""),
+    ],
+)
+def test_a_pci_address_is_spelt_as_the_kernel_does(bus_id: str, address: str) -> None:
+    assert nodes.pci_address(bus_id) == address

@@ -173,3 +173,14 @@ def test_a_little_less_used_than_held_is_the_drivers_way_of_counting() -> None:
 def test_a_reading_in_which_more_is_held_than_used_proves_nothing() -> None:
     torn = replace(a_gpu(processes={1: 8 * GIB}), used_bytes=7 * GIB)
     assert sentences(lease(ENGINE), torn, Process(1, 1)) == ["GPU 0 is changing too fast to be read"]
+
+
+def test_bytes_beside_another_program_may_be_its_managed_memory() -> None:
+    neighbour = Process(200, 1)
+    held = lease(ENGINE)
+    (found,) = obstacles(held, [a_gpu(uncounted=3 * GIB, processes={200: GIB})], living(neighbour))
+    assert found.may_be_of_others
+    (found,) = obstacles(held, [a_gpu(uncounted=3 * GIB)], living())
+    assert not found.may_be_of_others
+    (found,) = obstacles(held, [a_gpu(uncounted=3 * GIB, processes={200: GIB, 300: GIB})], living(neighbour))
+    assert not found.may_be_of_others  # the memory of a dead process is not a neighbour's
