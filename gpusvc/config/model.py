@@ -32,6 +32,7 @@ from gpusvc.config.section import (
 )
 from gpusvc.config.serving import Serving, read_serving
 from gpusvc.config.table import Table, did_you_mean
+from gpusvc.gpu.nodes import is_of_a_gpu
 from gpusvc.gpu.selector import DeviceSelector
 from gpusvc.gpu.visible import DeviceIds
 from gpusvc.paths import is_user_instance
@@ -127,12 +128,27 @@ def _read_scope(table: Table, key: str, _default: object) -> dict[str, str]:
     return scope
 
 
+def _read_nodes(table: Table, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    nodes = table.texts(key)
+    for position, node in enumerate(nodes or ()):
+        place = f"{key}[{position}]"
+        if not node.startswith("/dev/") or "/../" in node or not node.isprintable():
+            table.problem(
+                place, f"{shown(node)} is not the path of a device node.", 'For example "/dev/infiniband/uverbs0".'
+            )
+        elif is_of_a_gpu(node):
+            table.problem(place, f"{shown(node)} belongs to a GPU.", "The model gets the nodes of its own GPUs anyway.")
+    return default if nodes is None else nodes
+
+
 class GpuRequest(Section):
     """What a model asks of the GPUs."""
 
     count: int = integer("count", default=1, minimum=0, maximum=1024)  # 0: it needs none
     devices: tuple[str, ...] = devices("devices", default=())  # empty: any GPU
     vram_bytes: int | None = size("vram", default=None, minimum=MIB)  # on each GPU; None: not declared
+    nodes: tuple[str, ...] = custom("nodes", _read_nodes, default=())
+    """Further device nodes that the engine may open."""
     device_ids: DeviceIds = choice("device_ids", default=DeviceIds.AUTO)
     """How CUDA_VISIBLE_DEVICES names the GPUs."""
 
@@ -325,7 +341,7 @@ def _read_health(table: Table, preset: presets.Preset | None) -> str:
 def _check_gpu(table: Table, request: GpuRequest) -> None:
     """Note keys of [gpu] that contradict each other."""
     if request.count == 0:
-        for key in ("devices", "vram", "device_ids"):
+        for key in ("devices", "vram", "device_ids", "nodes"):
             if table.has(key):
                 table.problem(key, "It means nothing where count is 0.")
     selectors = [DeviceSelector.parse(device) for device in request.devices]

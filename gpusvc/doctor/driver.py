@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpusvc.doctor.finding import Finding, error, note, ok, warning
 from gpusvc.errors import GpusvcError, NvmlError
+from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import Gpu
 from gpusvc.linux import processes
 from gpusvc.paths import Paths, is_user_instance
@@ -19,6 +20,7 @@ _PCI = Path("/sys/bus/pci/devices")
 _NVIDIA_VENDOR = "0x10de"
 _DISPLAY_CLASSES = ("0x0300", "0x0302")
 _DEV = Path("/dev")
+_UNSUPPORTED = {"/dev/dxg": "WSL2", "/dev/nvmap": "this Jetson"}
 
 
 def findings(paths: Paths) -> Iterator[Finding]:
@@ -26,7 +28,7 @@ def findings(paths: Paths) -> Iterator[Finding]:
         with hung.driver(paths) as driver:
             version, gpus = driver.driver_version(), driver.snapshot()
     except NvmlError as problem:
-        yield _unavailable(problem)
+        yield _unsupported() or _unavailable(problem)
         return
     yield _version(version)
     yield from _gpus(gpus)
@@ -42,6 +44,14 @@ def _unavailable(problem: NvmlError) -> Finding:
             "driver", problem.message, f"there is hardware of NVIDIA: {', '.join(sorted(cards))}", problem.hint
         )
     return note("driver", f"{problem.message} Models with count = 0 run all the same.", fix=problem.hint)
+
+
+def _unsupported() -> Finding | None:
+    for node, what in _UNSUPPORTED.items():
+        if Path(node).exists() and not Path("/dev/nvidiactl").exists():
+            sentence = f"gpusvc does not support the GPUs of {what}: they have no device nodes that it could filter."
+            return note("driver", sentence, f"{node} exists", "Models with `count = 0` run.")
+    return None
 
 
 def _is_nvidia(device: Path) -> bool:
@@ -71,7 +81,14 @@ def _gpus(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     for gpu in gpus:
         what = f"GPU {gpu.index} ({gpu.name or 'unknown'})"
         if gpu.problem is not None:
-            yield error("gpus", f"{what} cannot be read.", gpu.problem, "If it is lost, reset it or reboot.")
+            yield error("gpus", f"{what} cannot be read.", gpu.problem, _remedy(gpu))
+        elif gpu.prohibited:
+            sentence = f"{what} lets no program in: its compute mode is PROHIBITED."
+            yield error("gpus", sentence, fix=f"`nvidia-smi -i {gpu.index} -c DEFAULT` opens it.")
+        elif gpu.exclusive:
+            sentence = f"{what} lets one process in only: no second model runs beside another there."
+            fix = f"`nvidia-smi -i {gpu.index} -c DEFAULT` lets several in."
+            yield note("gpus", sentence, "its compute mode is EXCLUSIVE_PROCESS", fix)
         elif gpu.mig:
             sentence = f"{what} is in MIG mode: gpusvc leaves it alone."
             yield note("gpus", sentence, fix=f"`nvidia-smi -i {gpu.index} -mig 0` makes it whole again.")
@@ -84,15 +101,26 @@ def _gpus(gpus: Sequence[Gpu]) -> Iterator[Finding]:
             yield ok("gpus", f"{what} can be read.", gpu.uuid)
 
 
+def _remedy(gpu: Gpu) -> str:
+    if "hangs" in (gpu.problem or ""):
+        return "`journalctl -k -g NVRM` may tell why. Reboot if it stays so: until then no model on it can be released."
+    return f"Stop its models, then `nvidia-smi --gpu-reset -i {gpu.index}`; if that fails, reboot."
+
+
 def _nodes(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     wanted = ["/dev/nvidiactl", *(gpu.node for gpu in gpus if gpu.node)]
     missing = [node for node in wanted if not Path(node).exists()]
     if missing:
-        fix = "`systemctl start gpusvc-devices.service` has the driver make them; `nvidia-modprobe` does too."
+        fix = "`systemctl restart gpusvc-devices.service` has the driver make them; `nvidia-modprobe` does too."
         yield error("nodes", f"Device nodes are missing: {', '.join(missing)}.", fix=fix)
     elif gpus:
         yield ok("nodes", "Each GPU has its device node.")
-    if gpus and not (_DEV / "nvidia-uvm").exists():
+    found = nodes.problem(
+        [gpu.minor for gpu in gpus if gpu.problem is None and gpu.minor is not None and gpu.node not in missing]
+    )
+    if found is not None:
+        yield error("nodes", found[0], fix=found[1])
+    elif gpus and not (_DEV / "nvidia-uvm").exists():
         sentence = "/dev/nvidia-uvm is missing: CUDA cannot run in a model that starts now."
         yield error("nodes", sentence, fix="`nvidia-modprobe -u -c 0` loads the module and makes the node.")
     closed = [node for node in wanted if Path(node).exists() and not _is_open_to_all(node)]

@@ -24,6 +24,10 @@ _MAX_TRIES = 5
 _FIRST_LARGER = (535, 43)
 _FIRST_MENDED = (535, 154, 5)
 
+# nvmlComputeMode_t
+_EXCLUSIVE = (1, 3)  # of a thread, which drivers no longer have, and of a process
+_PROHIBITED = 2
+
 _MAX_PID = 2**31 - 1
 
 
@@ -57,6 +61,7 @@ class Device:
         mode = self._optional(self._nv.nvmlDeviceGetMigMode, self._handle)
         mig = mode is not None and bool(mode[0])
         (size, used, free), listed = self._memory_and_processes(processes=processes, mig=mig)
+        compute = self._optional(self._nv.nvmlDeviceGetComputeMode, self._handle)
         if _is_numa_node(named.pci_bus_id):
             # The kernel's page cache may fill the rest, and gives way to programs. So it is neither used nor taken.
             attributed = None if listed is None else total(process.used_bytes for process in listed)
@@ -70,6 +75,8 @@ class Device:
             processes=listed,
             utilisation_percent=self.utilisation() if utilisation else None,
             mig=mig,
+            exclusive=compute in _EXCLUSIVE,
+            prohibited=compute == _PROHIBITED,
         )
 
     def process_utilisation(self, since_us: int) -> tuple[tuple[ProcessSample, ...] | None, int]:

@@ -5,10 +5,13 @@ All nodes of NVIDIA share one major number, so a scope's device filter lists pat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 DEV = Path("/dev")
+DEVICES = Path("/proc/devices")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 # The nodes that CUDA needs besides the card's. nvidia-modeset is for displays: models do not need it.
@@ -51,3 +54,49 @@ def pci_address(bus_id: str) -> str:
         return f"{int(domain, 16):04x}:{rest}"
     except ValueError:
         return bus_id
+
+
+def problem(minors: Iterable[int | None], *, dev: Path = DEV, devices: Path = DEVICES) -> tuple[str, str] | None:
+    """Return what is wrong with the nodes of these GPUs, and what helps; None: nothing.
+
+    CUDA fails in many ways without its nodes, and with a node of nvidia-uvm from before the module was loaded anew: its
+    major number is another one each time.
+
+    Args:
+        minors: NVML's minor numbers of the GPUs.
+        dev: where device nodes are.
+        devices: where the kernel tells the major numbers.
+    """
+    remedy = "`systemctl restart gpusvc-devices.service` has the driver make them; `nvidia-modprobe -u -c 0` does too."
+    for minor in minors:
+        if minor is None:
+            return (
+                "A GPU has no device node of its own, as under WSL2 and on older Jetsons: none can be filtered.",
+                "gpusvc does not support such machines. A model with `count = 0` runs, without a GPU.",
+            )
+        if not (dev / f"nvidia{minor}").exists():
+            return f"The device node {dev}/nvidia{minor} is missing.", remedy
+    major = _major(devices, "nvidia-uvm")
+    if major is None:
+        return None  # the module is not loaded, or this is no machine of its own
+    uvm = dev / "nvidia-uvm"
+    try:
+        found = os.major(uvm.stat().st_rdev)
+    except OSError:
+        return f"The device node {uvm} is missing.", remedy
+    if found != major:
+        return f"The device node {uvm} is stale: its major number is {found}, the module's is {major}.", remedy
+    return None
+
+
+def _major(devices: Path, name: str) -> int | None:
+    try:
+        lines = devices.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[0]) for line in lines if line.split()[1:] == [name]), None)
+
+
+def is_of_a_gpu(node: str) -> bool:
+    """Return whether a path is that of a GPU's own node, or of one that gives access to all GPUs."""
+    return any(fnmatchcase(node, f"{DEV}/{pattern}") for pattern in (*_CARDS, "dri/*", "nvidia-caps/*"))

@@ -41,6 +41,10 @@ class Gpu(Record):
     processes: tuple[GpuProcess, ...] | None = None
     utilisation_percent: int | None = None
     mig: bool = False
+    exclusive: bool = False
+    """Whether its compute mode lets one process in only (EXCLUSIVE_PROCESS)."""
+    prohibited: bool = False
+    """Whether its compute mode lets no process in (PROHIBITED)."""
     problem: str | None = None
 
     @property

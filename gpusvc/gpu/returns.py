@@ -36,7 +36,7 @@ UNAVAILABLE = {
     ),
     LIB_RM_VERSION_MISMATCH: (
         "The NVIDIA library and the loaded kernel module are of different versions.",
-        "The driver was upgraded: reboot, or unload the old module.",
+        "The driver was upgraded: reboot, or unload the old module. Models that run go on until then.",
     ),
     NO_PERMISSION: (
         "NVML may not be used by this user.",

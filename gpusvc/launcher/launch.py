@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gpusvc import names
 from gpusvc.config import presets
 from gpusvc.config.files import Isolation
-from gpusvc.errors import GpusvcError, PlacementError, UnknownModelError, UsageError
+from gpusvc.errors import EngineError, GpusvcError, PlacementError, UnknownModelError, UsageError
 from gpusvc.gpu import nodes
 from gpusvc.gpu.reading import total
 from gpusvc.journal import events
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from gpusvc.launcher.ending import End
 
 _SECOND_TRY = "--second-try"
+
+_DEVICES = "gpusvc-devices.service"
+_DEVICES_SECONDS = 60.0
 
 # How long a start waits for the driver, which has to wake up each GPU that nobody uses.
 _DRIVER_SECONDS = 120.0
@@ -104,6 +107,7 @@ def launch(run: Run) -> End:
         run.driver = _start_driver(run)
     _prove_last_run(run)
     _place(run)
+    _check_nodes(run)
 
     from gpusvc.launcher import scope  # noqa: PLC0415  a refused start needs no bus
 
@@ -201,6 +205,25 @@ def _pass_key_on(run: Run) -> None:
         return
     run.upstream_key = upstream_key.find(run.config, os.environ)
     upstream_key.publish(run.paths, run.name, run.upstream_key)
+
+
+def _check_nodes(run: Run) -> None:
+    """Have missing and stale device nodes made anew, as the device filter can only name nodes that exist.
+
+    Raises:
+        EngineError: the nodes stay wrong.
+    """
+    minors = [gpu.minor for gpu in run.gpus]
+    if not minors or is_user_instance() or nodes.problem(minors) is None:
+        return
+    from gpusvc.systemd.manager import Manager  # noqa: PLC0415  nodes are rarely wrong
+
+    run.notifier.waiting("The driver makes its device nodes anew.")
+    with Manager() as manager:
+        manager.wait(manager.enqueue("Restart", _DEVICES), _DEVICES_SECONDS)
+    found = nodes.problem(minors)
+    if found is not None:
+        raise EngineError(found[0], hint=found[1])
 
 
 def _is_restart(name: str) -> bool:

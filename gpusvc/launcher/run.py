@@ -102,7 +102,8 @@ class Run:
     def allowed_nodes(self) -> tuple[str, ...]:
         """The device nodes that the engine may open."""
         minors = [gpu.minor for gpu in self.gpus if gpu.minor is not None]
-        return nodes.of_gpus(minors, [gpu.pci_bus_id for gpu in self.gpus])
+        further = [node for node in self.config.gpu.nodes if os.path.exists(node)]  # noqa: PTH110
+        return (*nodes.of_gpus(minors, [gpu.pci_bus_id for gpu in self.gpus]), *further)
 
     def own_indices(self) -> frozenset[int] | None:
         """The GPUs that readings of this run need; None: all, as its engine may be on others.

@@ -236,6 +236,8 @@ def _offer(gpu: Gpu, claims: Sequence[Claim], request: Request, host: HostConfig
     obstacle = gpu.problem
     if obstacle is None and gpu.mig:
         obstacle = "is in MIG mode; gpusvc places models on whole GPUs"
+    if obstacle is None and gpu.prohibited:
+        obstacle = "lets no program in, as its compute mode is PROHIBITED"
     if obstacle is None and matches(host.gpu.exclude):
         obstacle = "is excluded by gpusvc.toml"
     if obstacle is None and request.devices and not matches(request.devices):

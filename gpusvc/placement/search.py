@@ -141,7 +141,7 @@ class Search:
         return victims
 
     def _fits(self, offer: Offer, free: int | None, there: int) -> bool:
-        limit = self._host.gpu.max_active
+        limit = 1 if offer.gpu.exclusive else self._host.gpu.max_active
         if limit and there + 1 > limit:
             return False
         if any(claim.is_open for claim in offer.claims):

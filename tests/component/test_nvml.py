@@ -373,3 +373,10 @@ def test_the_page_cache_in_coherent_memory_is_free(machine: Machine, tmp_path: P
     machine.holder("2GiB")
     (gpu,) = snapshot(client)
     assert (gpu.used_bytes, gpu.free_bytes) == (None, 22 * GIB)
+
+
+@pytest.mark.parametrize(("mode", "exclusive", "prohibited"), [(0, False, False), (2, False, True), (3, True, False)])
+def test_the_compute_mode_is_told(machine: Machine, mode: int, exclusive: bool, prohibited: bool) -> None:
+    machine.gpus.change(0, compute_mode=mode)
+    gpu = only_gpu(machine)
+    assert (gpu.exclusive, gpu.prohibited) == (exclusive, prohibited)

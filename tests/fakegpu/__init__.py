@@ -121,6 +121,7 @@ class FakeGpu:
     processes_error: Return | None = None
     handle_error: Return | None = None
     utilisation_error: Return | None = None
+    compute_mode: int = 0  # nvmlComputeMode_t: 2 prohibited, 3 exclusive to one process
     samples_by: int = 0  # which call knows the work of processes: 0 the old and the new one, 1 the new one, 2 none
     hidden_percent: int = 0  # of each process's bytes: managed memory, which is attributed to nobody
     lost: bool = False  # until this is reset, whatever its users do; FakeGpus.lose() is until they initialise again

@@ -407,6 +407,13 @@ EXPORT result nvmlDeviceGetPowerUsage(device handle, unsigned *milliwatts) {
     return end(outcome);
 }
 
+EXPORT result nvmlDeviceGetComputeMode(device handle, unsigned *mode) {
+    const struct gpu *gpu;
+    result outcome = begin_device(handle, &gpu);
+    if (!outcome) *mode = (unsigned)gpu->compute_mode;
+    return end(outcome);
+}
+
 EXPORT result nvmlDeviceGetMigMode(device handle, unsigned *current, unsigned *pending) {
     const struct gpu *gpu;
     result outcome = begin_device(handle, &gpu);

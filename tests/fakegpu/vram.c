@@ -51,6 +51,7 @@ static void set_gpu(struct gpu *gpu, const char *key, const char *value) {
     else if (!strcmp(key, "handle_error")) gpu->handle_error = atoi(value);
     else if (!strcmp(key, "utilisation_error")) gpu->utilisation_error = atoi(value);
     else if (!strcmp(key, "lost")) gpu->lost = atoi(value);
+    else if (!strcmp(key, "compute_mode")) gpu->compute_mode = atoi(value);
     else if (!strcmp(key, "samples_by")) gpu->samples_by = atoi(value);
     else if (!strcmp(key, "hidden_percent")) gpu->hidden_percent = atoi(value);
     else if (!strcmp(key, "hangs")) gpu->hangs = atoi(value);

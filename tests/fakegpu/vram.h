@@ -41,6 +41,7 @@ struct gpu {
     bool graphics;                /* processes are in the compute and the graphics list */
     int processes_error, handle_error, utilisation_error; /* an nvmlReturn_t to answer with; 0: none */
     bool lost;                    /* GPU_IS_LOST for good */
+    int compute_mode;             /* an nvmlComputeMode_t */
     int samples_by;               /* which call knows the work of processes: 0 the old and the new, 1 the new, 2 none */
     int hidden_percent;           /* of each process's bytes: managed memory, which is attributed to nobody */
     bool hangs;                   /* calls on it don't return, until this is unset */

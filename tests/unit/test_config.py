@@ -329,6 +329,10 @@ def test_without_a_directory_there_are_no_models(paths: Paths) -> None:
         ('env = { "A=B" = "" }', "env.A=B: 'A=B' cannot name a variable."),
         ('env = { "" = "" }', "env.: '' cannot name a variable."),
         ('env = { A = "\\u0000" }', "env.A: It contains a NUL character."),
+        ('gpu = { nodes = ["/dev/nvidia1"] }', "gpu.nodes[0]: '/dev/nvidia1' belongs to a GPU."),
+        ('gpu = { nodes = ["/dev/dri/renderD128"] }', "gpu.nodes[0]: '/dev/dri/renderD128' belongs to a GPU."),
+        ('gpu = { nodes = ["uverbs0"] }', "gpu.nodes[0]: 'uverbs0' is not the path of a device node."),
+        ('gpu = { nodes = ["/dev/../etc/passwd"] }', "gpu.nodes[0]: '/dev/../etc/passwd' is not the path"),
         (
             'env = { CUDA_VISIBLE_DEVICES = "0" }',
             "env.CUDA_VISIBLE_DEVICES: It cannot be set. gpusvc sets it to the GPUs",

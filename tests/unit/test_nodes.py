@@ -109,3 +109,64 @@ def test_a_machine_without_nodes_has_none(tmp_path: Path) -> None:
 )
 def test_a_pci_address_is_spelt_as_the_kernel_does(bus_id: str, address: str) -> None:
     assert nodes.pci_address(bus_id) == address
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> Path:
+    """What the kernel tells of major numbers."""
+    file = tmp_path / "devices.txt"
+    file.write_text("Character devices:\n  1 mem\n195 nvidia\n  1 nvidia-uvm\n\nBlock devices:\n259 blkext\n")
+    return file
+
+
+def test_nodes_that_exist_and_fit_the_module_are_right(dev: Path, devices: Path) -> None:
+    assert nodes.problem([0, 1], dev=dev, devices=devices) is None
+
+
+def test_a_node_of_an_older_module_is_stale(dev: Path, devices: Path) -> None:
+    devices.write_text("507 nvidia-uvm\n")
+    found = nodes.problem([0], dev=dev, devices=devices)
+    assert found is not None
+    assert found[0].endswith("nvidia-uvm is stale: its major number is 1, the module's is 507.")
+    assert "gpusvc-devices.service" in found[1]
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "nvidia-uvm"])
+def test_a_missing_node_is_named(dev: Path, devices: Path, name: str) -> None:
+    (dev / name).unlink()
+    found = nodes.problem([0], dev=dev, devices=devices)
+    assert found is not None
+    assert found[0] == f"The device node {dev}/{name} is missing."
+
+
+def test_without_the_module_nothing_is_said_of_its_node(dev: Path, devices: Path) -> None:
+    (dev / "nvidia-uvm").unlink()
+    devices.write_text("195 nvidia\n")
+    assert nodes.problem([0], dev=dev, devices=devices) is None
+
+
+def test_a_gpu_without_a_node_is_not_supported(dev: Path, devices: Path) -> None:
+    found = nodes.problem([None], dev=dev, devices=devices)
+    assert found is not None
+    assert "WSL2" in found[0]
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "/dev/nvidia0",
+        "/dev/nvidia17",
+        "/dev/dri/card0",
+        "/dev/dri/renderD128",
+        "/dev/dri/by-path/x",
+        "/dev/kfd",
+        "/dev/nvidia-caps/nvidia-cap1",
+    ],
+)
+def test_nodes_of_gpus_are_told_from_others(node: str) -> None:
+    assert nodes.is_of_a_gpu(node)
+
+
+@pytest.mark.parametrize("node", ["/dev/infiniband/uverbs0", "/dev/gdrdrv", "/dev/nvidia-caps-imex-channels/channel0"])
+def test_other_nodes_are_not_of_gpus(node: str) -> None:
+    assert not nodes.is_of_a_gpu(node)

@@ -746,3 +746,14 @@ def test_nobody_starves_and_nobody_is_refused_whose_turn_comes(sizes: list[int],
         for name in [name for name in joined if name in machine.running]:
             assert now - joined.pop(name) <= 60 + 3 * len(sizes)
     assert len(machine.served) == len(sizes)
+
+
+def test_a_gpu_that_lets_one_process_in_gets_one_model_at_a_time() -> None:
+    gpu = replace(a_gpu(uncounted=GIB), exclusive=True)
+    assert victims(plan(request(GIB), [gpu], [], [resident("here", gpu0=1)], HOST)) == ("here",)
+    assert victims(plan(request(GIB), [a_gpu(uncounted=GIB)], [], [resident("here", gpu0=1)], HOST)) == ()
+
+
+def test_a_gpu_that_lets_no_process_in_gets_no_model() -> None:
+    gpu = replace(a_gpu(), prohibited=True)
+    assert "its compute mode is PROHIBITED" in refused([gpu], request(GIB)).message

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from gpusvc.paths import Paths
 
 _ORPHANS: Any = typer.Option(False, "--orphans", help="Offer to end the processes that servers left behind on GPUs.")
+_REPORT: Any = typer.Option(
+    None, "--report", metavar="FILE", help="Write a report without secrets to FILE, for a bug report."
+)
 _YES: Any = typer.Option(False, "--yes", help="With --orphans: end them all, without asking.")
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
@@ -27,7 +31,14 @@ _MARK_WIDTH = 7
 _END_SECONDS = 30.0
 
 
-def doctor(context: typer.Context, *, orphans: bool = _ORPHANS, yes: bool = _YES, as_json: bool = JSON) -> int:
+def doctor(
+    context: typer.Context,
+    *,
+    orphans: bool = _ORPHANS,
+    yes: bool = _YES,
+    report: Path | None = _REPORT,
+    as_json: bool = JSON,
+) -> int:
     """Look for what is wrong with this machine. The exit status is 1 if anything has to be mended."""
     paths = paths_of(context)
     if orphans:
@@ -38,6 +49,8 @@ def doctor(context: typer.Context, *, orphans: bool = _ORPHANS, yes: bool = _YES
         found.append(finding)
         if not as_json:
             _print(finding)
+    if report is not None:
+        _write_report(paths, report, found)
     mend = [finding for finding in found if finding.wants_mending]
     if as_json:
         table.print_json([finding.to_json() for finding in found])
@@ -45,6 +58,17 @@ def doctor(context: typer.Context, *, orphans: bool = _ORPHANS, yes: bool = _YES
         number = f"1 of {len(found)} findings wants" if len(mend) == 1 else f"{len(mend)} of {len(found)} findings want"
         typer.echo(f"\n{number} mending." if mend else f"\nNothing wants mending ({len(found)} findings).")
     return 1 if mend else 0
+
+
+def _write_report(paths: Paths, file: Path, found: list[Finding]) -> None:
+    from gpusvc import files
+    from gpusvc.doctor.report import compose
+
+    try:
+        files.write(file, compose(paths, found, _gpus(paths)))
+    except OSError as error:
+        raise GpusvcError(f"The report {file} cannot be written: {error.strerror}.") from None
+    typer.echo(f"The report is in {file}. Read it before you attach it to a bug.", err=True)
 
 
 def _findings(paths: Paths) -> Iterator[Finding]:
