@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _ORPHANS: Any = typer.Option(False, "--orphans", help="Offer to end the processes that servers left behind on GPUs.")
 _REPORT: Any = typer.Option(
-    None, "--report", metavar="FILE", help="Write a report without secrets to FILE, for a bug report."
+    "", "--report", metavar="FILE", show_default=False, help="Write a report without secrets to FILE, for a bug report."
 )
 _YES: Any = typer.Option(False, "--yes", help="With --orphans: end them all, without asking.")
 
@@ -36,7 +36,7 @@ def doctor(
     *,
     orphans: bool = _ORPHANS,
     yes: bool = _YES,
-    report: Path | None = _REPORT,
+    report: str = _REPORT,
     as_json: bool = JSON,
 ) -> int:
     """Look for what is wrong with this machine. The exit status is 1 if anything has to be mended."""
@@ -49,8 +49,8 @@ def doctor(
         found.append(finding)
         if not as_json:
             _print(finding)
-    if report is not None:
-        _write_report(paths, report, found)
+    if report:
+        _write_report(paths, Path(report), found)
     mend = [finding for finding in found if finding.wants_mending]
     if as_json:
         table.print_json([finding.to_json() for finding in found])
