@@ -66,7 +66,10 @@ def test_the_model_on_it_serves_on_and_its_stop_is_not_proven_until_it_answers(h
     assert "not answered" in hung.messages("wedged")
     assert "wedged is stuck: its release is not proven" in hung.messages("wedged")
     hung.gpus.change(1, hangs=False)
-    assert "wedged is released" in hung.run("gpusvc", "release", "wedged").stdout
+    released = hung.wait_until(
+        lambda: hung.run("gpusvc", "release", "wedged", check=False).stdout, "the GPU is asked again, and answers"
+    )
+    assert "wedged is released" in released
 
 
 def test_the_command_shows_the_other_gpus_and_what_is_wrong_with_this_one(hung: Host) -> None:
@@ -96,6 +99,10 @@ def test_a_reader_that_cannot_be_killed_delays_no_stop_of_another_model(machine:
     machine.write_model("sound", arguments="--vram 2GiB", keys="", gpu='vram = "2GiB"\ndevices = [0]')
     machine.gpus.change(1, hangs=True)
     starting = machine.popen("systemctl", "start", "model@sound.service")
+    unit = "model@sound.service"
+    machine.wait_until(
+        lambda: "not answered" in machine.property(unit, "StatusText"), "its reader is at the second GPU"
+    )
     (frozen / "cgroup.procs").write_text(str(machine.wait_until(lambda: reader_of(machine, "sound"), "a reader")))
     assert starting.wait(60) == 0
     scope = machine.wait_until(

@@ -18,10 +18,13 @@ ROOT = Path(__file__).parents[2] / "gpusvc"
 REASONS = {
     "files": "the helper itself",
     "linux/cgroup": "cgroupfs",
+    "linux/memory": "/proc",
     "linux/processes": "/proc",
     "linux/sockets": "/proc",
     "state/locks": "/proc/locks",
     "gpu/device": "/proc/driver",
+    "gpu/nodes": "/proc/devices",
+    "doctor/report": "/sys",
     "journal/background": "a descriptor",
     "journal/relay": "a descriptor",
     "doctor/driver": "/sys",
