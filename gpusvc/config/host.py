@@ -173,6 +173,8 @@ class HostConfig(Section):
     max_active: int = integer("max_active", default=0, minimum=0)  # models on the host; 0: no limit
     release_timeout_seconds: float = duration("release_timeout", default=30.0)
     allow_root_engines: bool = boolean("allow_root_engines", default=False)
+    reserve_ram_bytes: int = size("reserve_ram", default=512 * MIB)
+    """Of host memory, which no model is given."""
     gpu: HostGpu = section("gpu", HostGpu, default=HostGpu())
     eviction: HostEviction = section("eviction", HostEviction, default=HostEviction())
     watchdog: HostWatchdog = section("watchdog", HostWatchdog, default=HostWatchdog())

@@ -211,6 +211,8 @@ class ModelConfig(Section, kw_only=True):
     pinned: bool = boolean("pinned", default=False, live=True)  # never evicted
     exclusive: tuple[str, ...] = custom("exclusive", _read_exclusive, default=(), live=True)
     """``GROUP`` or ``GROUP/SIDE``; placement.plan.exclude_each_other() says what they mean."""
+    ram_bytes: int | None = size("ram", default=None, minimum=MIB)
+    """Of host memory; None: not declared."""
     gpu: GpuRequest = section("gpu", GpuRequest)
     scope: Mapping[str, str] = custom("scope", _read_scope, default=dict)
     """systemd.resource-control(5) properties, verbatim."""

@@ -7,8 +7,9 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from gpusvc.errors import GpusvcError, NvmlError
-from gpusvc.linux import processes
+from gpusvc.linux import memory, processes
 from gpusvc.log import log
+from gpusvc.placement.request import HOST_MEMORY
 from gpusvc.quantity import MIB
 from gpusvc.record import replace
 from gpusvc.release import proof
@@ -40,6 +41,7 @@ class Sampler:
     def sample(self) -> None:
         """Take one reading of NVML into the lease. What cannot be read keeps its last value."""
         run = self._run
+        self._learn_memory()
         if run.driver is None:
             return
         try:
@@ -78,6 +80,16 @@ class Sampler:
 
             set_apart(new)
             self._apart |= new
+
+    def _learn_memory(self) -> None:
+        """Learn the host memory of a model that is ready: a load maps more than the engine keeps."""
+        run = self._run
+        if not run.lease.ready or run.caller is not None:
+            return
+        used = memory.used_by(str(self._cgroup.directory), self._cgroup.pids())
+        if used is not None and used > self._peaks.get(HOST_MEMORY, 0) + _LEARNED_BYTES:
+            self._peaks[HOST_MEMORY] = used
+            footprints.learn(run.paths, run.name, run.lease.config_digest, HOST_MEMORY, used)
 
     def _learn(self, by_uuid: Mapping[str, Gpu], own: AbstractSet[int]) -> None:
         run = self._run

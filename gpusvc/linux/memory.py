@@ -1,7 +1,8 @@
-"""The memory of the machine, from /proc/meminfo (proc_meminfo(5))."""
+"""Host memory: that of the machine (proc_meminfo(5)), and what the processes of a control group use."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,3 +27,34 @@ def read(file: Path = Path("/proc/meminfo")) -> Memory | None:
     except (OSError, KeyError, ValueError, IndexError):
         return None
     return Memory(total, available, mapped)
+
+
+def used_by(group: str | None, pids: Collection[int]) -> int | None:
+    """Return the bytes that the end of these processes gives back: their own, shared and mapped memory.
+
+    The page cache counts only as far as it is mapped: that is how engines use weights that stay in host memory.
+
+    Args:
+        group: the directory of their control group; None, or one without a memory controller: the processes are asked.
+        pids: the processes.
+    """
+    if group is not None:
+        try:
+            rows = dict(line.split() for line in Path(group, "memory.stat").read_text().splitlines())
+            return sum(int(rows[key]) for key in ("anon", "shmem", "file_mapped"))
+        except (OSError, KeyError, ValueError):
+            pass
+    return _of_processes(pids)
+
+
+def _of_processes(pids: Collection[int]) -> int | None:
+    own = shared = mapped = 0
+    for pid in pids:
+        try:
+            rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            sizes = [int(rows[key].split()[0]) * _KIB for key in ("RssAnon", "RssShmem", "RssFile")]
+        except (OSError, KeyError, ValueError, IndexError):
+            continue  # it has ended
+        # The processes of an engine share these, so that a sum would count them several times.
+        own, shared, mapped = own + sizes[0], max(shared, sizes[1]), max(mapped, sizes[2])
+    return own + shared + mapped

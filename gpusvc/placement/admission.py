@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from gpusvc.errors import UnreleasedError
-from gpusvc.linux import processes
+from gpusvc.linux import memory, processes
 from gpusvc.log import log
 from gpusvc.placement import eviction, need, occupancy, ports, waitlist
 from gpusvc.placement.eviction import Doors
 from gpusvc.placement.patience import LastRun, Patience
-from gpusvc.placement.plan import NoPlan, plan
-from gpusvc.placement.request import Request, Wish
+from gpusvc.placement.plan import NoPlan, memory_as_gpu, plan
+from gpusvc.placement.request import HOST_MEMORY, Request, Wish
 from gpusvc.placement.search import Plan
 from gpusvc.placement.waitlist import Ticket
 from gpusvc.record import Record
@@ -150,12 +150,15 @@ class Admission:
         return outcome, Admitted(lease, outcome.gpus, not needs.is_declared)
 
     def _plan(self, request: Request, gpus: Sequence[Gpu], scene: Scene) -> Plan | NoPlan:
-        found = plan(request, gpus, scene.claims, scene.residents, self._host, scene.line)
-        if isinstance(found, Plan) and not found.victims:
-            return found
+        found = memory.read()
+        ram = None if found is None else memory_as_gpu(found)
+        chosen = plan(request, gpus, scene.claims, scene.residents, self._host, scene.line, ram)
+        if isinstance(chosen, Plan) and not chosen.victims:
+            return chosen
         if self._patience.is_modest:
-            return plan(request, gpus, scene.claims, self._patience.spared(scene.residents), self._host, scene.line)
-        return found
+            spared = self._patience.spared(scene.residents)
+            return plan(request, gpus, scene.claims, spared, self._host, scene.line, ram)
+        return chosen
 
     def _wait_or_refuse(
         self, stack: ExitStack, request: Request, no_plan: NoPlan, scene: Scene, gpus: Sequence[Gpu]
@@ -193,7 +196,8 @@ class Admission:
         self._ticket.wish(
             Wish(
                 request.model,
-                {gpu.uuid: request.needs.get(gpu.uuid, 0) for gpu in hoped.gpus},
+                {gpu.uuid: request.needs.get(gpu.uuid, 0) for gpu in hoped.gpus}
+                | {uuid: size for uuid, size in request.needs.items() if uuid == HOST_MEMORY},
                 hoped.victims,
                 self._config.priority,
                 request.exclusive,
@@ -268,7 +272,9 @@ class Admission:
         if self._needs is None:
             # Types and sizes are enough: the lists of processes cost milliseconds, and the driver's lock.
             gpus = self._driver.snapshot(processes=False) if self._driver is not None else ()
-            self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus))
+            host = memory.read()
+            most = None if host is None else host.total_bytes - self._host.reserve_ram_bytes
+            self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus, most))
 
     def _lease(self, chosen: Plan, request: Request, scene: Scene) -> Lease:
         config = self._config
@@ -290,6 +296,7 @@ class Admission:
             config_digest=self._digest,
             stop_timeout_seconds=config.stop_timeout_seconds,
             release_timeout_seconds=config.release_timeout_seconds,
+            ram_bytes=request.needs.get(HOST_MEMORY),
             evicting=chosen.victims,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from gpusvc.placement.request import HOST_MEMORY
 from gpusvc.record import Record
 from gpusvc.state import footprints
 
@@ -22,8 +23,10 @@ class Need(Record):
     is_declared: bool
 
 
-def of(paths: Paths, config: ModelConfig, digest: str, user: User, gpus: Sequence[Gpu]) -> Need:
-    """Return what ``config`` needs on each of ``gpus``.
+def of(
+    paths: Paths, config: ModelConfig, digest: str, user: User, gpus: Sequence[Gpu], memory_bytes: int | None = None
+) -> Need:
+    """Return what ``config`` needs on each of ``gpus``, and of host memory.
 
     Args:
         paths: where learned footprints are.
@@ -31,6 +34,7 @@ def of(paths: Paths, config: ModelConfig, digest: str, user: User, gpus: Sequenc
         digest: of the model's configuration.
         user: whose rights are used to read the model's files.
         gpus: a reading of NVML.
+        memory_bytes: the host memory that models may have; None: unknown, so that it does not count.
     """
     declared = config.gpu.vram_bytes
     needs = {}
@@ -41,7 +45,38 @@ def of(paths: Paths, config: ModelConfig, digest: str, user: User, gpus: Sequenc
             needs[gpu.uuid] = max(known)
     if not needs and gpus and config.gpu.count:
         needs = _estimated(config, user, gpus)
+    if memory_bytes is not None:
+        host = _of_memory(paths, config, digest, user, memory_bytes)
+        unified = [needs[gpu.uuid] for gpu in gpus if gpu.total_bytes is None and gpu.uuid in needs]
+        if unified:
+            # The GPUs have no memory of their own: VRAM is taken from the host's.
+            host = (host or 0) + max(unified) * config.gpu.count
+        if host is not None:
+            needs[HOST_MEMORY] = host
     return Need(needs, declared is not None)
+
+
+def _of_memory(paths: Paths, config: ModelConfig, digest: str, user: User, memory_bytes: int) -> int | None:
+    """Return the host memory that ``config`` needs; None: unknown.
+
+    What was learned or estimated never says that a model is too large for the machine: it may have been less crowded.
+    """
+    declared = config.ram_bytes
+    learned = footprints.learned(paths, config.name, digest, HOST_MEMORY)
+    if learned is None and declared is None and not config.gpu.count:
+        learned = _estimated_memory(config, user)
+    known = [min(learned, memory_bytes)] if learned is not None else []
+    return max([*known, *([declared] if declared is not None else [])], default=None)
+
+
+def _estimated_memory(config: ModelConfig, user: User) -> int | None:
+    """Return the estimate of a model without GPUs: all that would be VRAM is host memory."""
+    from gpusvc.linux import processes  # noqa: PLC0415  most needs are declared or learned
+    from gpusvc.weights.estimate import estimate  # noqa: PLC0415
+
+    with processes.acting_as(user.uid, user.gid):
+        found = estimate(config.command, config.env)
+    return None if found is None else found.weights_bytes + found.cache_bytes + found.state_bytes
 
 
 def _estimated(config: ModelConfig, user: User, gpus: Sequence[Gpu]) -> dict[str, int]:

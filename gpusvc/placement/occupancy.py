@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from gpusvc import names
 from gpusvc.config.files import load_sound_model
-from gpusvc.linux import processes
+from gpusvc.linux import memory, processes
 from gpusvc.linux.cgroup import Cgroup
-from gpusvc.placement.request import Claim, Resident, Wish
+from gpusvc.placement.request import HOST_MEMORY, Claim, Resident, Wish
 from gpusvc.quantity import format_amount
 from gpusvc.record import Record
 from gpusvc.state import holdings, readiness, use
@@ -39,6 +39,13 @@ class Occupant(Record):
     ending: bool = False
     """Whether its engine has ended and its service has not: the release proof follows soon."""
 
+    def ram_bytes(self) -> int:
+        """Return the host memory that its end gives back."""
+        if self.lease.cgroup is None:
+            return 0
+        group = Cgroup(self.lease.cgroup)
+        return memory.used_by(str(group.directory), group.pids()) or 0
+
     @property
     def loading(self) -> bool:
         return self.attended and not self.lease.ready
@@ -56,6 +63,10 @@ class Occupant(Record):
             return []
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         found = []
+        if self.lease.ram_bytes is not None:
+            missing = max(0, self.lease.ram_bytes - self.ram_bytes())
+            if missing:
+                found.append(Claim(self.lease.model, HOST_MEMORY, missing, loading=self.loading or self.ending))
         for leased in self.lease.gpus:
             gpu = by_uuid.get(leased.uuid)
             if gpu is None:
@@ -148,7 +159,14 @@ class Scene(Record):
         """Return in_words(), with each model's state at ``now_seconds`` since the epoch."""
         from gpusvc.placement.refusal import state_in_words  # noqa: PLC0415  for a refusal only
 
-        return in_words(gpus, self.held, {r.model: state_in_words(r, now_seconds) for r in self.residents})
+        states = {r.model: state_in_words(r, now_seconds) for r in self.residents}
+        largest = sorted(self.residents, key=lambda r: -r.gives.get(HOST_MEMORY, 0))
+        held = [
+            f"{r.model} {format_amount(r.gives[HOST_MEMORY])} ({states[r.model]})"
+            for r in largest
+            if r.gives.get(HOST_MEMORY)
+        ]
+        return in_words(gpus, self.held, states) | ({HOST_MEMORY: held} if held else {})
 
 
 def scene(
@@ -209,7 +227,8 @@ def residents(
         found.append(
             Resident(
                 model=lease.model,
-                gives={uuid: gpu.used_by(pids) or 0 for uuid, gpu in given.items()},
+                gives={uuid: gpu.used_by(pids) or 0 for uuid, gpu in given.items()}
+                | {HOST_MEMORY: occupant.ram_bytes()},
                 priority=config.priority if config is not None else 0,
                 last_use=use.last_use(paths, lease.model) or lease.created,
                 # A model whose lock cannot be tried counts as in use.

@@ -14,14 +14,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from gpusvc.gpu.reading import Gpu
 from gpusvc.gpu.selector import DeviceSelector
-from gpusvc.placement.request import Claim, Request, Resident, Wish, exclude_each_other
+from gpusvc.placement.request import HOST_MEMORY, Claim, Request, Resident, Wish, exclude_each_other
 from gpusvc.placement.search import Offer, Plan, Room, Search, plus
 from gpusvc.record import Record, replace
 
 if TYPE_CHECKING:
     from gpusvc.config.host import HostConfig
-    from gpusvc.gpu.reading import Gpu
+    from gpusvc.linux.memory import Memory
 
 
 class NoPlan(Record):
@@ -54,6 +55,7 @@ def plan(
     residents: Sequence[Resident],
     host: HostConfig,
     line: Sequence[Wish] = (),
+    memory: Gpu | None = None,
 ) -> Plan | NoPlan:
     """Return where ``request`` is placed at the least cost to ``residents``.
 
@@ -64,8 +66,11 @@ def plan(
         residents: all other active models.
         host: the policy.
         line: the starts that wait and come first, the first of them first.
+        memory: the host's, as memory_as_gpu() gives it; None: it does not count.
     """
     offers = tuple(_offer(gpu, claims, request, host) for gpu in gpus)
+    if memory is not None:
+        offers = (*offers, _memory_offer(memory, claims, host))
     line = [wish for wish in line if wish.model != request.model]
     coming = _Coming(offers, claims, residents, line)
     settled = [r for r in residents if r.is_settled and r.model not in coming.leaving]
@@ -249,6 +254,18 @@ def _offer(gpu: Gpu, claims: Sequence[Claim], request: Request, host: HostConfig
     return Offer(gpu=gpu, free_bytes=free, claims=here, obstacle=obstacle)
 
 
+def _memory_offer(memory: Gpu, claims: Sequence[Claim], host: HostConfig) -> Offer:
+    here = tuple(claim for claim in claims if claim.gpu_uuid == HOST_MEMORY)
+    free = (memory.free_bytes or 0) - host.reserve_ram_bytes - sum(claim.bytes for claim in here)
+    return Offer(gpu=memory, free_bytes=free, claims=here, obstacle=None)
+
+
+def memory_as_gpu(found: Memory) -> Gpu:
+    """Return the host's memory in the form of a GPU. What running programs have mapped is not free."""
+    free = max(0, found.available_bytes - found.mapped_bytes)
+    return Gpu(-1, HOST_MEMORY, HOST_MEMORY, None, "", found.total_bytes, found.total_bytes - free, free)
+
+
 def _rule_breakers(
     request: Request, residents: Sequence[Resident], host: HostConfig
 ) -> tuple[tuple[Resident, ...], bool]:
@@ -264,6 +281,10 @@ def _rule_breakers(
 
 def _is_never(request: Request, offers: Sequence[Offer], host: HostConfig) -> bool:
     """Whether the request does not fit on this machine even if nothing else runs; lost GPUs may come back."""
+    need = request.needs.get(HOST_MEMORY, 0)
+    if any(o.is_memory and need > (o.gpu.total_bytes or 0) - host.reserve_ram_bytes for o in offers):
+        return True
+    offers = [offer for offer in offers if not offer.is_memory]
     if not offers:
         return False  # the driver may not be loaded yet
 

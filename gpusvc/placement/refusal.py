@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gpusvc.errors import BusyError, NeverFitsError, PlacementError
+from gpusvc.placement.request import HOST_MEMORY
 from gpusvc.quantity import format_amount, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -24,13 +25,23 @@ def refuse(request: Request, no_plan: NoPlan, host: HostConfig, holders: Mapping
         host: the policy.
         holders: by the GPU's UUID, who holds how much of it, in words.
     """
-    known = sorted(set(request.needs.values()))
+    known = sorted({size for uuid, size in request.needs.items() if uuid != HOST_MEMORY})
+    memory = next((offer for offer in no_plan.offers if offer.is_memory), None)
+    wanted = request.needs.get(HOST_MEMORY, 0)
+    gpus = [offer for offer in no_plan.offers if not offer.is_memory]
+    lacks_memory = memory is not None and (memory.free_bytes or 0) < wanted
     need = " or ".join(format_size(size) for size in known) if known else "room"
     hint = "`gpusvc gpus` shows who holds what; `gpusvc stop NAME` frees it."
     error: type[PlacementError] = PlacementError
     if no_plan.rule_breakers and not no_plan.is_never:
         lines = [f"{request.model} may not start now: {_rule(no_plan, host)}."]
-    elif not no_plan.offers:
+    elif lacks_memory and (no_plan.is_never or not request.count or wanted):
+        if no_plan.is_never:
+            error = NeverFitsError
+        now = "and this machine has less" if no_plan.is_never else "and this machine does not have that free now"
+        lines = [f"{request.model} needs {format_size(wanted)} of host memory, {now}."]
+        hint = "`gpusvc ps` shows the models; `gpusvc stop NAME` frees what one holds."
+    elif not gpus:
         lines = [f"{request.model} needs {_gpus(request.count)}, and NVML shows none."]
     elif no_plan.is_never:
         error = NeverFitsError
@@ -40,7 +51,9 @@ def refuse(request: Request, no_plan: NoPlan, host: HostConfig, holders: Mapping
         lines = [
             f"{request.model} needs {need} on {_gpus(request.count)}, and this machine does not have that free now."
         ]
-    lines += [_describe(offer, holders.get(offer.gpu.uuid, ())) for offer in no_plan.offers]
+    if memory is not None and lacks_memory:
+        lines.append(_describe_memory(memory, host, holders.get(HOST_MEMORY, ())))
+    lines += [_describe(offer, holders.get(offer.gpu.uuid, ())) for offer in gpus]
     return error("\n".join(lines), hint=hint)
 
 
@@ -86,7 +99,7 @@ def _rule(no_plan: NoPlan, host: HostConfig) -> str:
 
 
 def _never(request: Request, no_plan: NoPlan, need: str) -> str:
-    usable = sum(offer.obstacle is None for offer in no_plan.offers)
+    usable = sum(offer.obstacle is None and not offer.is_memory for offer in no_plan.offers)
     if usable < request.count:
         return f"{request.model} needs {need} on {_gpus(request.count)}, and may use {usable or 'none'} of these."
     if request.count == 1:
@@ -96,6 +109,15 @@ def _never(request: Request, no_plan: NoPlan, need: str) -> str:
 
 def _gpus(count: int) -> str:
     return "a GPU" if count == 1 else f"each of {count} GPUs"
+
+
+def _describe_memory(offer: Offer, host: HostConfig, holders: Sequence[str]) -> str:
+    total, reserved = format_size(offer.gpu.total_bytes or 0), format_size(host.reserve_ram_bytes)
+    parts = [f"Host memory: {format_amount(offer.gpu.free_bytes)} free of {total}, {reserved} of it reserved"]
+    parts += [f"{format_size(claim.bytes)} promised to {claim.model}" for claim in offer.claims]
+    if holders:
+        parts.append("held by " + ", ".join(holders))
+    return "; ".join(parts) + "."
 
 
 def _describe(offer: Offer, holders: Sequence[str]) -> str:

@@ -7,9 +7,15 @@ from types import MappingProxyType
 
 from gpusvc.record import Record
 
+# Stands for host memory where bytes are counted by the GPU's UUID.
+HOST_MEMORY = "host memory"
+
 
 class Request(Record):
-    """What a model asks for. ``needs`` is in bytes by the GPU's UUID; without an entry it is unknown."""
+    """What a model asks for. ``needs`` is in bytes by the GPU's UUID; without an entry it is unknown.
+
+    An entry for HOST_MEMORY is met beside those of the GPUs.
+    """
 
     model: str
     count: int

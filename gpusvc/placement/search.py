@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gpusvc.placement.request import Claim, Request, Resident, exclude_each_other
+from gpusvc.placement.request import HOST_MEMORY, Claim, Request, Resident, exclude_each_other
 from gpusvc.record import Record
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ class Offer(Record):
     claims: tuple[Claim, ...]
     obstacle: str | None
 
+    @property
+    def is_memory(self) -> bool:
+        """Whether this is host memory and not a GPU."""
+        return self.gpu.uuid == HOST_MEMORY
+
 
 class Room(Record):
     """What a request has to fit in: the offers, the models that are there, and the models that may be evicted."""
@@ -46,14 +51,17 @@ class Search:
 
     def __init__(self, request: Request, room: Room, host: HostConfig) -> None:
         self._request = request
-        self._offers = [offer for offer in room.offers if offer.obstacle is None]
+        usable = [offer for offer in room.offers if offer.obstacle is None]
+        self._offers = [offer for offer in usable if not offer.is_memory]
+        # None: the request needs no host memory, or nobody knows how much.
+        self._memory = next((offer for offer in usable if offer.is_memory and HOST_MEMORY in request.needs), None)
         self._residents = room.residents
         self._movable = sorted(room.movable, key=lambda resident: resident.worth)
         self._host = host
         self._gone: dict[str, Resident] = {}
         self._active = room.active
         # By GPU: free bytes, number of models and movable models, as if the models of ``_gone`` were gone.
-        self._free = {offer.gpu.uuid: offer.free_bytes for offer in self._offers}
+        self._free = {offer.gpu.uuid: offer.free_bytes for offer in usable}
         self._there = {uuid: room.on_gpu.get(uuid, 0) for uuid in self._free}
         self._on: dict[str, list[Resident]] = {uuid: [] for uuid in self._free}
         for resident in self._movable:
@@ -76,6 +84,12 @@ class Search:
                 return None
             chosen.append(best[0])
             for victim in best[1]:
+                self._evict(victim)
+        if self._memory is not None:
+            more = self._victims_on(self._memory, clears=False)
+            if more is None:
+                return None
+            for victim in more:
                 self._evict(victim)
         for resident in self._movable:
             if self._surplus() > 0 and resident.model not in self._gone:
@@ -104,7 +118,7 @@ class Search:
         """Return the GPU with the cheapest victims, and these victims."""
         best: tuple[tuple[object, ...], Offer, list[Resident]] | None = None
         for offer in offers:
-            victims = self._victims_on(offer)
+            victims = self._victims_on(offer, clears=self._request.clears)
             if victims is None:
                 continue
             if self._request.clears:
@@ -118,20 +132,23 @@ class Search:
                 best = (cost, offer, victims)
         return None if best is None else (best[1], best[2])
 
-    def _victims_on(self, offer: Offer) -> list[Resident] | None:
-        """Return the further models that have to leave this GPU; None: the request does not fit there."""
+    def _victims_on(self, offer: Offer, *, clears: bool) -> list[Resident] | None:
+        """Return the further models that have to leave this GPU; None: the request does not fit there.
+
+        ``clears``: all models that can have to.
+        """
         uuid = offer.gpu.uuid
         candidates = [resident for resident in self._on[uuid] if resident.model not in self._gone]
         free, there = self._free[uuid], self._there[uuid]
         victims: list[Resident] = []
         for candidate in candidates:
-            if not self._request.clears and self._fits(offer, free, there):
+            if not clears and self._fits(offer, free, there):
                 break
             victims.append(candidate)
             free, there = plus(free, candidate.gives[uuid]), there - 1
         if not self._fits(offer, free, there):
             return None
-        if self._request.clears:
+        if clears:
             return victims
         # The last victim was needed. Of the others, those that turn out to be needless stay, the most valuable first.
         for victim in reversed(victims[:-1]):
@@ -141,6 +158,8 @@ class Search:
         return victims
 
     def _fits(self, offer: Offer, free: int | None, there: int) -> bool:
+        if offer.is_memory:
+            return free is None or free >= self._request.needs[HOST_MEMORY]
         limit = 1 if offer.gpu.exclusive else self._host.gpu.max_active
         if limit and there + 1 > limit:
             return False
@@ -167,7 +186,8 @@ class Search:
                 continue
             del self._gone[victim.model]
             self._move(victim, +1)
-            touched = [offer for offer in chosen if offer.gpu.uuid in victim.gives]
+            needed = [*chosen, *([self._memory] if self._memory is not None else [])]
+            touched = [offer for offer in needed if offer.gpu.uuid in victim.gives]
             fits = all(self._fits(o, self._free[o.gpu.uuid], self._there[o.gpu.uuid]) for o in touched)
             if self._surplus() > 0 or not fits:
                 self._evict(victim)

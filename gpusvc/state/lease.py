@@ -60,6 +60,8 @@ class Lease(Record):
     config_digest: str = ""
     release_timeout_seconds: float = 30.0
     stop_timeout_seconds: float = 10.0
+    ram_bytes: int | None = None
+    """The host memory that the model was promised; None: unknown, or none."""
     evicting: tuple[str, ...] = ()
     """The models that are evicted for this one while it starts."""
     ready: bool = False
@@ -126,6 +128,7 @@ class Lease(Record):
             config_digest=str(value["config_digest"]),
             release_timeout_seconds=_seconds(value["release_timeout_seconds"]),
             stop_timeout_seconds=_seconds(value["stop_timeout_seconds"]),
+            ram_bytes=_optional(value.get("ram_bytes")),
             evicting=tuple(map(str, value.get("evicting", ()))),
             ready=bool(value["ready"]),
             pid=None if value["pid"] is None else _within(value["pid"], _MAX_PID),

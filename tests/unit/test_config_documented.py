@@ -103,6 +103,7 @@ def test_the_model_example_shows_the_defaults_where_it_does_not_say_example() ->
         "env",
         "served_name",
         "vram",
+        "ram",
         "scope",
         "probe",
         "probe_paths",

@@ -69,6 +69,7 @@ def test_a_model_has_every_key_but_args_and_the_probe(paths: Paths) -> None:
         "served_name",
         "upstream_key",
         "gpu.vram",
+        "ram",
     }
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2] / "gpusvc"
 REASONS = {
     "files": "the helper itself",
     "linux/cgroup": "cgroupfs",
-    "linux/memory": "/proc",
+    "linux/memory": "/proc and cgroupfs",
     "linux/processes": "/proc",
     "linux/sockets": "/proc",
     "state/locks": "/proc/locks",
