@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -229,3 +230,14 @@ def test_a_gpu_whose_free_memory_is_unknown_is_used(machine: Host) -> None:
     write(machine, "unified", "4GiB", "devices = [0]")
     machine.start("unified")
     assert gpus_of(machine, "unified") == [0]
+
+
+def test_host_memory_is_placed(machine: Host) -> None:
+    machine.write_model("huge", keys='ram = "900TiB"')
+    said = machine.fail_to_start("huge")
+    assert "huge needs 900.0 TiB of host memory, and this machine has less." in said
+    assert "Host memory: " in said
+    machine.write_model("small", keys='ram = "64MiB"')
+    machine.start("small")
+    lease = json.loads(machine.read("/run/gpusvc/models/small/lease.json"))
+    assert lease["ram_bytes"] == 64 << 20
