@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from gpusvc import names
+from gpusvc import files, names
 from gpusvc.config import presets
 from gpusvc.config.files import Isolation
 from gpusvc.errors import EngineError, GpusvcError, PlacementError, UnknownModelError, UsageError
@@ -78,11 +78,18 @@ def main() -> NoReturn:
 
 def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, relay: Relay, notifier: Notifier) -> End | None:
     """Launch under the model's lock, and prove the release if that is quick. None: SIGTERM came."""
-    run: Run | None = None
+    driver: Driver | None = None
     with leases.hold(paths, name):
         signal.signal(signal.SIGTERM, termination.on_sigterm)
         try:
+            driver = _start_driver(name, paths, notifier)
             run = Run(name, paths, parked, relay, notifier, is_second_try=_SECOND_TRY in sys.argv)
+            if not run.config.gpu.count and driver is not None:
+                driver.close()
+                driver = None
+            elif run.config.gpu.count and driver is None:
+                driver = _new_driver(paths, notifier)
+            run.driver = driver
             return launch(run)
         except TerminatedError:
             notifier.status("Stopping: its processes have been told to end.")
@@ -91,7 +98,7 @@ def _hold_and_launch(name: str, paths: Paths, parked: ParkedEngine, relay: Relay
             termination.end_quietly()
             parked.abandon()
             relay.abandon()
-            _release(name, paths, notifier, None if run is None else run.driver)
+            _release(name, paths, notifier, driver)
 
 
 def launch(run: Run) -> End:
@@ -103,8 +110,6 @@ def launch(run: Run) -> End:
         from gpusvc.launcher import caller  # noqa: PLC0415  model servers have none
 
         run.caller = caller.attend(run.config.caller)
-    if run.config.gpu.count:
-        run.driver = _start_driver(run)
     _prove_last_run(run)
     _place(run)
     _check_nodes(run)
@@ -127,16 +132,24 @@ def launch(run: Run) -> End:
     return end._replace(ran_out=end.ran_out and run.is_guess)
 
 
-def _start_driver(run: Run) -> Driver:
-    """Have the driver opened while the launcher does something else."""
+def _start_driver(name: str, paths: Paths, notifier: Notifier) -> Driver | None:
+    """Have the driver opened while the configuration is read, unless the model's file says that it needs no GPU."""
+    try:
+        text = files.read(paths.model_file(name), follow_links=True)
+    except (OSError, ValueError):
+        return None  # the configuration says what is wrong
+    return None if b"count = 0" in text else _new_driver(paths, notifier)
+
+
+def _new_driver(paths: Paths, notifier: Notifier) -> Driver:
     from gpusvc.gpu.driver import Driver  # noqa: PLC0415  not for a model without GPUs
     from gpusvc.state import hung  # noqa: PLC0415
 
     driver = Driver(
         patience_seconds=_DRIVER_SECONDS,
         step_seconds=None,
-        on_wait=run.notifier.waiting,
-        hung=hung.read(run.paths),
+        on_wait=notifier.waiting,
+        hung=hung.read(paths),
     )
     return driver.start()
 
