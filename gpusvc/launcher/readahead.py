@@ -23,11 +23,10 @@ _SPARE_BYTES = 1 * GIB
 # Between two looks at whether it is enough: some milliseconds of a slow disk.
 _CHUNK_BYTES = 2 * MIB
 
-# linux/ioprio.h. The system call has this number on x86_64 and, by another name, 30 on aarch64.
+# linux/ioprio.h. The next number is that of ioprio_get(2).
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _THIS_PROCESS = 1
 _IDLE_CLASS = 3 << 13
-_NO_CLASS = 0
 
 
 def read_ahead(paths: Sequence[str], user: User, is_over: Callable[[], bool]) -> None:
@@ -77,8 +76,9 @@ def _idle_priority() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
+    before = libc.syscall(number + 1, _THIS_PROCESS, 0)  # IOSchedulingClass= of the unit may have set it
     libc.syscall(number, _THIS_PROCESS, 0, _IDLE_CLASS)
     try:
         yield
     finally:
-        libc.syscall(number, _THIS_PROCESS, 0, _NO_CLASS)
+        libc.syscall(number, _THIS_PROCESS, 0, max(before, 0))

@@ -87,7 +87,7 @@ class Sampler:
         if not run.lease.ready or run.caller is not None:
             return
         used = memory.used_by(str(self._cgroup.directory), self._cgroup.pids())
-        if used is not None and used > self._peaks.get(HOST_MEMORY, 0) + _LEARNED_BYTES:
+        if used > self._peaks.get(HOST_MEMORY, 0) + _LEARNED_BYTES:
             self._peaks[HOST_MEMORY] = used
             footprints.learn(run.paths, run.name, run.lease.config_digest, HOST_MEMORY, used)
 

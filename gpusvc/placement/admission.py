@@ -8,7 +8,7 @@ has to wait holds a ticket, so that later starts do not take what it waits for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -139,7 +139,7 @@ class Admission:
         line = waitlist.ahead(self._paths, self._ticket, self._config.priority)
         scene = occupancy.scene(self._paths, self._host, occupants, gpus, line, drained=self._doors.drained)
         self._scene = scene
-        request = _request(self._config, needs.bytes, clears=self._clears)
+        request = _request(self._config, needs, clears=self._clears)
         outcome = self._plan(request, gpus, scene)
         if isinstance(outcome, NoPlan):
             outcome = self._wait_or_refuse(stack, request, outcome, scene, gpus)
@@ -273,7 +273,7 @@ class Admission:
             # Types and sizes are enough: the lists of processes cost milliseconds, and the driver's lock.
             gpus = self._driver.snapshot(processes=False) if self._driver is not None else ()
             host = memory.read()
-            most = None if host is None else host.total_bytes - self._host.reserve_ram_bytes
+            most = None if host is None else max(0, host.total_bytes - self._host.reserve_ram_bytes)
             self._needs = (_types(gpus), need.of(self._paths, self._config, self._digest, self._user, gpus, most))
 
     def _lease(self, chosen: Plan, request: Request, scene: Scene) -> Lease:
@@ -301,12 +301,13 @@ class Admission:
         )
 
 
-def _request(config: ModelConfig, needs: Mapping[str, int], *, clears: bool) -> Request:
+def _request(config: ModelConfig, needs: Need, *, clears: bool) -> Request:
     return Request(
         model=config.name,
         count=config.gpu.count,
         devices=config.gpu.devices,
-        needs=needs,
+        needs=needs.bytes,
+        declared_ram_bytes=needs.declared_ram_bytes,
         exclusive=frozenset(config.exclusive),
         clears=clears,
     )

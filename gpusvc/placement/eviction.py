@@ -285,7 +285,9 @@ def kill(manager: KillingManager, name: str) -> None:
     """
     for _ in locks.attempts(_STOPPING_SECONDS):
         unit = manager.unit(names.service(name))
-        if unit is None or not unit.active.is_up:
+        if unit is None or unit.active.is_down:
+            return  # its engine has ended, and the next one may already start
+        if unit.active == "deactivating":
             break
     else:
         return  # the stop goes on politely

@@ -21,6 +21,8 @@ class Need(Record):
 
     bytes: Mapping[str, int]
     is_declared: bool
+    declared_ram_bytes: int = 0
+    """The part of the host memory that is declared."""
 
 
 def of(
@@ -45,21 +47,23 @@ def of(
             needs[gpu.uuid] = max(known)
     if not needs and gpus and config.gpu.count:
         needs = _estimated(config, user, gpus)
+    declared_ram = config.ram_bytes or 0
     if memory_bytes is not None:
         host = _of_memory(paths, config, digest, user, memory_bytes)
         unified = [needs[gpu.uuid] for gpu in gpus if gpu.total_bytes is None and gpu.uuid in needs]
         if unified:
             # The GPUs have no memory of their own: VRAM is taken from the host's.
             host = (host or 0) + max(unified) * config.gpu.count
+            declared_ram += (declared or 0) * config.gpu.count
         if host is not None:
             needs[HOST_MEMORY] = host
-    return Need(needs, declared is not None)
+    return Need(needs, declared is not None, declared_ram)
 
 
 def _of_memory(paths: Paths, config: ModelConfig, digest: str, user: User, memory_bytes: int) -> int | None:
     """Return the host memory that ``config`` needs; None: unknown.
 
-    What was learned or estimated never says that a model is too large for the machine: it may have been less crowded.
+    What was learned or estimated never says that a model is too large for the machine: see plan().
     """
     declared = config.ram_bytes
     learned = footprints.learned(paths, config.name, digest, HOST_MEMORY)

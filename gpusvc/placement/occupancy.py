@@ -44,7 +44,7 @@ class Occupant(Record):
         if self.lease.cgroup is None:
             return 0
         group = Cgroup(self.lease.cgroup)
-        return memory.used_by(str(group.directory), group.pids()) or 0
+        return memory.used_by(str(group.directory), group.pids())
 
     @property
     def loading(self) -> bool:
@@ -53,7 +53,7 @@ class Occupant(Record):
     def claims(self, gpus: Sequence[Gpu], pids: Collection[int]) -> list[Claim]:
         """Return what the model was promised and has not taken; a ready model has taken all.
 
-        A model that ends keeps its promise until its release is proven, and other starts wait for that.
+        A model that ends keeps its promise of VRAM until its release is proven, and other starts wait for that.
 
         Args:
             gpus: a reading of NVML.
@@ -63,7 +63,8 @@ class Occupant(Record):
             return []
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         found = []
-        if self.lease.ram_bytes is not None:
+        # Unlike VRAM, host memory is back with the last process, so that a release that is not proven keeps none.
+        if self.lease.ram_bytes is not None and (self.loading or self.populated):
             missing = max(0, self.lease.ram_bytes - self.ram_bytes())
             if missing:
                 found.append(Claim(self.lease.model, HOST_MEMORY, missing, loading=self.loading or self.ending))

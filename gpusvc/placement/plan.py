@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from gpusvc.linux.memory import Memory
 
 
+# The host itself needs some memory, so that a guess of more than this part of it may be met by what there is.
+_CREDIBLE_SHARE = 0.75
+
+
 class NoPlan(Record):
     """Why there is no plan now, and what would make one."""
 
@@ -66,11 +70,13 @@ def plan(
         residents: all other active models.
         host: the policy.
         line: the starts that wait and come first, the first of them first.
-        memory: the host's, as memory_as_gpu() gives it; None: it does not count.
+        memory: the host's, as memory_as_gpu() gives it; None: it does not count. Of a need for it that is a guess, the
+            room that is there without the other models is enough, if that is most of the memory.
     """
     offers = tuple(_offer(gpu, claims, request, host) for gpu in gpus)
     if memory is not None:
         offers = (*offers, _memory_offer(memory, claims, host))
+        request = _with_credible_guess(request, offers[-1], residents, host)
     line = [wish for wish in line if wish.model != request.model]
     coming = _Coming(offers, claims, residents, line)
     settled = [r for r in residents if r.is_settled and r.model not in coming.leaving]
@@ -258,6 +264,21 @@ def _memory_offer(memory: Gpu, claims: Sequence[Claim], host: HostConfig) -> Off
     here = tuple(claim for claim in claims if claim.gpu_uuid == HOST_MEMORY)
     free = (memory.free_bytes or 0) - host.reserve_ram_bytes - sum(claim.bytes for claim in here)
     return Offer(gpu=memory, free_bytes=free, claims=here, obstacle=None)
+
+
+def _with_credible_guess(request: Request, memory: Offer, residents: Sequence[Resident], host: HostConfig) -> Request:
+    """Return ``request`` with a need for host memory that the machine can meet, unless a larger one is declared.
+
+    A model may have taken what is not free again, and an estimate may be too high. Alone, such a model may start.
+    """
+    need = request.needs.get(HOST_MEMORY)
+    if need is None or need <= request.declared_ram_bytes:
+        return request
+    given = sum(resident.gives.get(HOST_MEMORY, 0) for resident in residents)
+    room = (memory.gpu.free_bytes or 0) - host.reserve_ram_bytes + given
+    most = int(((memory.gpu.total_bytes or 0) - host.reserve_ram_bytes) * _CREDIBLE_SHARE)
+    need = max(request.declared_ram_bytes, min(need, max(room, most, 0)))
+    return replace(request, needs={**request.needs, HOST_MEMORY: need})
 
 
 def memory_as_gpu(found: Memory) -> Gpu:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from gpusvc.record import Record
+from gpusvc.state import footprints
 
 # Stands for host memory where bytes are counted by the GPU's UUID.
-HOST_MEMORY = "host memory"
+HOST_MEMORY = footprints.HOST_MEMORY
 
 
 class Request(Record):
@@ -21,6 +22,8 @@ class Request(Record):
     count: int
     devices: tuple[str, ...] = ()
     needs: Mapping[str, int] = MappingProxyType({})
+    declared_ram_bytes: int = 0
+    """How much of the need for host memory is declared. The rest was learned or estimated."""
     exclusive: frozenset[str] = frozenset()
     clears: bool = False
     """Evict all idle models of the chosen GPUs: the need was unknown, and the model ran out of memory."""

@@ -18,6 +18,9 @@ from gpusvc.paths import Paths
 
 VERSION = 1
 
+# Stands for host memory in place of a GPU's type.
+HOST_MEMORY = "host memory"
+
 # How many configurations of a model are remembered: the newest ones.
 MAX_DIGESTS = 8
 

@@ -82,13 +82,14 @@ def learned_bytes(peaks: Mapping[str, int], gpu_names: Sequence[str | None], cou
     """Return the footprint of a model on all its GPUs together; None: it is not known.
 
     Args:
-        peaks: the most bytes that it was seen to take of one GPU, by the GPU's type.
+        peaks: the most bytes that it was seen to take of one GPU, by the GPU's type; and of host memory.
         gpu_names: the types of the GPUs that it holds; None: not known.
         count: how many GPUs it asks for. If it holds none, they count as GPUs of the type on which it took most.
     """
     if gpu_names and None not in gpu_names:
         return total(peaks.get(name or "") for name in gpu_names)
-    return _times(max(peaks.values(), default=None), len(gpu_names) or count)
+    of_gpus = [size for name, size in peaks.items() if name != footprint.HOST_MEMORY]
+    return _times(max(of_gpus, default=None), len(gpu_names) or count)
 
 
 def _times(size: int | None, count: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +154,35 @@ def test_a_drain_that_holds_no_doors_lets_new_users_in(stage: Stage) -> None:
             pass
     assert stage.doors.drain(["qwen"], time.monotonic(), holds=False) == []
     assert stage.doors.drained == {"qwen"}
+
+
+class Stopping:
+    """A unit that passes through these states, one at each look, and what is killed of it."""
+
+    def __init__(self, *states: ActiveState | None) -> None:
+        self._states = iter(states)
+        self.looks = 0
+        self.killed_at: list[int] = []
+
+    def unit(self, name: str) -> Unit | None:
+        self.looks += 1
+        active = next(self._states)
+        return None if active is None else Unit(name, active, "", "/unit")
+
+    def kill(self, unit: str, number: int) -> None:
+        assert (unit, number) == ("model-qwen.scope", signal.SIGKILL)
+        self.killed_at.append(self.looks)
+
+
+@pytest.mark.parametrize("before", [ActiveState.ACTIVE, ActiveState.ACTIVATING])
+def test_an_engine_is_killed_only_once_its_unit_is_being_stopped(before: ActiveState) -> None:
+    stopping = Stopping(before, before, ActiveState.DEACTIVATING)
+    eviction.kill(stopping, "qwen")
+    assert stopping.killed_at == [3]
+
+
+@pytest.mark.parametrize("after", [ActiveState.INACTIVE, ActiveState.FAILED, None])
+def test_nothing_of_a_unit_that_has_ended_is_killed(after: ActiveState | None) -> None:
+    stopping = Stopping(ActiveState.ACTIVE, after)
+    eviction.kill(stopping, "qwen")
+    assert stopping.killed_at == []

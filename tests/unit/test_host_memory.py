@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +29,13 @@ def ram(free: int, total: int = 64) -> Gpu:
     return memory_as_gpu(Memory(total * GIB, free * GIB, 0))
 
 
-def wants(ram_gib: int | None, *, vram: int = 0, count: int = 0) -> Request:
+def wants(ram_gib: int | None, *, vram: int = 0, count: int = 0, declared: int | None = None) -> Request:
+    """A request for so many GiB, all of which is declared, or as much as ``declared``."""
     needs = {uuid_of(index): vram * GIB for index in range(4)} if count else {}
     if ram_gib is not None:
         needs[HOST_MEMORY] = ram_gib * GIB
-    return Request("new", count, needs=needs)
+    told = ram_gib if declared is None else declared
+    return Request("new", count, needs=needs, declared_ram_bytes=(told or 0) * GIB)
 
 
 def resident(model: str, ram_gib: int, *, last_use: float = 0.0, busy: bool = False, **gpus: int) -> Resident:
@@ -120,6 +123,24 @@ def test_a_model_larger_than_the_memory_never_fits() -> None:
     assert not isinstance(refused(wants(62), 10), NeverFitsError)
 
 
+def test_a_guess_that_the_machine_never_has_free_starts_alone() -> None:
+    there = [resident("idle", 20)]
+    for guess in (62, 63, 100):
+        assert victims(wants(guess, declared=0), 40, there) == ("idle",)
+        assert victims(wants(guess, declared=0), 60, []) == ()
+    assert victims(wants(63), 40, there) is None
+    # What another program holds is not to be had: most of the memory must be there.
+    assert victims(wants(62, declared=0), 40, []) is None
+    assert victims(wants(30, declared=0), 20, []) is None
+    # A guess takes nothing off what is declared.
+    assert victims(wants(100, declared=62), 60, []) is None
+
+
+def test_a_guess_waits_for_a_load_like_others() -> None:
+    promise = Claim("loading", HOST_MEMORY, 30 * GIB, loading=True)
+    assert victims(wants(62, declared=0), 60, [], claims=[promise]) is None
+
+
 def test_what_running_programs_have_mapped_is_not_free() -> None:
     assert memory_as_gpu(Memory(64 * GIB, 40 * GIB, 30 * GIB)).free_bytes == 10 * GIB
     assert memory_as_gpu(Memory(64 * GIB, 10 * GIB, 30 * GIB)).free_bytes == 0
@@ -149,14 +170,26 @@ def test_a_plan_never_promises_more_than_there_is(need: int, free: int, others: 
 
 
 def test_a_control_group_tells_what_its_end_gives_back(tmp_path: Path) -> None:
-    (tmp_path / "memory.stat").write_text("anon 100\nfile 9000\nshmem 10\nfile_mapped 1\nslab 5\n")
+    # The kernel counts mapped shared memory as mapped files too.
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 9000\nshmem 10\nfile_mapped 11\nslab 5\n")
     assert memory.used_by(str(tmp_path), ()) == 111
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 9000\nshmem 10\nfile_mapped 0\nslab 5\n")
+    assert memory.used_by(str(tmp_path), ()) == 110
+
+
+def test_files_that_another_control_group_read_first_count_where_they_are_mapped(tmp_path: Path) -> None:
+    (tmp_path / "memory.stat").write_text("anon 100\nshmem 0\nfile_mapped 0\n")
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(32 << 20))
+    before = memory.used_by(str(tmp_path), [os.getpid()])
+    with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert not any(mapped[at] for at in range(0, len(mapped), mmap.PAGESIZE))
+        assert memory.used_by(str(tmp_path), [os.getpid()]) - before > (32 << 20) * 0.9
 
 
 def test_without_a_memory_controller_the_processes_are_asked(tmp_path: Path) -> None:
     held = bytearray(os.urandom(1 << 20) * 32)
     used = memory.used_by(str(tmp_path), [os.getpid(), 1 << 22])
-    assert used is not None
     assert used >= len(held)
 
 

@@ -11,7 +11,7 @@ from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
 from gpusvc.placement import occupancy
 from gpusvc.placement.occupancy import Occupant, Scene, in_words
-from gpusvc.placement.request import Claim, Resident
+from gpusvc.placement.request import HOST_MEMORY, Claim, Resident
 from gpusvc.record import replace
 from gpusvc.state import readiness
 from gpusvc.state.holdings import Holding
@@ -115,6 +115,17 @@ def test_a_ready_model_has_taken_what_it_takes() -> None:
 def test_a_ready_model_whose_processes_are_gone_keeps_its_promise_until_the_proof() -> None:
     gone = occupant(ready=True, populated=False, attended=False)
     assert gone.claims([a_gpu()], PIDS) == claimed(9 * GIB, loading=False)
+
+
+def test_host_memory_is_promised_to_a_load_and_not_to_the_dead() -> None:
+    def promised(of: Occupant) -> list[Claim]:
+        return replace(of, lease=replace(of.lease, gpus=(), ram_bytes=4 * GIB)).claims([], ())
+
+    assert promised(occupant()) == [Claim("qwen", HOST_MEMORY, 4 * GIB, loading=True)]
+    assert promised(occupant(populated=False)) == [Claim("qwen", HOST_MEMORY, 4 * GIB, loading=True)]
+    assert promised(occupant(ready=True)) == []
+    assert promised(occupant(ready=True, populated=False, attended=False)) == []
+    assert promised(occupant(populated=False, attended=False)) == []
 
 
 def test_the_ghost_of_a_stuck_model_is_not_counted_twice() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import pytest
 
+from gpusvc.launcher import readahead
 from gpusvc.launcher.loading import _pause
 from gpusvc.launcher.readahead import fits
 from gpusvc.linux import memory
@@ -63,11 +66,32 @@ def test_files_must_fit_beside_what_programs_use() -> None:
 
 def test_the_memory_of_the_machine_is_read(tmp_path: Path) -> None:
     file = tmp_path / "meminfo"
-    file.write_text("MemTotal:  10 kB\nMemFree: 1 kB\nMemAvailable:   5 kB\nMapped:  2 kB\n")
+    head = "MemTotal:  10 kB\nMemFree: 1 kB\nMemAvailable:   5 kB\n"
+    file.write_text(f"{head}Mapped:  2 kB\nShmem: 0 kB\nActive(file): 1 kB\nInactive(file): 2 kB\n")
     assert memory.read(file) == Memory(10240, 5120, 2048)
+    # Mapped counts shared and locked memory as well, which is not available anyway.
+    file.write_text(f"{head}Mapped:  5 kB\nShmem: 4 kB\nActive(file): 1 kB\nInactive(file): 2 kB\n")
+    assert memory.read(file) == Memory(10240, 5120, 1024)
+    file.write_text(f"{head}Mapped:  5 kB\nShmem: 0 kB\nActive(file): 1 kB\nInactive(file): 2 kB\n")
+    assert memory.read(file) == Memory(10240, 5120, 3072)
     file.write_text("MemTotal:  10 kB\n")
     assert memory.read(file) is None
     assert memory.read() is not None
+
+
+def test_reading_ahead_leaves_the_priority_of_the_unit() -> None:
+    number = readahead._IOPRIO_SET.get(os.uname().machine)
+    if number is None:
+        pytest.skip("the numbers of these system calls are not known here")
+    libc, seven = ctypes.CDLL(None), 2 << 13 | 7
+    before = libc.syscall(number + 1, 1, 0)
+    assert libc.syscall(number, 1, 0, seven) == 0
+    try:
+        with readahead._idle_priority():
+            assert libc.syscall(number + 1, 1, 0) >> 13 == 3
+        assert libc.syscall(number + 1, 1, 0) == seven
+    finally:
+        libc.syscall(number, 1, 0, before)
 
 
 @pytest.mark.parametrize("elapsed", [0.0, 0.4, 1.5, 9.9])
