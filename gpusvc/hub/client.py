@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from gpusvc import __version__, files
-from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError
+from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError, UsageError
 from gpusvc.hub.reference import HubReference
 from gpusvc.hub.selection import RemoteFile
 from gpusvc.paths import Paths
+from gpusvc.quantity import shown
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
@@ -33,6 +34,11 @@ CREDENTIAL = "gpusvc-hub-token"
 _TIMEOUT_SECONDS = 30.0
 _MAX_LISTING_BYTES = 64 << 20
 _TOKEN = re.compile(r"[\x21-\x7e]{1,512}")
+_COMMIT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+
+# Larger than any file system. Numbers of thousands of digits are no sizes.
+_MAX_SIZE_BYTES = 1 << 60
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class TransientError(GpusvcError):
@@ -129,7 +135,7 @@ class Client:
             with _network_errors(address):
                 response = self._opener.open(request, timeout=_TIMEOUT_SECONDS)
         except urllib.error.HTTPError as error:
-            with error:
+            with contextlib.closing(error):
                 raise self._refusal(error, what) from None
         with response:
             yield response
@@ -164,6 +170,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
+        fp.close()  # else urllib reads the whole body of the redirect into memory
         if urlsplit(req.full_url).scheme == "https" and urlsplit(newurl).scheme != "https":
             raise GpusvcError(f"{urlsplit(req.full_url).hostname} leads to an unencrypted address, {newurl}.")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -174,8 +181,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def endpoint_in(environment: Mapping[str, str]) -> str:
-    """Return the address of the hub: HF_ENDPOINT for a mirror."""
-    return environment.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+    """Return the address of the hub: HF_ENDPOINT for a mirror.
+
+    Raises:
+        UsageError: HF_ENDPOINT is not an address of HTTP.
+    """
+    endpoint = environment.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+    try:
+        scheme, host, _ = _origin(endpoint)
+    except ValueError:
+        scheme, host = "", None
+    if scheme not in ("https", "http") or not host:
+        raise UsageError(f"HF_ENDPOINT is not the address of a hub: {shown(endpoint)}.", hint="Write https://HOST.")
+    return endpoint
 
 
 def token_in(environment: Mapping[str, str], paths: Paths) -> str | None:
@@ -215,21 +233,24 @@ def _listing(answer: Any) -> Listing:
         found.append(
             RemoteFile(
                 path=str(entry["rfilename"]),
-                size_bytes=size if isinstance(size, int) and size >= 0 else None,
+                size_bytes=size if isinstance(size, int) and 0 <= size <= _MAX_SIZE_BYTES else None,
                 sha256=sha256 if isinstance(sha256, str) else None,
                 git_sha1=sha1 if isinstance(sha1, str) and not large else None,
             )
         )
-    return Listing(str(answer["sha"]), tuple(found))
+    commit = str(answer["sha"])
+    if _COMMIT.fullmatch(commit) is None:
+        raise ValueError(commit)
+    return Listing(commit, tuple(found))
 
 
 def _part(response: HTTPResponse, start: int) -> Part:
     length = response.headers.get("Content-Length", "")
-    total = int(length) if length.isdecimal() else None
+    total = int(length) if _NUMBER.fullmatch(length) else None
     etag = response.headers.get("ETag")
     if response.status != 206:
         return Part(response, 0, total, etag)
-    found = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)", response.headers.get("Content-Range", ""))
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", response.headers.get("Content-Range", ""))
     if found is None or int(found[1]) != start:
         raise TransientError(f"{urlsplit(response.url).hostname} sends another part of the file than it was asked for.")
     return Part(response, start, None if found[2] == "*" else int(found[2]), etag)
@@ -244,6 +265,8 @@ def _network_errors(address: str | None) -> Iterator[None]:
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise TransientError(f"{urlsplit(address or '').hostname} does not deliver: {_words(reason)}.") from None
+    except ValueError as error:  # of urllib and idna: a host or a port that cannot exist, perhaps in a redirect
+        raise GpusvcError(f"{urlsplit(address or '').hostname} cannot be asked: {_words(error)}.") from None
 
 
 def _origin(address: str) -> tuple[str, str | None, int | None]:
@@ -252,7 +275,7 @@ def _origin(address: str) -> tuple[str, str | None, int | None]:
 
 
 def _seconds(text: str | None) -> float | None:
-    return float(text) if text is not None and text.isdecimal() else None
+    return float(text) if text is not None and _NUMBER.fullmatch(text) else None
 
 
 def _words(reason: object) -> str:

@@ -32,6 +32,9 @@ def outline(client: Client, items: Sequence[Item], main: str) -> Iterator[Path]:
         main: the path of the file that an engine is given; empty: the directory.
 
     A header that cannot be read is empty, so that nothing describes the model.
+
+    Raises:
+        OSError: the files cannot be made, for example because a name is too long.
     """
     with tempfile.TemporaryDirectory(prefix="gpusvc-outline-") as name:
         directory = Path(name)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gpusvc.cli.commands import add
-from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError
+from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError, UsageError
 from gpusvc.hub import store
-from gpusvc.hub.client import Client, token_in
+from gpusvc.hub.client import Client, endpoint_in, token_in
 from gpusvc.hub.download import Item, download
 from gpusvc.hub.reference import HubReference
 from gpusvc.hub.selection import RemoteFile, select
@@ -195,6 +195,45 @@ def test_a_hub_that_is_no_hub_is_named(hub: Hub) -> None:
         Client(hub.address).listing(WANTED)
 
 
+def test_a_commit_that_is_no_name_and_a_size_that_is_no_size_are_not_used(hub: Hub) -> None:
+    hub.put("m.gguf", CONTENT)
+    hub.sizes["m.gguf"] = 10**400
+    (file,) = Client(hub.address).listing(WANTED).files
+    assert file.size_bytes is None
+    hub.COMMIT = "\ud800/../.."  # type: ignore[misc]
+    with pytest.raises(GpusvcError, match="not a list of files"):
+        Client(hub.address).listing(WANTED)
+
+
+@pytest.mark.parametrize("storage", ["http://[nowhere", "http://127.0.0.1:99999", "http://a..b"])
+def test_a_redirect_to_an_address_that_cannot_exist_is_an_error_in_words(
+    hub: Hub, downloader: Downloader, storage: str
+) -> None:
+    hub.storage = storage
+    with pytest.raises(GpusvcError, match="cannot be asked|does not deliver"):
+        downloader.run()
+
+
+def test_the_body_of_a_redirect_is_not_read(hub: Hub, downloader: Downloader) -> None:
+    hub.statuses = [302]
+    hub.headers = {"Location": f"{hub.address}/stored/m.gguf", "Content-Length": str(1 << 40)}
+    downloader.run()
+    assert (downloader.names(), downloader.pauses) == (["m.gguf"], [])
+
+
+def test_a_redirect_in_a_circle_ends(hub: Hub, downloader: Downloader) -> None:
+    hub.statuses = [302] * 20
+    hub.headers = {"Location": f"{hub.address}/stored/m.gguf"}
+    with pytest.raises(GpusvcError, match=r"cannot be downloaded \(HTTP 302\)"):
+        downloader.run()
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "file:///etc", "http://[x", "https://"])
+def test_an_endpoint_that_is_no_address_is_a_wrong_usage(endpoint: str) -> None:
+    with pytest.raises(UsageError, match="HF_ENDPOINT is not the address of a hub"):
+        endpoint_in({"HF_ENDPOINT": endpoint})
+
+
 def test_nobody_at_the_other_end_is_an_error_in_words() -> None:
     with pytest.raises(GpusvcError, match=r"127\.0\.0\.1 does not deliver: Connection refused"):
         Client("http://127.0.0.1:9").listing(WANTED)
@@ -347,6 +386,15 @@ def test_a_dry_run_downloads_nothing(host: Host, hub: Hub, model: bytes) -> None
     assert (done.returncode, done.stdout) == (0, "")
     assert "tiny random llama" in done.stderr
     assert not host.paths.downloads_directory.exists()
+
+
+def test_a_name_that_is_too_long_for_a_file_is_an_error_in_words(host: Host, hub: Hub, model: bytes) -> None:
+    hub.files.clear()
+    hub.put("q" * 300 + ".gguf", model)
+    done = host.gpusvc("pull", "hf:owner/model", HF_ENDPOINT=hub.address)
+    assert done.returncode == 1
+    assert "File name too long" in done.stderr
+    assert "bug" not in done.stderr
 
 
 def test_an_address_can_be_pulled_to_a_directory_and_verified(

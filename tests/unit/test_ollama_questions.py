@@ -324,6 +324,13 @@ def test_older_clients_name_a_model_by_name() -> None:
     assert "names no model" in refusal(Form.CHAT, {"messages": []})
 
 
+def test_a_body_of_very_many_values_is_refused_before_they_take_memory() -> None:
+    with pytest.raises(HttpError, match="too many values") as caught:
+        members.read(b'{"model": "qwen", "a": [' + b"[]," * (1 << 20) + b"[]]}")
+    assert caught.value.status == 413
+    assert len(members.read(json.dumps({"a": "words" * (1 << 20), "b": list(range(100_000))}).encode())) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

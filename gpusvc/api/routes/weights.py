@@ -12,6 +12,7 @@ from aiohttp import web
 from gpusvc import files
 from gpusvc.api.backend.backend import Backend
 from gpusvc.api.backend.responses import json_response
+from gpusvc.api.backend.shared import outcome
 from gpusvc.api.routes.endpoints import Endpoint
 from gpusvc.config.files import HostConfig, load_host, load_sound_model, model_names
 from gpusvc.config.model import ModelConfig
@@ -28,11 +29,16 @@ class _Weights:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         # By name; with the command, its environment, and the stamps of the files that it names.
         self._known: dict[str, tuple[object, Abilities | None]] = {}
+        self._reading: asyncio.Future[list[dict[str, Any]]] | None = None
 
     async def list_(self, _: web.Request) -> web.Response:
         """What the files of all models say: size, architecture, quantisation, context, abilities."""
-        loop = asyncio.get_running_loop()
-        return json_response(await loop.run_in_executor(self._thread, lambda: list(self._read())))
+        # One at a time: behind a disk that hangs, requests would queue up.
+        reading = self._reading
+        if reading is None or reading.done():
+            loop = asyncio.get_running_loop()
+            reading = self._reading = loop.run_in_executor(self._thread, lambda: list(self._read()))
+        return json_response(await outcome(reading))
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """In the thread: disks may block."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from gpusvc.hub.download import Item
     from gpusvc.hub.reference import HubReference, UrlReference
     from gpusvc.paths import Paths
+    from gpusvc.weights.description import Description
+    from gpusvc.weights.estimate import Estimate
 
 _WHAT: Any = typer.Argument(
     ...,
@@ -142,27 +144,33 @@ def _of_address(client: Client, wanted: UrlReference) -> Item:
 
 def _sentences(paths: Paths, client: Client, items: Sequence[Item], main: str, size: int) -> list[str]:
     """Return what the model is, how much VRAM it takes, and where that is; as far as its headers tell."""
-    from gpusvc.config import presets
-    from gpusvc.hub.outline import outline
-    from gpusvc.weights.description import FileKind, describe
-    from gpusvc.weights.estimate import estimate
-
     files = "1 file" if len(items) == 1 else f"{len(items)} files"
-    with outline(client, items, main) as path:
-        found = None
-        with suppress(OSError, ValueError):
-            found = describe(path)
-        if found is None:
-            return [f"{main or 'The model'}: {files}, {format_size(size)}."]
-        sentences = [f"{found} {files}, {format_size(size)} to download."]
-        engine = "llama-server" if found.kind is FileKind.GGUF else "vllm"
-        command = presets.PRESETS[engine].command(presets.Served(str(path), ("model",), 1))
-        need = estimate(command, {})
+    found, need = _look(client, items, main)
+    if found is None:
+        return [f"{main or 'The model'}: {files}, {format_size(size)}."]
+    sentences = [f"{found} {files}, {format_size(size)} to download."]
     if need is None or need.gpu_share is not None:
         return sentences
     sentences.append(f"It needs about {format_size(need.bytes)} of VRAM: {need.reason}")
     gpus = _gpus(paths)
     return sentences if not gpus else [*sentences, where_it_fits(gpus, need.bytes)]
+
+
+def _look(client: Client, items: Sequence[Item], main: str) -> tuple[Description | None, Estimate | None]:
+    """Return what a model's headers say, and the VRAM that it needs. None: they do not say, or cannot be read."""
+    from gpusvc.config import presets
+    from gpusvc.hub.outline import outline
+    from gpusvc.weights.description import FileKind, describe
+    from gpusvc.weights.estimate import estimate
+
+    # OSError: the hub's paths are no paths here, or the disk is full.
+    with suppress(OSError, ValueError), outline(client, items, main) as path:
+        found = describe(path)
+        if found is not None:
+            engine = "llama-server" if found.kind is FileKind.GGUF else "vllm"
+            command = presets.PRESETS[engine].command(presets.Served(str(path), ("model",), 1))
+            return found, estimate(command, {})
+    return None, None
 
 
 def where_it_fits(gpus: Sequence[Gpu], need_bytes: int) -> str:

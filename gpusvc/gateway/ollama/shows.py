@@ -95,7 +95,7 @@ class Shows:
         """Have a model loaded. One that is loaded may have no free slot, which nobody needs here."""
         if self._shared.activation.look_at(serving) is None:
             account.wait()
-            passage = await self._shared.activation.enter(serving)
+            passage = await self._shared.activation.enter(serving, knows=self._allowed)
             account.stop_waiting()
             passage.close()
 
