@@ -210,7 +210,7 @@ def test_a_redirect_to_an_address_that_cannot_exist_is_an_error_in_words(
     hub: Hub, downloader: Downloader, storage: str
 ) -> None:
     hub.storage = storage
-    with pytest.raises(GpusvcError, match="cannot be asked|does not deliver"):
+    with pytest.raises(GpusvcError, match=r"cannot be asked|does not deliver"):
         downloader.run()
 
 

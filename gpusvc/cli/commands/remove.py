@@ -12,6 +12,7 @@ import typer
 from gpusvc.cli.arguments import SOME_NAMES, paths_of
 from gpusvc.errors import GpusvcError, UsageError
 from gpusvc.names import service
+from gpusvc.printable import printable
 
 if TYPE_CHECKING:
     from gpusvc.paths import Paths
@@ -77,7 +78,7 @@ def _delete(paths: Paths, downloads: list[str]) -> None:
 
     for file in downloads:
         if store.remove(paths.downloads_directory, file):
-            typer.echo(f"{paths.downloads_directory / file} is removed.")
+            typer.echo(printable(f"{paths.downloads_directory / file} is removed."))
 
 
 def _ask(paths: Paths, name: str, downloads: list[str]) -> None:
@@ -87,7 +88,7 @@ def _ask(paths: Paths, name: str, downloads: list[str]) -> None:
         raise UsageError("Nobody is there to be asked.", hint="--yes removes it without asking.")
     doing = " It is stopped first." if name in lease.holders(paths) else ""
     for file in downloads:
-        typer.echo(f"{paths.downloads_directory / file} is removed too.", err=True)
+        typer.echo(printable(f"{paths.downloads_directory / file} is removed too."), err=True)
     typer.confirm(f"Remove {paths.model_file(name)}?{doing}", abort=True, err=True)
 
 

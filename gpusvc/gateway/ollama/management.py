@@ -66,7 +66,7 @@ class Management:
             status, value = await self._ask("GET", path, _LOOK_SECONDS)
         except (OSError, ValueError, TimeoutError) as error:
             reason = str(error) or "it takes too long"
-            log(4, f"A list for a client of Ollama's API is not complete: the management API does not answer ({reason}).")
+            log(4, f"A list for a client of Ollama is not complete: the management API does not answer ({reason}).")
             return None
         return value if status == 200 else None
 
