@@ -11,16 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusvc.config.files import HostConfig, HostGpu
+from gpusvc.config.files import HostConfig, HostGpu, load_model
 from gpusvc.errors import NeverFitsError, PlacementError
 from gpusvc.gpu.reading import Gpu
 from gpusvc.linux import memory
 from gpusvc.linux.memory import Memory
+from gpusvc.linux.users import User
+from gpusvc.paths import Paths
+from gpusvc.placement import need
 from gpusvc.placement.plan import NoPlan, memory_as_gpu, plan
 from gpusvc.placement.refusal import refuse
 from gpusvc.placement.request import HOST_MEMORY, Claim, Request, Resident, Wish
 from gpusvc.placement.search import Plan
-from tests.unit.readings import GIB, a_gpu, uuid_of
+from tests.unit.readings import GIB, a_gpu, a_lost_gpu, uuid_of
 
 HOST = HostConfig(reserve_ram_bytes=GIB, gpu=HostGpu(reserve_bytes=0))
 
@@ -196,3 +199,22 @@ def test_without_a_memory_controller_the_processes_are_asked(tmp_path: Path) -> 
 @pytest.mark.parametrize("group", [None, "/nonexistent"])
 def test_processes_that_are_gone_use_nothing(group: str | None) -> None:
     assert memory.used_by(group, [1 << 22]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib"),
+    [
+        ((a_gpu(0, total=None),), 40),
+        ((a_gpu(0), a_gpu(1)), None),
+        ((a_gpu(0), a_lost_gpu(1)), None),  # which tells no bytes either
+    ],
+)
+def test_vram_is_host_memory_only_where_a_gpu_has_none_of_its_own(
+    tmp_path: Path, gpus: tuple[Gpu, ...], gib: int | None
+) -> None:
+    paths = Paths(config=tmp_path, runtime=tmp_path / "run", state=tmp_path / "state")
+    paths.model_file("new").parent.mkdir(parents=True)
+    paths.model_file("new").write_text('command = ["/bin/engine", "{port}"]\n[gpu]\nvram = "40GiB"\n')
+    user = User("me", os.getuid(), os.getgid(), (), "/", "/bin/sh")
+    found = need.of(paths, load_model(paths, "new", HOST), "digest", user, gpus, 64 * GIB)
+    assert found.bytes.get(HOST_MEMORY) == (None if gib is None else gib * GIB)

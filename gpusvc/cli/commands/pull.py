@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gpusvc.hub.reference import HubReference, UrlReference
     from gpusvc.paths import Paths
     from gpusvc.weights.description import Description
-    from gpusvc.weights.estimate import Estimate
+    from gpusvc.weights.parts import Estimate
 
 _WHAT: Any = typer.Argument(
     ...,
