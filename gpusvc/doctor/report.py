@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gpusvc import __version__
 from gpusvc.config.files import load_host, load_sound_model, model_names
 from gpusvc.errors import GpusvcError
+from gpusvc.names import of_service
 from gpusvc.quantity import format_amount
 from gpusvc.state import hung
 from gpusvc.systemd.manager import Manager
@@ -111,7 +112,12 @@ def _units(models: dict[str, str]) -> list[dict[str, str]] | str:
     except GpusvcError as error:
         return error.message
     known = {f"model@{name}.service": title for name, title in models.items()}
-    return [{"unit": known.get(unit.name, unit.name), "state": f"{unit.active} ({unit.sub})"} for unit in units]
+
+    def title(unit: str) -> str:
+        # A unit may outlive its model's file, and has its name.
+        return known.get(unit, unit if of_service(unit) is None else "model without a file")
+
+    return [{"unit": title(unit.name), "state": f"{unit.active} ({unit.sub})"} for unit in units]
 
 
 def _secret_words(paths: Paths, models: dict[str, str]) -> dict[str, str]:

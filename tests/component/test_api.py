@@ -747,6 +747,26 @@ def test_a_stop_without_the_proof_is_an_error(api: Run) -> None:
     api(scenario)
 
 
+def test_a_stop_is_told_although_the_manager_is_away_when_it_ends(api: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(api: Api) -> None:
+        api.model("qwen", runs=True)
+        stop = api.begin("/gpusvc/models/qwen/stop")
+        await api.asked("Stop", "qwen")
+        unit, away = api.systemd.unit, [UnansweredError("Could not reach the service manager: Connection refused.")]
+
+        def sometimes(name: str) -> Unit | None:
+            if away:
+                raise away.pop()
+            return unit(name)
+
+        monkeypatch.setattr(api.systemd, "unit", sometimes)
+        api.systemd.stopped("qwen")
+        assert await stop == (200, {"name": "qwen", "state": "stopped", "was_running": True})
+        assert not away
+
+    api(scenario)
+
+
 def test_a_stop_goes_on_when_its_client_goes_away(api: Run) -> None:
     async def scenario(api: Api) -> None:
         api.model("qwen", runs=True)

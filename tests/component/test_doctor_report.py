@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from gpusvc.doctor import report
 from gpusvc.doctor.finding import warning
 from gpusvc.doctor.report import compose
 from gpusvc.gpu.reading import Gpu, GpuProcess
 from gpusvc.paths import Paths
+from gpusvc.systemd.units import ActiveState, Unit
 
 GIB = 1 << 30
 SECRET = "hf_0123456789"
@@ -62,9 +64,9 @@ def test_no_secret_and_no_name_is_in_it(paths: Paths) -> None:
     node = platform.node()
     found = [warning("files", f"{paths.config}/models/secret-project.toml on {node} is wrong.", "secret-project: x")]
     found += [warning("units", f"model@secret-project.service on {node} failed.", str(paths.config))]
-    report = compose(paths, found, [GPU])
+    text = compose(paths, found, [GPU])
     for word in (SECRET, "secret-project", "HF_TOKEN", "--api-key", "laptop", str(paths.config), f" {node} "):
-        assert word not in report, word
+        assert word not in text, word
 
 
 def test_it_has_the_gpus_the_findings_and_what_the_models_ask_for(paths: Paths) -> None:
@@ -78,3 +80,23 @@ def test_it_has_the_gpus_the_findings_and_what_the_models_ask_for(paths: Paths) 
     broken, secret = found["Models"]
     assert broken == {"model": "model 1", "configuration": "cannot be read"}
     assert (secret["engine"], secret["count"], secret["env"]) == ("serve", 1, 1)
+
+
+def test_a_unit_without_a_file_is_not_named(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def version(self) -> str:
+            return "257"
+
+        def units(self, *_: str) -> list[Unit]:
+            names = ("model@secret-project.service", "model@hidden-project.service", "gpusvc-api.service")
+            return [Unit(name, ActiveState.FAILED, "failed", "/unit") for name in names]
+
+    monkeypatch.setattr(report, "Manager", Fake)
+    units = parts(compose(paths, [], []))["Units"]
+    assert [unit["unit"] for unit in units] == ["model 2", "model without a file", "gpusvc-api.service"]

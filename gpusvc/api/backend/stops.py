@@ -45,7 +45,7 @@ class Stops:
             SystemdError, PermissionDeniedError: it could not be stopped.
         """
         service = names.service(name)
-        unit = self._bus.ask(lambda manager: manager.unit(service))
+        unit = await self._bus.ask_patiently(lambda manager: manager.unit(service))
         was_up = unit is not None and not unit.active.is_down
         if was_up:
             await self._bus.run("Stop", service)
@@ -62,7 +62,7 @@ class Stops:
         """Wait until ``service`` has ended. A failed release proof cancels the stop's job, and ends after that."""
         until = time.monotonic() + _END_SECONDS
         while True:
-            unit = self._bus.ask(lambda manager: manager.unit(service))
+            unit = await self._bus.ask_patiently(lambda manager: manager.unit(service))
             is_ending = unit is not None and unit.active is ActiveState.DEACTIVATING
             if not is_ending or time.monotonic() > until:
                 return unit
