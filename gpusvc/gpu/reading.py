@@ -51,6 +51,11 @@ class Gpu(Record):
     def node(self) -> str | None:
         return None if self.minor is None else f"/dev/nvidia{self.minor}"
 
+    @property
+    def is_unified(self) -> bool:
+        """Whether it has no memory of its own: VRAM is host memory. A GPU that cannot be read does not count as one."""
+        return self.total_bytes is None and self.problem is None
+
     def used_by(self, pids: Collection[int]) -> int | None:
         """Return the bytes that these processes hold. NVML under-counts managed memory. None: unknown."""
         if self.processes is None:

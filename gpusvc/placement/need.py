@@ -50,9 +50,7 @@ def of(
     declared_ram = config.ram_bytes or 0
     if memory_bytes is not None:
         host = _of_memory(paths, config, digest, user, memory_bytes)
-        # One that cannot be read has memory of its own, as far as anybody knows.
-        shared = [gpu for gpu in gpus if gpu.total_bytes is None and gpu.problem is None]
-        unified = [needs[gpu.uuid] for gpu in shared if gpu.uuid in needs]
+        unified = [needs[gpu.uuid] for gpu in gpus if gpu.is_unified and gpu.uuid in needs]
         if unified:
             # The GPUs have no memory of their own: VRAM is taken from the host's.
             host = (host or 0) + max(unified) * config.gpu.count

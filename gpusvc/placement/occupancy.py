@@ -39,12 +39,19 @@ class Occupant(Record):
     ending: bool = False
     """Whether its engine has ended and its service has not: the release proof follows soon."""
 
-    def ram_bytes(self) -> int:
-        """Return the host memory that its end gives back."""
+    def ram_bytes(self, gpus: Sequence[Gpu], pids: Collection[int]) -> int:
+        """Return the host memory that its end gives back, with VRAM of GPUs that have no memory of their own.
+
+        Args:
+            gpus: a reading of NVML.
+            pids: the model's processes in it.
+        """
         if self.lease.cgroup is None:
             return 0
-        group = Cgroup(self.lease.cgroup)
-        return memory.used_by(str(group.directory), group.pids())
+        group, own = Cgroup(self.lease.cgroup), {leased.uuid for leased in self.lease.gpus}
+        # The driver takes such VRAM for itself: the kernel counts it for no process.
+        vram = sum(gpu.used_by(pids) or 0 for gpu in gpus if gpu.is_unified and gpu.uuid in own)
+        return vram + memory.used_by(str(group.directory), group.pids())
 
     @property
     def loading(self) -> bool:
@@ -65,7 +72,7 @@ class Occupant(Record):
         found = []
         # Unlike VRAM, host memory is back with the last process, so that a release that is not proven keeps none.
         if self.lease.ram_bytes is not None and (self.loading or self.populated):
-            missing = max(0, self.lease.ram_bytes - self.ram_bytes())
+            missing = max(0, self.lease.ram_bytes - self.ram_bytes(gpus, pids))
             if missing:
                 found.append(Claim(self.lease.model, HOST_MEMORY, missing, loading=self.loading or self.ending))
         for leased in self.lease.gpus:
@@ -229,7 +236,7 @@ def residents(
             Resident(
                 model=lease.model,
                 gives={uuid: gpu.used_by(pids) or 0 for uuid, gpu in given.items()}
-                | {HOST_MEMORY: occupant.ram_bytes()},
+                | {HOST_MEMORY: occupant.ram_bytes(gpus, pids)},
                 priority=config.priority if config is not None else 0,
                 last_use=use.last_use(paths, lease.model) or lease.created,
                 # A model whose lock cannot be tried counts as in use.

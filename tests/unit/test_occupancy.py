@@ -128,6 +128,15 @@ def test_host_memory_is_promised_to_a_load_and_not_to_the_dead() -> None:
     assert promised(occupant(populated=False, attended=False)) == []
 
 
+def test_vram_of_a_gpu_without_memory_of_its_own_is_host_memory(paths: Paths) -> None:
+    there = occupant(ready=True)
+    there = replace(there, lease=replace(there.lease, cgroup="/none/model-qwen.scope"))
+    for total, expected in ((None, 6 * GIB), (24 * GIB, 0)):
+        gpu = a_gpu(total=total, processes={100: 6 * GIB, 200: GIB})
+        assert there.ram_bytes([gpu], PIDS) == expected
+    assert there.ram_bytes([a_lost_gpu()], PIDS) == 0
+
+
 def test_the_ghost_of_a_stuck_model_is_not_counted_twice() -> None:
     stuck = occupant(ready=True, populated=False, attended=False)
     assert stuck.claims([a_gpu(processes={100: 9 * GIB})], PIDS) == []
