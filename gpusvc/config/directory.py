@@ -1,6 +1,6 @@
-"""The directory of model files, as it is changed: a file is there whole or not at all, and never by accident another.
+"""Changes in the directory of model files: each file is written whole or not at all, and replaces none by accident.
 
-Whoever reads it meanwhile sees the old file or the new one.
+A program that reads a file meanwhile sees the old one or the new one.
 """
 
 from __future__ import annotations

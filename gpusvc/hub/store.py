@@ -42,8 +42,8 @@ class Folder:
             os.mkdir(name, 0o755, dir_fd=self._handle)
             is_new = True
         handle = os.open(name, _FOLDER, dir_fd=self._handle)
-        if is_new:  # whoever may write above may write here, whatever the umask is
-            os.fchmod(handle, stat.S_IMODE(os.fstat(self._handle).st_mode))
+        if is_new:  # the group that may write above may write here too, whatever the umask is; others may not
+            os.fchmod(handle, stat.S_IMODE(os.fstat(self._handle).st_mode) & 0o2775)
         return Folder(handle, self.path / name)
 
     def has_folder(self, name: str) -> bool:

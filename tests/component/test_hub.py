@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
+import stat
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 from gpusvc.cli.commands import add
 from gpusvc.errors import GpusvcError, PermissionDeniedError, UnknownModelError, UsageError
 from gpusvc.hub import store
-from gpusvc.hub.client import Client, endpoint_in, token_in
+from gpusvc.hub.client import Client, _Redirects, endpoint_in, token_in
 from gpusvc.hub.download import Item, download
 from gpusvc.hub.reference import HubReference
 from gpusvc.hub.selection import RemoteFile, select
@@ -81,6 +84,19 @@ def test_a_file_arrives_whole_and_readable(downloader: Downloader) -> None:
     assert file.stat().st_mode & 0o777 == 0o644
     assert downloader.names() == ["m.gguf"]
     assert downloader.log.bytes == len(CONTENT)
+
+
+@pytest.mark.parametrize(("above", "below"), [(0o2775, 0o2775), (0o1777, 0o775), (0o755, 0o755)])
+def test_the_group_that_may_write_above_may_write_into_new_folders(
+    hub: Hub, downloader: Downloader, above: int, below: int
+) -> None:
+    hub.put("m.gguf", CONTENT)
+    downloader.root.mkdir()
+    downloader.root.chmod(above)
+    downloader.run()
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (downloader.folder.parent, downloader.folder)] == [
+        below
+    ] * 2
 
 
 def test_a_broken_connection_goes_on_where_it_stopped(hub: Hub, downloader: Downloader) -> None:
@@ -212,6 +228,14 @@ def test_a_redirect_to_an_address_that_cannot_exist_is_an_error_in_words(
     hub.storage = storage
     with pytest.raises(GpusvcError, match=r"cannot be asked|does not deliver"):
         downloader.run()
+
+
+def test_no_redirect_leads_to_an_unencrypted_address() -> None:
+    asked = urllib.request.Request("https://hub.example/m.gguf")
+    follow = _Redirects().redirect_request
+    with pytest.raises(GpusvcError, match="unencrypted address"):
+        follow(asked, io.BytesIO(), 302, "Found", {}, "http://hub.example/m.gguf")
+    assert follow(asked, io.BytesIO(), 302, "Found", {}, "https://cdn.example/m.gguf") is not None
 
 
 def test_the_body_of_a_redirect_is_not_read(hub: Hub, downloader: Downloader) -> None:
