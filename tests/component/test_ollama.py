@@ -208,6 +208,25 @@ def test_a_key_sees_and_uses_its_models_alone(run: Run, tmp_path: Path) -> None:
     run(scenario, known=known)
 
 
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [
+        ("/api/generate", {"model": "qwen", "prompt": "x" * (1 << 20), "suffix": "y", "stream": False}),
+        ("/api/show", {"model": "qwen", "more": "x" * (1 << 20)}),
+    ],
+)
+def test_a_body_that_is_held_for_the_whole_request_may_be_a_mebibyte(
+    run: Run, target: str, asked: dict[str, object]
+) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.engine.answer, rig.api.answer = engine, api
+        client = await rig.client()
+        assert (await ask(client, json.dumps(asked).encode(), target))[0] == 413
+        assert not rig.engine.requests
+
+    run(scenario)
+
+
 # --- keep_alive.
 
 

@@ -84,6 +84,12 @@ def test_a_prompt_is_generated_with_its_context() -> None:
     assert context.decode(lines[-1]["context"]) == [("user", "Why?"), ("assistant", "Because.")]
 
 
+def test_an_answer_that_is_too_long_for_a_context_has_none() -> None:
+    parts = [delta(content="x" * 100_000)] * 5
+    lines = played(question(Form.GENERATE, said=(("user", "Why?"),)), times(), *parts, delta(finish="stop"))
+    assert (sum(len(line["response"]) for line in lines), "context" in lines[-1]) == (500_000, False)
+
+
 def test_thinking_has_a_member_of_its_own_whatever_the_engine_calls_it() -> None:
     lines = played(question(), times(), delta(reasoning_content="Hm."), delta(reasoning="So."), delta(content="Yes."))
     messages = [line["message"] for line in lines[:-1]]
@@ -109,6 +115,12 @@ def test_calls_of_tools_come_whole_with_objects() -> None:
         None,
     ]
     assert lines[-1]["done_reason"] == "stop"
+
+
+def test_a_call_that_does_not_end_is_an_error() -> None:
+    more = delta(tool_calls=[part(0, None, "x" * (3 << 20))])
+    with pytest.raises(EngineError, match="does not end"):
+        played(question(), times(), delta(tool_calls=[part(0, "rain")]), more, more, more)
 
 
 def test_a_call_that_the_limit_of_tokens_cut_off_is_left_out() -> None:

@@ -271,6 +271,12 @@ def test_a_context_continues_its_conversation() -> None:
     assert len(again) == 4
 
 
+@pytest.mark.parametrize("long", [{"prompt": "x" * (1 << 20)}, {"prompt": "x", "system": "y" * (1 << 20)}])
+def test_what_is_too_long_for_a_context_is_not_kept_for_it(long: dict[str, str]) -> None:
+    assert generate(**long).said is None
+    assert context.encode([("user", "x" * (1 << 20))]) is None
+
+
 def test_a_context_of_ollama_is_named_as_ignored() -> None:
     question = generate(prompt="And?", context=[128006, 882, 128007])
     assert question.ignored == ("context",)

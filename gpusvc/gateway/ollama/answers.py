@@ -20,6 +20,9 @@ _REASONS = {"stop": "stop", "length": "length", "tool_calls": "stop", "function_
 
 _NANOSECONDS = 1_000_000_000
 
+# Characters of the arguments of one call, which are held until it is whole.
+_LONGEST_ARGUMENTS = 8 << 20
+
 Value = dict[str, object]
 
 
@@ -65,7 +68,8 @@ class Answer:
         self._times = times
         self._usage = Usage()
         self._calls: list[CallPart] = []
-        self._text: list[str] = []
+        self._text: list[str] = []  # for the context, as long as it may have room
+        self._length = 0  # of the text, in characters
         self._finish: str | None = None
 
     def part(self, said: Mapping[str, object], created: float) -> Value | None:
@@ -81,6 +85,8 @@ class Answer:
             self._calls = joined([*self._calls, *piece.calls])
             *ready, last = self._calls
             self._calls = [last]
+            if len(last.arguments) > _LONGEST_ARGUMENTS:
+                raise EngineError("A call of a tool does not end.")
         if not (piece.text or piece.thinking or ready or piece.logprobs):
             return None
         return _part(self._question, piece.text, created, piece, ready) | {"done": False}
@@ -122,8 +128,9 @@ class Answer:
         piece = piece_of(said)
         if piece.finish is not None:
             self._finish = piece.finish
-        if self._question.said is not None:
+        if self._question.said is not None and context.may_hold(self._length):
             self._text.append(piece.text)
+            self._length += len(piece.text)
         return piece
 
     def _is_cut_off(self, call: CallPart) -> bool:

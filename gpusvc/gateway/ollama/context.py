@@ -19,6 +19,11 @@ Said = tuple[str, str]
 """A role, and what it said."""
 
 
+def may_hold(characters: int) -> bool:
+    """Return whether a context may have room for so many characters."""
+    return characters <= _LONGEST_BYTES
+
+
 def encode(said: Sequence[Said]) -> list[int] | None:
     """Return the context for a conversation; None: it is too long to be sent along."""
     plain = json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")

@@ -37,6 +37,9 @@ from gpusvc.gateway.relay.shared import Downstream, Shared
 # The body is needed as a whole, and its translation takes a multiple of it.
 LONGEST_BYTES = 64 << 20
 
+# Of a body that stays in memory as long as its request takes: one that the gateway answers, or that may be sent twice.
+_LONGEST_HELD_BYTES = 1 << 20
+
 IGNORED = b"x-gpusvc-ignored"
 """The header that names what had no effect in a request."""
 
@@ -136,7 +139,8 @@ class OllamaExchange:
             self._key = self._shared.gate.authorise(self._head, Endpoint.TAGS.right)
             raise endpoint
         self._key = self._shared.gate.authorise(self._head, endpoint.right)
-        limit_bytes = min(self._shared.settings().max_body_bytes, LONGEST_BYTES)
+        longest = LONGEST_BYTES if endpoint.form else _LONGEST_HELD_BYTES
+        limit_bytes = min(self._shared.settings().max_body_bytes, longest)
         if whole is None:
             length = self._head.content_length
             self._body = StreamedBody(JSON, length, limit_bytes=limit_bytes, budget=self._shared.budget)
@@ -164,6 +168,8 @@ class OllamaExchange:
             self._begin_task(shows.load(question, may_keep, self._account, headers))
             return
         attempts = [(one.path, json.dumps(one.body, separators=(",", ":")).encode()) for one in question.attempts]
+        if len(attempts) > 1 and len(attempts[-1][1]) > _LONGEST_HELD_BYTES:
+            raise HttpError(413, "A request with a suffix may have 1 MiB.", code="request_too_large", param="suffix")
         # Images are not kept in memory as long as the answer takes.
         question = self._question = replace(question, attempts=())
         self._account = None  # the exchange of the inner request counts it

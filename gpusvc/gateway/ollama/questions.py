@@ -105,7 +105,10 @@ def _generate(asked: Mapping[str, object]) -> Question:
     content = messages.with_images(prompt, images, "images") if images else prompt
     conversation.append({"role": "user", "content": content})
     body = common.body | {"messages": conversation} | common.of_chat(asked)
-    return common.question((Attempt(_CHAT, body),), said=(*said, ("user", prompt)))
+    # One that is too long for a context must not stay in memory until the answer is there.
+    length = len(prompt) + sum(len(words) for _, words in said)
+    next_said = (*said, ("user", prompt)) if context.may_hold(length) else None
+    return common.question((Attempt(_CHAT, body),), said=next_said)
 
 
 def _said(common: _Common, asked: Mapping[str, object], system: str) -> list[Said]:
