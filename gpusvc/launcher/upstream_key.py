@@ -33,7 +33,8 @@ def find(config: ModelConfig, environment: Mapping[str, str]) -> str:
         value = _option(config.command, source)
         if value is None:
             raise _unusable(f"The command has no option {source} with a value.")
-        text = _read(Path(value)) if source.endswith("-file") else value.replace(",", "\n")
+        # The engine reads a relative path from its own directory.
+        text = _read(config.working_directory / value) if source.endswith("-file") else value.replace(",", "\n")
     elif source.startswith("/"):
         text = _read(Path(source))
     else:

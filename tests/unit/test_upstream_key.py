@@ -20,8 +20,8 @@ from gpusvc.state import upstream_key as copies
 COMMAND = ["engine", "--port", "{port}"]
 
 
-def config(source: str, command: list[str] | None = None) -> ModelConfig:
-    table = Table(Path("qwen.toml"), {"command": command or COMMAND, "upstream_key": source})
+def config(source: str, command: list[str] | None = None, **more: object) -> ModelConfig:
+    table = Table(Path("qwen.toml"), {"command": command or COMMAND, "upstream_key": source, **more})
     made = read_model(table, "qwen", HostConfig())
     assert table.problems == []
     return made
@@ -55,6 +55,11 @@ def test_a_credential_of_the_unit_is_the_key(file: Path) -> None:
 def test_an_option_of_the_command_has_the_key(file: Path, option: str, command: list[str], key: str) -> None:
     words = [word.replace("FILE", str(file)) for word in command]
     assert upstream_key.find(config(option, [*COMMAND, *words]), {}) == key
+
+
+def test_a_relative_file_is_in_the_directory_of_the_engine(file: Path) -> None:
+    words = [*COMMAND, "--api-key-file", file.name]
+    assert upstream_key.find(config("--api-key-file", words, working_directory=str(file.parent)), {}) == "secret"
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "two words", "ungültig", "x" * 5000, "a\x00b"])
