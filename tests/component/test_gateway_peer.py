@@ -60,7 +60,7 @@ def test_a_page_of_the_engine_is_asked_of_the_engine_alone(run: Run) -> None:
     async def scenario(rig: Rig) -> None:
         rig.mark_ready("qwen", rig.engine.port, cgroup_id=group_at(rig.engine.port) + 1)
         rig.api.answer = raw(CALLED_OFF, then="close")
-        assert (await (await rig.client()).get("/upstream/qwen/health")).status == 409
+        assert (await (await rig.client()).get("/upstream/qwen/page")).status == 409
         assert rig.engine.requests == []
 
     run(scenario)

@@ -58,7 +58,7 @@ def test_what_is_wrong_is_named_with_its_evidence_and_its_cure(machine: Host) ->
     assert "50-gpusvc.rules is missing" in findings["polkit"][0]["evidence"]
     assert "/dev/nvidia1" in next(each["sentence"] for each in findings["nodes"] if each["level"] == "error")
     assert any("command" in (each["fix"] or "") for each in findings["files"])
-    assert "may not read its keys" in findings["keys"][0]["sentence"]
+    assert "cannot read its keys" in findings["keys"][0]["sentence"]
     assert "mode 0600" in findings["keys"][0]["evidence"]
     machine.run("sh", "-c", findings["keys"][0]["fix"].replace("`", "").replace(" and ", " && "))
     assert levels(doctor(machine)[1]["keys"]) == {"ok"}
