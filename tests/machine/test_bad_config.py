@@ -204,7 +204,7 @@ def test_a_bad_host_file_fails_every_start_for_good(machine: Host) -> None:
 def test_a_property_that_systemd_refuses_fails_the_start_for_good_and_leaves_nothing(machine: Host) -> None:
     machine.write_model("immense", scope='MemoryMax = "immense"')
     said = machine.fail_to_start("immense")
-    assert "systemd refuses a property of model-immense.scope: Failed to parse MemoryMax=immense" in said
+    assert "systemd refuses a property of model-immense.scope: " in said, said
     assert "immense" in said
     assert machine.properties("model@immense.service", *PERMANENT) == PERMANENT
     assert machine.pids("model-immense.scope") == []
