@@ -200,7 +200,9 @@ def scene(
     claims = tuple(claim for each in found for claim in each.claims(gpus, held[each.lease.model].pids))
     leaving = frozenset(name for occupant in found if occupant.loading for name in occupant.lease.evicting)
     others = residents(paths, host, found, held, gpus, drained=drained, leaving=leaving)
-    return Scene(tuple(held.values()), claims, tuple(others), tuple(ahead))
+    # A start keeps its ticket until its victims are gone. From its lease on, the lease counts, and the ticket no more.
+    line = tuple(wish for wish in ahead if not (wish.is_model and wish.model in held))
+    return Scene(tuple(held.values()), claims, tuple(others), line)
 
 
 def residents(

@@ -261,7 +261,8 @@ def test_requests_wait_in_line_for_longer_than_an_operator(
     assert start(machine, f"fourth-{scarce}", check=False) != 0
     assert [one.poll() for one in waiting] == [None, None]
     stop_using(machine, names[0])
-    assert [(one.communicate(timeout=60)[0], one.returncode)[1] for one in waiting] == [0, 0]
+    answers = [one.communicate(timeout=60)[0] for one in waiting]
+    assert [one.returncode for one in waiting] == [0, 0], answers
     assert up(machine) == [names[2]]
 
 

@@ -11,7 +11,8 @@ from gpusvc.linux.processes import Process
 from gpusvc.paths import Paths
 from gpusvc.placement import occupancy
 from gpusvc.placement.occupancy import Occupant, Scene, in_words
-from gpusvc.placement.request import HOST_MEMORY, Claim, Resident
+from gpusvc.placement.plan import NoPlan, plan
+from gpusvc.placement.request import HOST_MEMORY, Claim, Request, Resident, Wish
 from gpusvc.record import replace
 from gpusvc.state import readiness
 from gpusvc.state.holdings import Holding
@@ -207,3 +208,20 @@ def test_a_model_stays_for_min_stay_after_it_became_ready(
     host = HostConfig(eviction=HostEviction(min_stay_seconds=min_stay))
     found = occupancy.scene(paths, host, [occupant(ready=True)], [a_gpu()], []).residents
     assert [resident.loading for resident in found] == [stays]
+
+
+def test_a_start_counts_once_while_it_has_both_a_ticket_and_a_lease(paths: Paths) -> None:
+    line = [
+        Wish("qwen", {uuid_of(0): GIB}, ("old",)),
+        Wish("next", {uuid_of(0): GIB}, ()),
+        Wish("qwen", {}, (), is_model=False),
+    ]
+    found = occupancy.scene(paths, HostConfig(), [occupant()], [a_gpu()], line)
+    assert [(wish.model, wish.is_model) for wish in found.line] == [("next", True), ("qwen", False)]
+    request = Request("third", 1, needs={uuid_of(0): GIB})
+    only_one = HostConfig(max_active=1)
+    only_ticket = [wish for wish in line if wish.model == "qwen" and wish.is_model]
+    scene = occupancy.scene(paths, only_one, [occupant()], [a_gpu()], only_ticket)
+    waits = plan(request, [a_gpu()], scene.claims, scene.residents, only_one, scene.line)
+    assert isinstance(waits, NoPlan)
+    assert waits.can_wait
