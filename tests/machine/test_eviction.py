@@ -277,7 +277,8 @@ def test_everybody_sees_who_waits_for_what_and_behind_whom(machine: Host) -> Non
     for name in names[1:]:
         body = json.dumps({"model": name, "stream": True, "messages": [{"role": "user", "content": "Hi"}]})
         url = "http://127.0.0.1:8484/v1/chat/completions"
-        clients.append(machine.popen("curl", "--silent", "--no-buffer", "--max-time", "60", url, "--data", body))
+        to = ("--no-buffer", "--output", f"/tmp/{name}", "--max-time", "60")
+        clients.append(machine.popen("curl", "--silent", *to, url, "--data", body))
         machine.wait_until(partial(says_that_it_waits, machine, name), f"{name} waits")
     second = "for seen-first (in use). It is next."
     third = "in line behind seen-second. seen-second is next."
@@ -296,8 +297,12 @@ def test_everybody_sees_who_waits_for_what_and_behind_whom(machine: Host) -> Non
     metrics = machine.curl("http://127.0.0.1:8484/metrics")
     assert 'gpusvc_line_position{model="seen-third"} 2.0' in metrics
     assert 'gpusvc_line_blocked{by="seen-first",model="seen-second",state="in use"} 1.0' in metrics
+    # A client is told from time to time.
+    machine.wait_until(lambda: third in machine.read("/tmp/seen-third"), "the client of the third is told")
     stop_using(machine, names[0])
-    said = [client.communicate(timeout=60)[0] for client in clients]
+    for client in clients:
+        client.communicate(timeout=60)
+    said = [machine.read(f"/tmp/{name}") for name in names[1:]]
     assert all("answered with status 200" in one for one in said), said  # the engine has no streams
     assert "Waiting for seen-third to load. seen-third has waited" in said[1]
     assert third in said[1]
