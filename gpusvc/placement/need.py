@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gpusvc.gpu.reading import Gpu
     from gpusvc.linux.users import User
     from gpusvc.paths import Paths
+    from gpusvc.weights.parts import Estimate
 
 
 class Need(Record):
@@ -75,20 +76,21 @@ def _of_memory(paths: Paths, config: ModelConfig, digest: str, user: User, memor
 
 def _estimated_memory(config: ModelConfig, user: User) -> int | None:
     """Return the estimate of a model without GPUs: all that would be VRAM is host memory."""
-    from gpusvc.linux import processes  # noqa: PLC0415  most needs are declared or learned
-    from gpusvc.weights.estimate import estimate  # noqa: PLC0415
-
-    with processes.acting_as(user.uid, user.gid):
-        found = estimate(config.command, config.env)
+    found = _estimate(config, user)
     return None if found is None else found.weights_bytes + found.cache_bytes + found.state_bytes
 
 
 def _estimated(config: ModelConfig, user: User, gpus: Sequence[Gpu]) -> dict[str, int]:
+    found = _estimate(config, user)
+    if found is None:
+        return {}
+    return {gpu.uuid: found.bytes_on_gpu(gpu.total_bytes, config.gpu.count) for gpu in gpus}
+
+
+def _estimate(config: ModelConfig, user: User) -> Estimate | None:
+    """Return the estimate from the model's files, read with the rights of the engine's user; None: there is none."""
     from gpusvc.linux import processes  # noqa: PLC0415  most needs are declared or learned
     from gpusvc.weights.estimate import estimate  # noqa: PLC0415
 
     with processes.acting_as(user.uid, user.gid):
-        found = estimate(config.command, config.env)
-    if found is None:
-        return {}
-    return {gpu.uuid: found.bytes_on_gpu(gpu.total_bytes, config.gpu.count) for gpu in gpus}
+        return estimate(config.command, config.env)

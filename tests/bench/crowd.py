@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,8 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench import clients
+from tests.bench.life import need_tools
 from tests.machine import tree
-from tests.machine.host import PACKAGE_VARIABLE, REPOSITORY, Host, build_package
+from tests.machine.host import Host, build_package
 from tests.machine.tree import Generation
 
 MODELS = [f"model{number}" for number in range(6)]
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4, help="of each client, one after the other")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    _need_tools()
+    need_tools("waiting")
     with tempfile.TemporaryDirectory() as scratch:
         package = build_package(Path(scratch))
         with Host(tree.ensure(options.generation), name="gpusvc-bench") as machine:
@@ -51,13 +50,6 @@ def main() -> None:
     responses = [(model, status, seconds) for model, status, seconds in map(json.loads, said.splitlines())]
     print(f"Debian {options.generation}, {options.clients} clients, {len(MODELS)} models, room for {TOGETHER}\n")
     print("\n".join(_report(responses, loads)))
-
-
-def _need_tools() -> None:
-    needed = ("gcc", "libc6-dev", "mmdebstrap", "procps", "systemd-container", "util-linux")
-    subprocess.run([REPOSITORY / "packaging/need", "waiting", *needed], check=True)
-    if PACKAGE_VARIABLE not in os.environ:
-        subprocess.run([REPOSITORY / "packaging/build-deb", "--tools"], check=True)
 
 
 def _prepare(machine: Host, package: Path) -> None:

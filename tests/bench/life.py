@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--generation", type=Generation, choices=list(Generation), default=Generation.TRIXIE)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    need_tools()
+    need_tools("lifecycle")
     with tempfile.TemporaryDirectory() as scratch:
         package = build_package(Path(scratch))
         with Host(tree.ensure(options.generation), name="gpusvc-bench") as machine:
@@ -75,9 +75,10 @@ def main() -> None:
     print("\n".join([*_report(samples), "", *_aims(samples)]))
 
 
-def need_tools() -> None:
+def need_tools(purpose: str) -> None:
+    """Install what a bench with a booted machine needs. ``purpose`` is said where something is missing."""
     needed = ("gcc", "libc6-dev", "mmdebstrap", "procps", "systemd-container", "util-linux")
-    subprocess.run([REPOSITORY / "packaging/need", "lifecycle", *needed], check=True)
+    subprocess.run([REPOSITORY / "packaging/need", purpose, *needed], check=True)
     if PACKAGE_VARIABLE not in os.environ:
         subprocess.run([REPOSITORY / "packaging/build-deb", "--tools"], check=True)
 

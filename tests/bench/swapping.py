@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="a program with llama-swap's interface, to compare with")
     parser.add_argument("--without-llama", action="store_true", help="no real llama-server: faster, without its files")
     options = parser.parse_args()
-    need_tools()
+    need_tools("swap")
     with tempfile.TemporaryDirectory() as scratch:
         package = build_package(Path(scratch))
         # The real llama-server is in forky only.
